@@ -1,0 +1,11 @@
+"""The root of this package's own errors. Imports nothing, so that every module may use it."""
+
+from __future__ import annotations
+
+
+class MuError(Exception):
+    """Something the user can put right: the message says what is wrong and what to do.
+
+    The command line prints such an error as one line, without a traceback. Modules derive their own errors
+    from it, beside the built-in class that fits (`class CheckpointError(MuError, ValueError)`).
+    """
