@@ -1,0 +1,67 @@
+# Commands of the repository. The first call makes the environment in .venv; later ones find it there.
+#   make demo     forget a style of the bundled model, and measure what was forgotten and what was kept
+#   make test     the tests            make check   lint, format, types, who imports whom
+PYTHON ?= python3
+VENV   ?= .venv
+# Empty (`make test CONSTRAINTS=`) installs the newest versions instead of the tested ones.
+CONSTRAINTS ?= constraints.txt
+
+BIN  := $(VENV)/bin
+DOOR := $(BIN)/python -m mu.algorithms.saliency_unlearning.scripts
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.PHONY: help install install-dev demo table test test-slow test-gpu check format readme-keys clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "The tested versions (constraints.txt) need Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed          ## environment and package, at the tested versions
+install-dev: $(VENV)/.installed-dev  ## the same, with what tests and checks need
+
+demo: $(VENV)/.installed             ## mask, unlearn, sample and evaluate one style of the bundled model
+	$(DOOR).generate_mask --config_path emoji_canvas/mask_style.yaml
+	$(DOOR).train --config_path emoji_canvas/train_style.yaml
+	$(DOOR).evaluate --config_path emoji_canvas/evaluate_style.yaml
+
+table: $(VENV)/.installed            ## the results table of README.md: every style and object; goes on where it stopped
+	$(DOOR).benchmark --config_path emoji_canvas/benchmark.yaml
+
+test: $(VENV)/.installed-dev         ## the tests; ARGS="-k mask -x" is handed to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-dev    ## the tests that take long
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev     ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: $(VENV)/.installed-dev        ## lint, format, types, who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev       ## put the code into the house's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+readme-keys: $(VENV)/.installed      ## write the table of config keys in README.md from the config classes
+	$(BIN)/python scripts/readme_keys.py
+
+clean:                               ## remove builds and caches; data, models, outputs and .venv stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find mu tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

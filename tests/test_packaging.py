@@ -1,0 +1,108 @@
+"""What is installed is what the repository says: one version, one list of dependencies, every file."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import mu
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+ALGORITHM_ENVIRONMENT = ROOT / "mu/algorithms/saliency_unlearning/environment.yaml"
+
+
+def requirements(*, extra: str | None = None) -> dict[str, Requirement]:
+    """The distribution's own requirements, by canonical name: the unconditional ones, or those of an extra."""
+    found = {}
+    for line in metadata.requires("unlearn_diff") or []:
+        requirement = Requirement(line)
+        marker = requirement.marker
+        conditional = marker is not None and not marker.evaluate({"extra": ""})
+        if (extra is None and not conditional) or (
+            extra is not None and conditional and marker is not None and marker.evaluate({"extra": extra})
+        ):
+            found[canonicalize_name(requirement.name)] = requirement
+    return found
+
+
+def pip_lines(environment: Path) -> list[str]:
+    dependencies = yaml.safe_load(environment.read_text(encoding="utf-8"))["dependencies"]
+    return next(entry["pip"] for entry in dependencies if isinstance(entry, dict))
+
+
+def test_version_stands_in_one_place() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mu.__version__)
+    assert metadata.version("unlearn_diff") == mu.__version__
+    assert 'dynamic = ["version"]' in PROJECT
+    assert mu.__version__ not in PROJECT
+
+
+def test_changelog_names_the_version() -> None:
+    assert f"## {mu.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_direct_dependency_is_pinned_within_its_range() -> None:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            assert canonicalize_name(name) not in pins, f"{name} is pinned twice"
+            pins[canonicalize_name(name)] = version
+    wanted = requirements() | requirements(extra="dev") | requirements(extra="emoji")
+    assert wanted.keys() <= pins.keys()
+    for name, requirement in wanted.items():
+        assert requirement.specifier.contains(pins[name]), f"{requirement} is pinned to {pins[name]}"
+
+
+def test_algorithm_environment_lists_the_dependencies() -> None:
+    assert {str(Requirement(line)) for line in pip_lines(ALGORITHM_ENVIRONMENT)} == {
+        str(requirement) for requirement in requirements().values()
+    }
+
+
+@pytest.mark.parametrize("path", [ROOT / "environment.yaml", ALGORITHM_ENVIRONMENT], ids=["top", "algorithm"])
+def test_environment_has_its_name_and_python(path: Path) -> None:
+    environment = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert environment["name"] == "saliency_unlearning"
+    assert "python=3.11" in environment["dependencies"]
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    """Built from a copy, so that neither an older build nor this checkout's metadata can fill a gap."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "mu", source / "mu", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("unlearn_diff-*.whl")
+
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        licences = {Path(name).name for name in archive.namelist() if ".dist-info/licenses/" in name}
+    expected = {path.relative_to(source).as_posix() for path in (source / "mu").rglob("*") if path.is_file()}
+    assert expected - packed == set()
+    assert licences == {"LICENSE", "NOTICE"}
+
+    # Installed elsewhere, the package is imported from there.
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "-q", "--target", str(site), str(wheel)], check=True)
+    program = "import mu; print(mu.__file__); print(mu.__version__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=site, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(site / "mu/__init__.py"), mu.__version__]
