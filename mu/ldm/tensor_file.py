@@ -1,0 +1,324 @@
+"""Dictionaries of tensors on disk: `.safetensors`, and what `torch.save` writes. Read safely, written atomically.
+
+A file is recognised by its first bytes, so a wrong suffix does no harm. What is written here carries a SHA-256 of its
+tensors, which is checked when it is read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import secrets
+import shutil
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mu.errors import MuError
+from mu.ldm.safe_pickle import UnsafePickleError, load_pickle
+
+PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt")
+SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
+FINGERPRINT_KEY = "mu.fingerprint"
+"""Metadata key of the SHA-256 that files written here carry."""
+_AGAIN = "get the file again, and compare its size and SHA-256 with those of its source"
+
+
+class CheckpointError(MuError, ValueError):
+    """A checkpoint is missing, damaged, unsafe, of another model, or could not be written."""
+
+
+def fingerprint(
+    named_tensors: Mapping[str, Tensor], *, dtypes: Mapping[str, torch.dtype] | None = None
+) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names.
+
+    Args:
+        named_tensors: name -> tensor, on any device.
+        dtypes: name -> dtype to hash the values in, as a rule a model's `file_dtypes`: then a model that was
+            loaded into fp32 from an fp16 file has the fingerprint of what was in the file. Names that it lacks
+            keep their tensor's dtype.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(named_tensors):
+        tensor = named_tensors[name].detach()
+        tensor = tensor.to(device="cpu", dtype=(dtypes or {}).get(name, tensor.dtype)).contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # the tensor's memory, not a copy
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a checkpoint, on the CPU, in the file's dtypes.
+
+    Args:
+        path: `.safetensors`, or a file of `torch.save` (zip or old format) that holds a state dict, bare or under
+            `state_dict`.
+
+    Returns:
+        The tensors by name, and the file's metadata: safetensors' own, or the plain values beside `state_dict`.
+
+    Raises:
+        CheckpointError: there is no such file; it is empty, truncated, a web page, a Git-LFS pointer or otherwise no
+            checkpoint; its pickle asks for a name that is not known to be harmless (nothing of it is run); it holds no
+            state dict; its content differs from the SHA-256 it carries.
+    """
+    path = Path(path)
+    try:
+        kind = _recognise(path)
+        tensors, metadata = _read_safetensors(path) if kind == "safetensors" else _read_pickle(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    expected = metadata.get(FINGERPRINT_KEY)
+    if expected is not None and fingerprint(tensors) != expected:
+        raise CheckpointError(
+            f"{path}: the tensors do not have the SHA-256 that the file carries ({expected}): it is damaged, or "
+            f"was edited by a program that kept the old metadata; {_AGAIN}"
+        )
+    return tensors, metadata
+
+
+def write_state_dict(
+    state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors so that `path` is always whole: the old file or the new one, also after a kill or on a full disk.
+
+    The bytes go to a temporary file beside `path` (`.<name>.<random>.tmp`), are synced, and are renamed over it.
+
+    Args:
+        state_dict: name -> dense tensor, on any device; written in its own dtype.
+        path: `.safetensors`, or `.ckpt`, `.pth`, `.pt` (then under the key `state_dict`).
+        metadata: written into safetensors' header, or beside `state_dict`.
+
+    Raises:
+        CheckpointError: unknown suffix; a tensor without data; the file could not be written (then the
+            temporary file is removed and the previous file is as it was).
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(
+            f"{path}: the suffix {path.suffix!r} is not known; known: {', '.join(SUFFIXES)}"
+        )
+    if "state_dict" in (metadata or {}):
+        raise CheckpointError(f"{path}: metadata must not have a key `state_dict`")
+    tensors = _own_storages(state_dict, path)
+    described = {"format": "pt", **(metadata or {}), FINGERPRINT_KEY: fingerprint(tensors)}
+    with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(tensors, temporary, metadata=described)
+        else:
+            torch.save({"state_dict": tensors, **described}, temporary)
+
+
+@contextmanager
+def written_beside(path: Path, needed_bytes: int) -> Iterator[Path]:
+    """Yield a temporary path to write to; afterwards sync it and rename it over `path`, or remove it on any failure.
+
+    Raises:
+        CheckpointError: writing failed; names the path, the bytes needed and those that are free.
+    """
+    target = Path(os.path.realpath(path))  # through a symbolic link, not over it
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _set_mode(temporary, target)
+        _sync(temporary, os.O_RDWR)
+        os.replace(temporary, target)
+        _sync(target.parent, os.O_RDONLY)
+    # torch reports a failed write as RuntimeError, safetensors as its own error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} could not be written: {needed_bytes:,} bytes are needed, {_free_bytes(target)} are free there; "
+            f"free some space or choose another folder ({error}). A file that was there before is unchanged"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _set_mode(temporary: Path, target: Path) -> None:
+    """Permissions of the file that is replaced, else what the umask leaves (safetensors writes 0600)."""
+    if target.exists():
+        mode = target.stat().st_mode & 0o7777
+    else:
+        mask = os.umask(0)
+        os.umask(mask)
+        mode = 0o666 & ~mask
+    temporary.chmod(mode)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(target: Path) -> str:
+    folder = next((parent for parent in target.parents if parent.is_dir()), target.parent)
+    return f"{shutil.disk_usage(folder).free:,}"
+
+
+def _own_storages(state_dict: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, and none is a part of more."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state_dict.items():
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            what = "on the meta device, without values" if tensor.is_meta else f"{tensor.layout}, not dense"
+            raise CheckpointError(f"{path}: cannot write {name}: the tensor is {what}")
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        tensors[name] = plain
+    return tensors
+
+
+def _recognise(path: Path) -> str:
+    """The kind, "safetensors" or "pickle", by the first bytes. An error says what else the file is."""
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder; give the path of a checkpoint file ({', '.join(SUFFIXES)})"
+        )
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file")
+    with path.open("rb") as file:
+        head = file.read(512)
+    # First the length of the header in 8 bytes, whose lower ones may look like any other format; then the header.
+    if head[4:9] == b"\0\0\0\0{":
+        return "safetensors"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        raise CheckpointError(f"{path} is empty (0 bytes): a copy or download did not finish; {_AGAIN}")
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise CheckpointError(
+            f"{path} is a Git-LFS pointer of {path.stat().st_size} bytes, not the file it stands for; "
+            "run `git lfs pull` in its repository, or download the file itself"
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
+        raise CheckpointError(
+            f"{path} is a web page (HTML or XML), not a checkpoint: the download got a login, quota or error page; "
+            "open the link in a browser to see it, and get the file itself"
+        )
+    if text.startswith((b'{"', b"{'")):
+        raise CheckpointError(
+            f"{path} is JSON text, not a checkpoint: perhaps a server's error message; {_AGAIN}"
+        )
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return "pickle"
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if path.suffix in PICKLE_SUFFIXES and head[:1] in b"(}]c":  # pickle's protocols 0 and 1
+        return "pickle"
+    raise CheckpointError(f"{path} is not a checkpoint: it begins with {head[:16]!r}; {_AGAIN}")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    missing = _missing_bytes(path)
+    if missing:
+        raise CheckpointError(f"{path} is truncated: {missing:,} bytes are missing at its end; {_AGAIN}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a valid safetensors file: {error}; {_AGAIN}") from error
+
+
+def _missing_bytes(path: Path) -> int:
+    """How many bytes a safetensors file is shorter than its header says; 0 where the header itself is not sound."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            return 8 - len(prefix)
+        (header_bytes,) = struct.unpack("<Q", prefix)
+        if header_bytes > 100_000_000:  # safetensors' own limit
+            return 0
+        if 8 + header_bytes > size:
+            return int(8 + header_bytes - size)
+        try:
+            entries = json.loads(file.read(header_bytes))
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
+            return 0
+    if not all(isinstance(end, int) for end in ends):
+        return 0
+    return max(0, 8 + int(header_bytes) + max(ends, default=0) - size)
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        content = load_pickle(path)
+    except UnsafePickleError as error:
+        raise CheckpointError(
+            f"{path} is refused, and nothing of it was run: its pickle asks for {error}, which no weights need and "
+            "which could run code. Get the checkpoint as .safetensors; or, if you trust its author, load it "
+            "elsewhere and write its bare state dict with torch.save"
+        ) from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()
+        raise CheckpointError(
+            f"{path} is not a checkpoint that is read here: {reason}; needed is a state dict, written with torch.save"
+        ) from error
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{path} is truncated: the end of its zip archive is missing; {_AGAIN}"
+        ) from error
+    # all of them seen from torch.load on damaged content
+    except (
+        EOFError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+    ) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({_first_line(error)}); {_AGAIN}") from error
+    return _tensors_of(content, path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _tensors_of(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict inside a pickled object, and the plain values beside it as strings."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict (name -> tensor)")
+    state_dict = content.get("state_dict", content)
+    if not (isinstance(state_dict, Mapping) and any(isinstance(v, Tensor) for v in state_dict.values())):
+        keys = ", ".join(repr(key) for key in list(content)[:5])
+        raise CheckpointError(f"{path} holds no state dict; its top-level keys are {keys or 'none'}")
+    metadata = {
+        key: str(value)
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, (str, int, float))
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, value in state_dict.items():
+        if isinstance(value, Tensor) and isinstance(name, str):
+            if value.is_meta or value.layout is not torch.strided:
+                raise CheckpointError(f"{path}: {name} is not a dense tensor with values")
+            tensors[name] = value.detach()
+        elif state_dict is not content or not isinstance(value, (str, int, float)):
+            raise CheckpointError(
+                f"{path}: the state dict's entry {name!r} is a {type(value).__name__}, not a tensor"
+            )
+    return tensors, metadata
