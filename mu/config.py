@@ -1,0 +1,248 @@
+"""Settings of a run as checked, immutable dataclasses, built from defaults < YAML < overrides.
+
+A config class derives from `Config`, is a frozen dataclass, and declares each key with `setting`: its default, a line
+of help, and what is allowed. However it is built, by constructor, `load_config`, `override` or from the command line
+(`mu.cli`), all its mistakes are found together and raised as one `ConfigError`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mu.config_file import ConfigFileError, read_flat_file
+from mu.config_values import ITEM_WORDS, PACKAGE_PREFIX, Key, Rule, WrongValue, as_text, checked, nearest
+from mu.errors import MuError
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "as_dict",
+    "as_text",
+    "assemble",
+    "check_paths",
+    "dump",
+    "find_config",
+    "keys_of",
+    "load_config",
+    "nearest",
+    "override",
+    "require_paths",
+    "resolve_path",
+    "setting",
+]
+
+_PACKAGE_FOLDER = Path(__file__).parent
+
+
+class ConfigError(MuError, ValueError):
+    """The settings cannot be used. One message lists every mistake; `mistakes` holds them singly."""
+
+    def __init__(self, mistakes: Iterable[str]) -> None:
+        self.mistakes = tuple(mistakes)
+        count = f"{len(self.mistakes)} mistakes" if len(self.mistakes) > 1 else "1 mistake"
+        super().__init__("\n  ".join([f"{count} in the configuration:", *self.mistakes]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConfigError, (self.mistakes,)
+
+
+def setting(default: Any, help: str, **rule: Any) -> Any:
+    """A key of a config class: a dataclass field with its `Rule`."""
+    return field(default=default, metadata={"rule": Rule(help, **rule)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of the config classes. Immutable: lists are tuples, and `override` makes a new object."""
+
+    def __post_init__(self) -> None:
+        given = [(key.name, getattr(self, key.name), "") for key in keys_of(type(self))]
+        same = assemble(type(self), given)
+        for key in keys_of(type(self)):
+            object.__setattr__(self, key.name, getattr(same, key.name))
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What is wrong between keys: (the keys, message). Asked only when the keys are right by themselves."""
+        yield from ()
+
+    def disk_problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What is missing on disk, as `conflicts`; the message names the command that makes it."""
+        yield from ()
+
+
+C = TypeVar("C", bound=Config)
+Entry = tuple[str, object, str]
+"""A key, the value given to it, and where (`train.yaml line 3`, `--lr`, or nothing)."""
+
+
+def keys_of(cls: type[Config]) -> tuple[Key, ...]:
+    """The keys of a config class, in order."""
+    hints = typing.get_type_hints(cls)
+    return tuple(_key(fld, hints[fld.name]) for fld in dataclasses.fields(cls))
+
+
+def load_config(
+    cls: type[C],
+    *,
+    config_path: str | os.PathLike[str] | None = None,
+    base: Config | Mapping[str, object] | None = None,
+    overrides: Mapping[str, object] | None = None,
+    packaged: Path | None = None,
+    on_disk: bool = False,
+) -> C:
+    """A checked config: defaults < `base` < the YAML file < `overrides`.
+
+    Args:
+        config_path: a YAML file, or the name of one in the folder `packaged`.
+        on_disk: also check that the files and folders it names are there.
+    Raises ConfigError with all mistakes.
+    """
+    entries: list[Entry] = []
+    mistakes: list[str] = []
+    if base is not None:
+        values = as_dict(base) if isinstance(base, Config) else base
+        entries += [(str(key), value, "") for key, value in values.items()]
+    if config_path is not None:
+        entries += file_entries(config_path, packaged=packaged, mistakes=mistakes)
+    entries += [(str(key), value, "") for key, value in (overrides or {}).items()]
+    return assemble(cls, entries, mistakes=mistakes, on_disk=on_disk)
+
+
+def override(config: C, **overrides: object) -> C:
+    """A new config with some keys changed; `config` stays as it is. Raises ConfigError."""
+    return load_config(type(config), base=config, overrides=overrides)
+
+
+def check_paths(config: Config) -> list[str]:
+    """What `config` needs and is not on disk; one message each, naming the command that makes it."""
+    return [f"{keys[0]}: {message}" for keys, message in config.disk_problems()]
+
+
+def require_paths(config: Config) -> None:
+    """Raises ConfigError with everything that `check_paths` finds."""
+    if problems := check_paths(config):
+        raise ConfigError(problems)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Key -> value, in order."""
+    return {key.name: getattr(config, key.name) for key in keys_of(type(config))}
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load_config` reads back to an equal one."""
+    plain = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in as_dict(config).items()
+    }
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def resolve_path(path: str) -> Path:
+    """A path key's value as a path: `package:x` is the file x inside the installed package, others are as they are."""
+    if path.startswith(PACKAGE_PREFIX):
+        return _PACKAGE_FOLDER / path.removeprefix(PACKAGE_PREFIX)
+    return Path(path)
+
+
+def packaged_configs(folder: Path) -> list[str]:
+    """Names of the YAML configs below a folder, as `--config_path` takes them."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    return [name for name in paths if Path(name).name != "model_config.yaml"]
+
+
+def find_config(path: str | os.PathLike[str], packaged: Path | None) -> Path:
+    """The file at `path`, else the packaged one of that name (`configs/` before it and `.yaml` after may differ).
+
+    Raises ConfigError, with the packaged names, when there is neither.
+    """
+    if os.path.exists(path):
+        return Path(path)
+    name = os.fspath(path)
+    names = packaged_configs(packaged) if packaged is not None else []
+    short = name.rpartition("configs/")[2].removesuffix(".yaml") + ".yaml"
+    if packaged is not None and short in names:
+        return packaged / short
+    listed = f" The packaged ones: {', '.join(names)}.{nearest(short, names)}" if names else ""
+    raise ConfigError([f"config_path: there is no file {name!r}.{listed}"])
+
+
+def file_entries(path: str | os.PathLike[str], *, packaged: Path | None, mistakes: list[str]) -> list[Entry]:
+    """The entries of a YAML file; what is wrong with the file itself is added to `mistakes`."""
+    try:
+        found = find_config(path, packaged)
+        flat = read_flat_file(found)
+    except ConfigError as error:
+        mistakes += error.mistakes
+        return []
+    except ConfigFileError as error:
+        mistakes.append(f"config_path: {error}")
+        return []
+    mistakes += [f"{mistake} in {found.name}" for mistake in flat.mistakes]
+    return [(key, value, f"{found.name} line {flat.lines[key]}") for key, value in flat.values.items()]
+
+
+def assemble(
+    cls: type[C], entries: Iterable[Entry], *, mistakes: Iterable[str] = (), on_disk: bool = False
+) -> C:
+    """A config from entries, of which a later one replaces an earlier one of the same key.
+
+    Raises ConfigError with `mistakes`, the unknown keys, wrong values, conflicts and, on demand, missing files.
+    """
+    found = list(mistakes)
+    known = {key.name: key for key in keys_of(cls)}
+    given: dict[str, tuple[object, str]] = {}
+    for name, value, where in entries:
+        if name in known:
+            given[name] = (value, where)
+        else:
+            found.append(f"{name}: there is no such key.{nearest(name, known)}{_at(where)}")
+    config = object.__new__(cls)
+    wrong: set[str] = set()
+    for name, key in known.items():
+        value, where = given.get(name, (key.default, ""))
+        try:
+            good = checked(key, value)
+        except WrongValue as error:
+            found.append(f"{name}: {error}{_at(where)}")
+            wrong.add(name)
+            good = key.default
+        object.__setattr__(config, name, good)
+    problems = [*config.conflicts(), *(config.disk_problems() if on_disk else ())]
+    found += [f"{keys[0]}: {message}" for keys, message in problems if wrong.isdisjoint(keys)]
+    if found:
+        raise ConfigError(found)
+    return config
+
+
+def _key(fld: dataclasses.Field[Any], hint: Any) -> Key:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    forms = set(typing.get_args(hint)) if union else {hint}
+    optional = types.NoneType in forms
+    forms -= {types.NoneType}
+    lists = {form for form in forms if typing.get_origin(form) is tuple}
+    items = {typing.get_args(form)[0] for form in lists} | (forms - lists)
+    if len(items) != 1 or not items <= set(ITEM_WORDS):
+        raise TypeError(f"{fld.name}: {hint} is no type of a setting")
+    return Key(
+        name=fld.name,
+        item=items.pop(),
+        scalar=bool(forms - lists),
+        listed=bool(lists),
+        optional=optional,
+        default=fld.default,
+        rule=fld.metadata["rule"],
+    )
+
+
+def _at(where: str) -> str:
+    return f" ({where})" if where else ""
