@@ -1,0 +1,196 @@
+"""Rows (image, prompt, concept) of a data set, divided into what is forgotten and what is retained.
+
+Every data set ends in one `ForgetRetain`; what reads it does not know where the images came from. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mu.errors import MuError
+
+TEMPLATES = ("style", "object")
+LISTED_PROBLEMS = 10
+
+
+class DataError(MuError, ValueError):
+    """A data set that cannot be used as asked: the message says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image with its prompt.
+
+    `relative` is the image's path below the data set's own folder, with forward slashes. It names the image in
+    random streams and caches, so that neither depends on where the data set lies on this machine.
+    """
+
+    image: Path
+    relative: str
+    prompt: str
+    style: str
+    object: str
+    concept: str
+    substitute_prompt: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Stable name of this row in random streams."""
+        return f"{self.relative}|{self.prompt}"
+
+
+@dataclass(frozen=True)
+class ForgetRetain:
+    """The rows to forget (each with its substitute prompt) and those to retain."""
+
+    forget: tuple[Row, ...]
+    retain: tuple[Row, ...]
+
+
+def suggestion(name: str, allowed: Iterable[str]) -> str:
+    """`" Did you mean 'Cats'?"`, or nothing when no allowed name is near. Case, spaces and dashes do not count."""
+    plain = {_plain(choice): choice for choice in allowed}
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
+    return f" Did you mean {plain[near[0]]!r}?" if near else ""
+
+
+def check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises DataError naming `key`, what is allowed and the nearest valid name, unless `value` is allowed."""
+    if value not in allowed:
+        listed = ", ".join(allowed) or "none"
+        raise DataError(f"{key}: {value!r} is not one of: {listed}.{suggestion(value, allowed)}")
+
+
+def check_folder_names(key: str, names: Sequence[str]) -> None:
+    """Raises DataError unless `names` are distinct and each can be one folder's name that stays in its folder."""
+    if not names:
+        raise DataError(f"{key}: the list is empty; name at least one.")
+    for name in names:
+        if not re.fullmatch(r"[^\W_][\w .,()&'+-]{0,99}", name) or name[-1] in " .":
+            raise DataError(
+                f"{key}: {name!r} cannot name a folder. Use letters, digits, spaces and _ - . , ( ) & ' +, "
+                "beginning with a letter or digit, at most 100."
+            )
+    # A file system may not tell capitals from small letters: two such styles would share their images.
+    folded = [name.casefold() for name in names]
+    twice = sorted({name for name in names if folded.count(name.casefold()) > 1})
+    if twice:
+        raise DataError(f"{key}: named more than once: {', '.join(twice)}.")
+
+
+def natural_key(name: str) -> tuple[tuple[object, ...], str]:
+    """Sorts 2.jpg before 10.jpg."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple(int(part) if part.isdecimal() else part for part in parts), name
+
+
+def fill_substitute(prompt: str, *, style: str, object: str) -> str:
+    """The substitute prompt with `{style}` and `{object}` replaced; underscores are read as spaces."""
+    words = {"style": style.replace("_", " "), "object": object.replace("_", " ")}
+    return prompt.format(**words)
+
+
+def choose_substitute(
+    value: str | None, *, template: str, target: str, allowed: Sequence[str], default: str | None
+) -> tuple[str | None, str | None]:
+    """What stands in for the forgotten concept: (name, None) or (None, prompt with placeholders).
+
+    value: another name of the template's kind (one of `allowed`), or a whole prompt: text with a space in it or
+    a placeholder `{object}` / `{style}`. None takes `default`. Raises DataError for an unknown name, a
+    placeholder that would bring the forgotten concept back, and for the target itself.
+    """
+    if value is None:
+        if default is None or default == target:
+            raise DataError(
+                f"substitute: {target!r} is the only {template} here, so there is no other to stand in for it. "
+                f"Set substitute to another {template} or to a whole prompt."
+            )
+        return default, None
+    by_plain_name = {_plain(name): name for name in (*allowed, target)}
+    name = by_plain_name.get(_plain(value))
+    if name == target:
+        raise DataError(f"substitute: {value!r} is the {template} to forget; choose another {template}.")
+    if name is not None:
+        return name, None
+    if "{" not in value and "}" not in value and not re.search(r"\s", value.strip()):
+        raise DataError(
+            f"substitute: {value!r} is no {template} of this data set: {', '.join(allowed)}."
+            f"{suggestion(value, allowed)} (A whole prompt is also accepted; it contains a space.)"
+        )
+    if not value.isprintable():
+        raise DataError(f"substitute: {value!r} contains a line break or control character.")
+    try:
+        fields = list(string.Formatter().parse(value))
+    except ValueError as error:
+        raise DataError(f"substitute: {value!r} is not a prompt: {error}.") from error
+    for _, field, spec, conversion in fields:
+        if field is None:
+            continue
+        if field not in TEMPLATES or spec or conversion:
+            raise DataError(
+                f"substitute: {value!r} may only contain the placeholders {{object}} and {{style}}."
+            )
+        if field == template:
+            raise DataError(
+                f"substitute: {{{template}}} in {value!r} stands for {target!r}, which is to be forgotten; "
+                f"write another {template} there."
+            )
+    return None, value
+
+
+def check_substitutes(rows: Sequence[Row]) -> None:
+    """Raises DataError if a substitute prompt is itself one of the prompts to forget."""
+    forgotten = {" ".join(row.prompt.casefold().split()) for row in rows}
+    for row in rows:
+        if row.substitute_prompt is None:
+            raise DataError(f"{row.relative}: a row to forget needs a substitute prompt.")
+        if " ".join(row.substitute_prompt.casefold().split()) in forgotten:
+            raise DataError(f"substitute: {row.substitute_prompt!r} is one of the prompts to forget.")
+
+
+def raise_problems(problems: Sequence[str], *, what: str, advice: str) -> None:
+    """Raises one DataError for all problems, of which the first few are listed; nothing when there are none."""
+    if not problems:
+        return
+    listed = "".join(f"\n  {problem}" for problem in problems[:LISTED_PROBLEMS])
+    more = len(problems) - LISTED_PROBLEMS
+    rest = f"\n  and {more} more" if more > 0 else ""
+    raise DataError(f"{len(problems)} {what}:{listed}{rest}\n{advice}")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes beside `path`, syncs and renames: at `path` there is the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_index_files(rows: Sequence[Row], folder: Path) -> None:
+    """Writes images.txt, prompts.txt and, for rows to forget, substitutes.txt: one a line, in the same order."""
+    columns = {"images.txt": [str(row.image) for row in rows], "prompts.txt": [row.prompt for row in rows]}
+    if any(row.substitute_prompt is not None for row in rows):
+        columns["substitutes.txt"] = [row.substitute_prompt or "" for row in rows]
+    for name, lines in columns.items():
+        broken = [line for line in lines if len(line.splitlines()) > 1]
+        if broken:
+            raise DataError(f"{name} holds one entry a line; this one contains a line break: {broken[0]!r}.")
+        write_atomically(folder / name, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()

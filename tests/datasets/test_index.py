@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mu.datasets.index import (
+    DataError,
+    Row,
+    check_folder_names,
+    check_substitutes,
+    choose_substitute,
+    fill_substitute,
+    natural_key,
+    suggestion,
+    write_atomically,
+    write_index_files,
+)
+from mu.errors import MuError
+
+STYLES = ("Noto", "Fluent", "Fluent_Flat")
+ROW = Row(
+    Path("/a/Noto/Cats/1.png"), "Noto/Cats/1.png", "A Cats image in Noto style.", "Noto", "Cats", "Noto"
+)
+
+
+def choose(value: str | None, default: str | None = "Fluent") -> tuple[str | None, str | None]:
+    return choose_substitute(value, template="style", target="Noto", allowed=STYLES, default=default)
+
+
+def test_a_key_does_not_depend_on_where_the_data_lies() -> None:
+    assert ROW.key == "Noto/Cats/1.png|A Cats image in Noto style."
+    assert replace(ROW, image=Path("/elsewhere/1.png")).key == ROW.key
+
+
+def test_numbers_in_names_are_sorted_as_numbers() -> None:
+    names = ["10.jpg", "2.jpg", "1.jpg", "a.jpg", "1b.jpg", "Van_Gogh", ""]
+    assert sorted(names, key=natural_key) == ["", "1.jpg", "1b.jpg", "2.jpg", "10.jpg", "Van_Gogh", "a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("noto", "Noto"), ("fluent flat", "Fluent_Flat"), ("Fluent-Flta", "Fluent_Flat")]
+)
+def test_the_nearest_name_is_suggested(name: str, near: str) -> None:
+    assert suggestion(name, STYLES) == f" Did you mean {near!r}?"
+
+
+def test_nothing_near_suggests_nothing() -> None:
+    assert suggestion("Waterfalls", STYLES) == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../x", "a/b", "a\\b", "/abs", "", ".hidden", "a\nb", "a\0b", "a.", "x" * 101]
+)
+def test_names_that_leave_their_folder_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match="styles"):
+        check_folder_names("styles", ["Noto", name])
+
+
+def test_names_given_twice_are_refused() -> None:
+    with pytest.raises(DataError, match="more than once: Noto, noto"):
+        check_folder_names("styles", ["Noto", "Blob", "noto"])
+
+
+def test_a_substitute_is_the_default_a_name_or_a_prompt() -> None:
+    assert choose(None) == ("Fluent", None)
+    assert choose("fluent flat") == ("Fluent_Flat", None)
+    assert choose("a photo of {object}") == (None, "a photo of {object}")
+    assert choose("a plain drawing") == (None, "a plain drawing")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("Noto", "is the style to forget"),
+        ("noto ", "is the style to forget"),
+        ("Fluentt", "Did you mean 'Fluent'"),
+        ("{style} {object}", "stands for 'Noto'"),
+        ("a photo of {objekt}", "may only contain"),
+        ("a photo of {object.__class__}", "may only contain"),
+        ("a photo of {object!r}", "may only contain"),
+        ("a photo of {", "is not a prompt"),
+        ("a photo\nof it", "line break"),
+        ("", "no style of this data set"),
+    ],
+)
+def test_a_substitute_that_cannot_be_is_refused(value: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        choose(value)
+
+
+def test_the_only_concept_has_no_default_substitute() -> None:
+    with pytest.raises(DataError, match="the only style here"):
+        choose(None, default="Noto")
+
+
+def test_a_filled_substitute_says_names_in_words() -> None:
+    assert (
+        fill_substitute("{object} as {style}", style="Fluent_Flat", object="Sea_Lions")
+        == "Sea Lions as Fluent Flat"
+    )
+
+
+def test_a_substitute_that_is_a_prompt_to_forget_is_refused() -> None:
+    dogs = replace(
+        ROW, prompt="A Dogs image in Noto style.", substitute_prompt="a  cats image in Noto style."
+    )
+    with pytest.raises(DataError, match="one of the prompts to forget"):
+        check_substitutes([replace(ROW, substitute_prompt="a photo"), dogs])
+
+
+def test_index_files_hold_one_entry_a_line_in_order(tmp_path: Path) -> None:
+    rows = [
+        replace(ROW, image=Path(f"/a/{n}.png"), prompt=f"prompt {n}", substitute_prompt=f"s {n}")
+        for n in (2, 1)
+    ]
+    write_index_files(rows, tmp_path / "forget")
+    assert (tmp_path / "forget/images.txt").read_text() == "/a/2.png\n/a/1.png\n"
+    assert (tmp_path / "forget/prompts.txt").read_text() == "prompt 2\nprompt 1\n"
+    assert (tmp_path / "forget/substitutes.txt").read_text() == "s 2\ns 1\n"
+    assert len(list((tmp_path / "forget").iterdir())) == 3
+
+
+def test_an_entry_with_a_line_break_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line break"):
+        write_index_files([replace(ROW, image=Path("/a/x\ny.png"))], tmp_path)
+
+
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "not bytes")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    write_atomically(path, b"old")
+    # The limit on file sizes makes the write itself fail, as a full disk would.
+    script = (
+        "import resource, signal; from pathlib import Path; from mu.datasets.index import write_atomically\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"write_atomically(Path({str(path)!r}), b'x' * 5000)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "OSError" in ended.stderr
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_error_is_of_the_package_and_a_value_error() -> None:
+    assert issubclass(DataError, MuError)
+    assert issubclass(DataError, ValueError)
+
+
+def test_indexing_folders_needs_no_torch() -> None:
+    script = "import sys, mu.datasets.unlearn_canvas, mu.datasets.index; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "False"
