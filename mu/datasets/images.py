@@ -1,0 +1,66 @@
+"""Image files to tensors and back."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mu.datasets.index import DataError, write_atomically
+
+# What Pillow raises for files that are not whole images; a broken PNG chunk is a SyntaxError.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def load_image(path: Path | str, size: int) -> Tensor:
+    """Reads an image: centre square crop, bicubic resize, RGB; (3, size, size) float32 in [-1, 1].
+
+    A rotation noted by a camera is applied; transparency is laid on white. Raises DataError for a file that is
+    missing, is no whole image, has deep grey levels, or is smaller than an eighth of `size` on its short side.
+    """
+    try:
+        with Image.open(path) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{path}: {opened.mode} pixels (more than 8 bits) are not read; save it as 8-bit RGB"
+                )
+            picture = _on_white(ImageOps.exif_transpose(opened))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing") from None
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: unreadable ({error})") from error
+    side = min(picture.size)
+    if side * 8 < size:
+        raise DataError(f"{path}: {picture.width} x {picture.height} px is too small for {size} px")
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    if side != size:
+        square = square.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(numpy.asarray(square, dtype=numpy.float32))  # (size, size, 3) in 0..255
+    return (pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()  # (3, size, size)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images (..., 3, H, W) in [-1, 1] to uint8 (..., H, W, 3), rounded; what lies outside is clamped."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Writes one image (3, H, W) in [-1, 1] as an 8-bit PNG, atomically."""
+    content = io.BytesIO()
+    Image.fromarray(to_uint8(image).cpu().numpy()).save(content, format="PNG")
+    write_atomically(path, content.getvalue())
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layers = picture.convert("RGBA")
+    white = Image.new("RGBA", layers.size, "white")
+    return Image.alpha_composite(white, layers).convert("RGB")
