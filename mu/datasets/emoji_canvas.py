@@ -1,7 +1,8 @@
-"""EmojiCanvas: twelve objects as drawn by seven emoji houses, a small style x object grid like UnlearnCanvas.
+"""EmojiCanvas: twelve objects drawn by seven emoji houses, a style x object grid like UnlearnCanvas in small.
 
-The tables below are all that the package keeps of the artwork; ``scripts/build_emoji_canvas.py`` turns the npm
-packages named here into ``<root>/<Style>/<Object>/<n>.png``. No heavy import: a ``--help`` may read this module.
+The tables below are all that the package keeps of the artwork; ``scripts/build_emoji_canvas.py`` turns the
+npm packages named here into ``<root>/<Style>/<Object>/<n>.png``. Nothing heavy is imported: a ``--help`` may
+read this module.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ SOURCES: Mapping[str, StyleSource] = MappingProxyType(
         "High_Contrast": _fluent("@iconify-json/fluent-emoji-high-contrast"),
     }
 )
-"""Style name -> where its drawings come from. ``Blob`` is Noto's first version, ``High_Contrast`` is monochrome."""
+"""Style name -> where its drawings come from. ``Blob`` is Noto's first version; ``High_Contrast`` is black."""
 
 ICONS: Mapping[str, tuple[str, str, str, str]] = MappingProxyType(
     {

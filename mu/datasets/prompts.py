@@ -9,7 +9,7 @@ CANVAS_TEMPLATE = "A {object} image in {style} style."
 
 
 def style_words(style: str) -> str:
-    """How a style's folder name is said in a prompt: ``Van_Gogh`` -> ``Van Gogh``, ``Seed_Images`` -> ``Photo``."""
+    """A style's folder name as a prompt says it: ``Van_Gogh`` -> ``Van Gogh``, ``Seed_Images`` -> ``Photo``."""
     return "Photo" if style == SEED_STYLE else style.replace("_", " ")
 
 

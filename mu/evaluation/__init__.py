@@ -1,0 +1,1 @@
+"""Measuring what a model forgot and what it kept."""
