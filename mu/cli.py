@@ -1,0 +1,188 @@
+"""Command lines from config classes: `--config_path X.yaml --key value ...`, `--help`, exit codes.
+
+Exit codes: 0 done, 1 a run that failed with a message, 2 a mistake in the settings, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from mu.config import (
+    Config,
+    ConfigError,
+    Entry,
+    as_text,
+    assemble,
+    dump,
+    file_entries,
+    find_config,
+    keys_of,
+    nearest,
+    packaged_configs,
+)
+from mu.config_file import Text, read_list
+from mu.config_values import Key
+from mu.errors import MuError
+
+C = TypeVar("C", bound=Config)
+_WIDTH = 110
+
+
+class HelpAsked(Exception):
+    """`--help` stood among the arguments."""
+
+
+def parse_cli(cls: type[C], argv: Sequence[str], *, packaged: Path | None = None) -> C:
+    """A checked config from arguments: defaults < the file of `--config_path` < flags; paths must be there.
+
+    Raises ConfigError with all mistakes together, HelpAsked for `--help` or `-h`.
+    """
+    if "--help" in argv or "-h" in argv:
+        raise HelpAsked
+    mistakes: list[str] = []
+    flags = _flags(cls, argv, mistakes)
+    config_path = flags.pop("config_path", None)
+    entries: list[Entry] = []
+    if config_path is not None:
+        entries += file_entries(config_path, packaged=packaged, mistakes=mistakes)
+        if entries and not Path(config_path).exists():
+            print(
+                f"config_path: {config_path} is not on disk; using {find_config(config_path, packaged)}",
+                flush=True,
+            )
+    keys = {key.name: key for key in keys_of(cls)}
+    for name, text in flags.items():
+        try:
+            entries.append((name, _flag_value(keys[name], text), f"--{name}"))
+        except ValueError as error:
+            mistakes.append(f"{name}: {error} (--{name})")
+    return assemble(cls, entries, mistakes=mistakes, on_disk=True)
+
+
+def run_door(
+    cls: type[C],
+    run: Callable[[C], object],
+    *,
+    module: str,
+    summary: str,
+    packaged: Path | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """A whole command: settings, their print, the run, its result; returns the exit code.
+
+    Args:
+        run: does the work and returns what is printed at the end, a mapping of names to paths and numbers. It
+            imports what is heavy itself, so that mistakes and help come without the wait.
+        module: name after `python -m`.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        config = parse_cli(cls, arguments, packaged=packaged)
+        print(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}", flush=True)
+        result = run(config)
+    except HelpAsked:
+        print(help_text(cls, module=module, summary=summary, packaged=packaged))
+        return 0
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except MuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full: {error.filename or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if isinstance(result, Mapping):
+        print("\n".join(_result_lines(result)), flush=True)
+    return 0
+
+
+def help_text(cls: type[Config], *, module: str, summary: str, packaged: Path | None = None) -> str:
+    """What `--help` prints: every key with its type, range or choices, default and help."""
+    lines = [
+        f"python -m {module} [--config_path X.yaml] [--key value ...]",
+        "",
+        *_wrapped(summary, ""),
+        "",
+        "Values: defaults < config file < flags. Lists: a,b or '[a, b]'. `--key null` for no value.",
+        "",
+        "--config_path  a path or null",
+        *_wrapped(
+            "YAML file of `key: value` lines. A name that is not on disk is looked up among the packaged:",
+            "    ",
+        ),
+        *(f"      {name}" for name in (packaged_configs(packaged) if packaged is not None else [])),
+        "--help",
+    ]
+    for key in keys_of(cls):
+        limits = f", {key.rule.limits}" if key.rule.limits else ""
+        lines.append(f"--{key.name}  {key.type_words}{limits}; default: {key.default_text or repr('')}")
+        if key.rule.choices is not None:
+            lines += _wrapped(f"one of: {', '.join(key.rule.choices)}", "    ")
+        lines += _wrapped(key.rule.help, "    ")
+    return "\n".join(lines)
+
+
+def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -> str:
+    """The command that runs `module` with `values`, of which `cls`' defaults and other classes' keys are left out."""
+    words = ["python", "-m", module]
+    for key in keys_of(cls):
+        if key.name in values and values[key.name] != key.default:
+            words += [f"--{key.name}", as_text(values[key.name])]
+    return shlex.join(words)
+
+
+def _flags(cls: type[Config], argv: Sequence[str], mistakes: list[str]) -> dict[str, str]:
+    """Flag -> its text, from `--key value` and `--key=value`."""
+    known = ["config_path", "help", *(key.name for key in keys_of(cls))]
+    flags: dict[str, str] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            mistakes.append(f"{word!r} belongs to no flag; write --key value, lists as a,b")
+            continue
+        name, equals, text = word.removeprefix("--").partition("=")
+        has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
+        if not equals and has_value:
+            text = words.pop(0)
+        if name not in known:
+            mistakes.append(f"--{name}: there is no such flag.{nearest(name, known)}")
+        elif not has_value:
+            mistakes.append(f"--{name}: a value is missing; write --{name} value")
+        elif name in flags:
+            mistakes.append(f"--{name}: given twice")
+        else:
+            flags[name] = text
+    return flags
+
+
+def _flag_value(key: Key, text: str) -> Text | list[Text]:
+    if key.listed and text.lstrip().startswith("["):
+        return read_list(text)
+    # The shell has taken the quotes off: only `null` means null, the empty text is itself.
+    return Text(text, quoted=text != "null")
+
+
+def _result_lines(result: Mapping[object, object], indent: str = "") -> Iterable[str]:
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}:"
+            yield from _result_lines(value, indent + "  ")
+        else:
+            yield f"{indent}{name}: {value:.6g}" if isinstance(value, float) else f"{indent}{name}: {value}"
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)

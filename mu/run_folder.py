@@ -1,0 +1,235 @@
+"""One folder per run, never overwritten: config, log, metrics and the machine's environment.
+
+Files are written beside their final name, synced and renamed, so that a reader finds the old file or the whole new
+one. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import itertools
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+
+from mu.config import Config, dump
+from mu.errors import MuError
+
+_DISTRIBUTIONS = (
+    "unlearn_diff",
+    "torch",
+    "pytorch-lightning",
+    "transformers",
+    "safetensors",
+    "einops",
+    "numpy",
+    "pillow",
+)
+_ROOT_LOGGER = logging.getLogger("mu")
+_LINE = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+
+class RunFolderError(MuError, OSError):
+    """A run folder cannot be made or written."""
+
+
+class RunFolder:
+    """The folder of one run. While it is open, what the package logs goes to its `log.txt` and to the console.
+
+    with RunFolder.create("outputs/masks", "Noto") as run:
+        run.save_config(config)
+        run.metrics_csv.append(1, loss=0.5)
+        run.save_json("metrics.json", {"loss": 0.5})
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logger = _ROOT_LOGGER
+        self.metrics_csv = MetricsCsv(path / "metrics.csv")
+        self._handlers: list[logging.Handler] = []
+        self._level = _ROOT_LOGGER.level
+
+    @classmethod
+    def create(cls, output_dir: str | Path, name: str) -> RunFolder:
+        """Makes `<output_dir>/<name>-<YYYYmmdd-HHMMSS>`, with `-2`, `-3`, ... after it while that is taken.
+
+        Raises RunFolderError when the folder cannot be made, ValueError for a name that is not one folder's.
+        """
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise ValueError(f"{name!r} cannot be part of a run folder's name")
+        stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            for number in itertools.count(1):
+                path = Path(output_dir) / (stem if number == 1 else f"{stem}-{number}")
+                try:
+                    path.mkdir()  # exclusive: of two runs in one second, each gets its own
+                    break
+                except FileExistsError:
+                    continue
+        except OSError as error:
+            raise RunFolderError(
+                f"output_dir: no run folder can be made in {output_dir} ({error.strerror})"
+            ) from error
+        run = cls(path)
+        run._open_log()
+        return run
+
+    def save_config(self, config: Config) -> Path:
+        """Writes `config.yaml`, which the same command takes as `--config_path`."""
+        return write_atomically(self.path / "config.yaml", dump(config).encode())
+
+    def save_environment(self) -> Path:
+        """Writes `environment.json`, see `environment`."""
+        return self.save_json("environment.json", environment())
+
+    def save_json(self, name: str, value: object) -> Path:
+        """Writes a value as JSON, atomically. Raises ValueError for NaN or Inf, which JSON does not have."""
+        try:
+            text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"{name}: NaN or Inf cannot be written as JSON") from error
+        return write_atomically(self.path / name, f"{text}\n".encode())
+
+    def close(self) -> None:
+        """Stops logging into this folder. May be called twice."""
+        for handler in self._handlers:
+            _ROOT_LOGGER.removeHandler(handler)
+            handler.close()
+        if self._handlers:
+            _ROOT_LOGGER.setLevel(self._level)
+        self._handlers.clear()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_log(self) -> None:
+        self._handlers.append(logging.FileHandler(self.path / "log.txt", encoding="utf-8"))
+        # One console for a run within a run.
+        if not any(isinstance(handler, ConsoleHandler) for handler in _ROOT_LOGGER.handlers):
+            self._handlers.append(ConsoleHandler())
+        for handler in self._handlers:
+            handler.setFormatter(_LINE)
+            _ROOT_LOGGER.addHandler(handler)
+        if _ROOT_LOGGER.getEffectiveLevel() > logging.INFO:
+            _ROOT_LOGGER.setLevel(logging.INFO)
+
+
+class MetricsCsv:
+    """Rows `step, name, ...` of numbers. The first row sets the columns; each row is on disk when it is appended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns: tuple[str, ...] | None = None
+
+    def append(self, step: int, **values: float) -> None:
+        """Adds a row; a column without a value stays blank. Raises ValueError for a column the file has not."""
+        if self._columns is None:
+            self._columns = ("step", *values)
+            self._write(self._columns)
+        unknown = sorted(set(values) - set(self._columns))
+        if unknown:
+            raise ValueError(
+                f"{self.path.name} has no column {', '.join(unknown)}; it has {', '.join(self._columns)}"
+            )
+        row = {"step": step, **values}
+        self._write([row.get(column, "") for column in self._columns])
+
+    def _write(self, row: Iterable[object]) -> None:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(row)
+
+
+class ConsoleHandler(logging.Handler):
+    """Log lines to stderr, above the progress bars that are open."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            tqdm.tqdm.write(line, file=sys.stderr)
+
+
+def environment() -> dict[str, object]:
+    """Versions and kind of machine, as far as they may change a result; no host or user name, no variables."""
+    versions: dict[str, str | None] = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    result: dict[str, object] = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "packages": versions,
+    }
+    torch = sys.modules.get("torch")  # only described where the run has loaded it
+    if torch is not None:
+        result["torch"] = {
+            "version": torch.__version__,
+            "cuda": torch.version.cuda,
+            "threads": torch.get_num_threads(),
+            "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        }
+    return result
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Writes beside `path`, syncs and renames. Raises RunFolderError, with the bytes needed, when the disk is full."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        full = f"; {len(content)} bytes are needed" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror}){full}") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def writable_problem(folder: str | Path) -> str | None:
+    """Why nothing could be written into `folder` (which need not exist yet), or None."""
+    place = _nearest_existing(Path(folder))
+    if not place.is_dir():
+        return f"{place} is a file, not a folder"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"{place} cannot be written to; choose another folder or change its permissions"
+    return None
+
+
+def space_problem(folder: str | Path, needed_bytes: int) -> str | None:
+    """Why `needed_bytes` do not fit on the disk of `folder` (which need not exist yet), or None."""
+    free = shutil.disk_usage(_nearest_existing(Path(folder))).free
+    if free >= needed_bytes:
+        return None
+    return f"{needed_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB free; choose another disk or make room"
+
+
+def _nearest_existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
