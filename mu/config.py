@@ -76,7 +76,7 @@ class Config:
         yield from ()
 
     def disk_problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """What is missing on disk, as `conflicts`; the message names the command that makes it."""
+        """What is missing on disk, as `conflicts`, of keys without one; names the command that makes it."""
         yield from ()
 
 
@@ -217,8 +217,14 @@ def assemble(
             wrong.add(name)
             good = key.default
         object.__setattr__(config, name, good)
-    problems = [*config.conflicts(), *(config.disk_problems() if on_disk else ())]
-    found += [f"{keys[0]}: {message}" for keys, message in problems if wrong.isdisjoint(keys)]
+    for keys, message in config.conflicts():
+        if wrong.isdisjoint(keys):
+            found.append(f"{keys[0]}: {message}")
+            wrong.add(keys[0])
+    if on_disk:
+        found += [
+            f"{keys[0]}: {message}" for keys, message in config.disk_problems() if wrong.isdisjoint(keys)
+        ]
     if found:
         raise ConfigError(found)
     return config

@@ -54,7 +54,7 @@ class Rule:
     def limits(self) -> str:
         """The range in words, such as `> 0 and <= 1`."""
         signs = ((">", self.gt), (">=", self.ge), ("<", self.lt), ("<=", self.le))
-        parts = [f"{sign} {limit:g}" for sign, limit in signs if limit is not None]
+        parts = [f"{sign} {limit}" for sign, limit in signs if limit is not None]
         if self.multiple_of is not None:
             parts.append(f"a multiple of {self.multiple_of}")
         return " and ".join(parts)

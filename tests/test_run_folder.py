@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import errno
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mu.config import Config, load_config, setting
+from mu.errors import MuError
+from mu.run_folder import (
+    ConsoleHandler,
+    RunFolder,
+    RunFolderError,
+    space_problem,
+    writable_problem,
+    write_atomically,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy(Config):
+    lr: float = setting(1e-5, "step size", gt=0)
+
+
+def test_each_run_has_its_own_folder(tmp_path):
+    paths = []
+
+    def make():
+        with RunFolder.create(tmp_path / "out", "Noto") as run:
+            paths.append(run.path)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 8
+    assert sorted(paths) == sorted((tmp_path / "out").iterdir())
+    assert all(re.fullmatch(r"Noto-\d{8}-\d{6}(-\d)?", path.name) for path in paths)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "/abs"])
+def test_a_name_stays_in_its_folder(tmp_path, name):
+    with pytest.raises(ValueError, match="cannot be part"):
+        RunFolder.create(tmp_path, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_folder_can_be_made_the_error_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"output_dir: no run folder can be made in .*file") as caught:
+        RunFolder.create(tmp_path / "file", "Noto")
+    assert isinstance(caught.value, MuError)
+
+
+def test_the_saved_config_is_the_config(tmp_path):
+    with RunFolder.create(tmp_path, "x") as run:
+        path = run.save_config(Toy(lr=0.125))
+    assert path == run.path / "config.yaml"
+    assert load_config(Toy, config_path=path) == Toy(lr=0.125)
+
+
+def test_what_the_package_logs_goes_to_the_log_of_the_open_runs(tmp_path, capsys):
+    logger = logging.getLogger("mu.some.module")
+    with RunFolder.create(tmp_path, "outer") as outer:
+        logger.info("first")
+        with RunFolder.create(tmp_path, "inner") as inner:
+            logger.info("second")
+            consoles = [h for h in logging.getLogger("mu").handlers if isinstance(h, ConsoleHandler)]
+            assert len(consoles) == 1
+        logger.info("third")
+    logger.info("fourth")
+    lines = [line.split(" ", 3)[-1] for line in (outer.path / "log.txt").read_text().splitlines()]
+    assert lines == ["first", "second", "third"]
+    assert (inner.path / "log.txt").read_text().splitlines()[0].endswith("INFO second")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert [line.rsplit(" ", 1)[-1] for line in printed.err.splitlines()] == ["first", "second", "third"]
+    assert logging.getLogger("mu").handlers == []
+
+
+def test_metrics_are_rows_under_one_header(tmp_path):
+    with RunFolder.create(tmp_path, "x") as run:
+        run.metrics_csv.append(1, loss=0.5, retain=0.25)
+        run.metrics_csv.append(2, loss=0.125)
+        with pytest.raises(ValueError, match="no column lss; it has step, loss, retain"):
+            run.metrics_csv.append(3, lss=1.0)
+    with open(run.path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"step": "1", "loss": "0.5", "retain": "0.25"},
+        {"step": "2", "loss": "0.125", "retain": ""},
+    ]
+
+
+def test_json_is_json(tmp_path):
+    with RunFolder.create(tmp_path, "x") as run:
+        path = run.save_json("metrics.json", {"UA": 0.5, "concept": "é"})
+        assert json.loads(path.read_text(encoding="utf-8")) == {"UA": 0.5, "concept": "é"}
+        with pytest.raises(ValueError, match="NaN or Inf cannot"):
+            run.save_json("metrics.json", {"UA": float("nan")})
+        assert json.loads(path.read_text(encoding="utf-8"))["UA"] == 0.5
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_atomically(path, b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        RunFolderError, match=r"a.json: cannot be written \(No space left on device\); 5 bytes are needed"
+    ):
+        write_atomically(path, b"newer")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_real_full_device_is_told(tmp_path):
+    # The temporary name lies on /dev/full, which takes nothing.
+    target = tmp_path / "a.json"
+    (tmp_path / f".a.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(RunFolderError, match="bytes are needed"):
+        write_atomically(target, b"x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_names_versions_but_neither_host_nor_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret-0123456789")
+    with RunFolder.create(tmp_path, "x") as run:
+        text = run.save_environment().read_text()
+    found = json.loads(text)
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["packages"]["torch"] is not None
+    assert "secret" not in text
+    assert socket.gethostname() not in text
+    assert str(Path.home()) not in text
+
+
+def test_a_killed_run_keeps_the_rows_it_wrote(tmp_path):
+    code = (
+        "import os, signal, sys; from mu.run_folder import RunFolder; run = RunFolder.create(sys.argv[1], 'x')\n"
+        "for step in range(5): run.metrics_csv.append(step, loss=0.5); run.logger.info('step %d', step)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)
+    assert done.returncode == -9
+    (run,) = tmp_path.iterdir()
+    assert len((run / "metrics.csv").read_text().splitlines()) == 6
+    assert len((run / "log.txt").read_text().splitlines()) == 5
+
+
+def test_space_and_permission_are_found_before_a_run(tmp_path):
+    assert space_problem(tmp_path / "not" / "yet", 1) is None
+    assert "MB are needed" in str(space_problem(tmp_path / "not" / "yet", 10**18))
+    assert writable_problem(tmp_path / "not" / "yet") is None
+    (tmp_path / "file").write_text("")
+    assert "is a file" in str(writable_problem(tmp_path / "file" / "below"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_found(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "cannot be written to" in str(writable_problem(tmp_path / "x"))
