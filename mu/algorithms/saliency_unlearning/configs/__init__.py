@@ -1,0 +1,62 @@
+"""Settings of saliency unlearning: the config classes, and ready-made configs.
+
+A ready-made config is immutable; `mu.config.override(config, lr=2e-5)`, or a keyword argument of the algorithm, makes
+a new one. Importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from mu.algorithms.saliency_unlearning.configs.concept import (
+    PACKAGED,
+    ConceptKeys,
+    ModelKeys,
+    checkpoint_file,
+)
+from mu.algorithms.saliency_unlearning.configs.measuring import BenchmarkConfig, EvaluateConfig, SampleConfig
+from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig, mask_command
+from mu.config import Config, load_config, override
+
+__all__ = [
+    "PACKAGED",
+    "BenchmarkConfig",
+    "ConceptKeys",
+    "EvaluateConfig",
+    "MaskConfig",
+    "ModelKeys",
+    "SampleConfig",
+    "TrainConfig",
+    "checkpoint_file",
+    "mask_command",
+    "saliency_unlearning_generate_mask_emoji_canvas",
+    "saliency_unlearning_generate_mask_i2p",
+    "saliency_unlearning_generate_mask_mu",
+    "saliency_unlearning_train_emoji_canvas",
+    "saliency_unlearning_train_i2p",
+    "saliency_unlearning_train_mu",
+]
+
+C = TypeVar("C", bound=Config)
+
+
+def _packaged(cls: type[C], name: str) -> C:
+    return load_config(cls, config_path=PACKAGED / name)
+
+
+def _i2p(config: C) -> C:
+    return override(
+        config,
+        dataset_type="i2p",
+        template="i2p",
+        template_name="self-harm",
+        raw_dataset_dir="data/i2p-dataset/sample",
+    )
+
+
+saliency_unlearning_generate_mask_mu = _packaged(MaskConfig, "mask_config.yaml")
+saliency_unlearning_train_mu = _packaged(TrainConfig, "train_config.yaml")
+saliency_unlearning_generate_mask_i2p = _i2p(saliency_unlearning_generate_mask_mu)
+saliency_unlearning_train_i2p = _i2p(saliency_unlearning_train_mu)
+saliency_unlearning_generate_mask_emoji_canvas = _packaged(MaskConfig, "emoji_canvas/mask_style.yaml")
+saliency_unlearning_train_emoji_canvas = _packaged(TrainConfig, "emoji_canvas/train_style.yaml")

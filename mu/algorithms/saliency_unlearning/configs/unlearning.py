@@ -1,0 +1,157 @@
+"""The keys of the two stages: making a mask, and fine-tuning under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mu.algorithms.saliency_unlearning.configs.concept import OUTPUTS, ConceptKeys, Problem, checkpoint_file
+from mu.cli import command_line
+from mu.config import as_dict, keys_of, setting
+from mu.run_folder import space_problem, writable_problem
+
+MASKS = f"{OUTPUTS}/masks"
+MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
+TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
+_TRAIN_METHOD_HELP = (
+    "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
+    "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
+    "output blocks 6 and 8."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(ConceptKeys):
+    """Stage 1: the saliency mask of a concept."""
+
+    c_guidance: float = setting(
+        7.5, "Guidance w of the forget loss, (1+w) eps(prompt) - w eps(''); 0: the plain loss.", ge=0, le=100
+    )
+    batch_size: int = setting(4, "Images a gradient pass; memory and speed, not the mask.", ge=1, le=100_000)
+    num_timesteps: int = setting(
+        1000, "Timesteps are drawn from 0..num_timesteps-1; at most the model's own number.", ge=1, le=100_000
+    )
+    draws_per_image: int = setting(1, "Draws of timestep and noise for each image.", ge=1, le=100_000)
+    threshold: float | tuple[float, ...] = setting(
+        0.5, "Fraction of the weights that is kept, the most salient. Several give several masks.", gt=0, le=1
+    )
+    pool: str = setting(
+        "unet",
+        "What is ranked: unet, all weights of the UNet; train_method, those that train_method moves.",
+        choices=("unet", "train_method"),
+    )
+    train_method: str = setting(
+        "full",
+        f"Used by pool train_method: which UNet weights are ranked. {_TRAIN_METHOD_HELP}",
+        choices=TRAIN_METHODS,
+    )
+    lr: float = setting(1e-5, "Accepted because existing files have it; has no effect, nothing moves.", gt=0)
+    output_dir: str = setting(MASKS, "The run's folder is made in it.", kind="path")
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """`threshold` as a tuple."""
+        return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+
+    def disk_problems(self) -> Iterator[Problem]:
+        yield from super().disk_problems()
+        if (problem := writable_problem(self.output_dir)) is not None:
+            yield ("output_dir",), problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ConceptKeys):
+    """Stage 2: masked fine-tuning."""
+
+    train_method: str = setting(
+        "full",
+        f"Which UNet weights may move, where the mask allows it. {_TRAIN_METHOD_HELP}",
+        choices=TRAIN_METHODS,
+    )
+    masking: str = setting(
+        "saliency",
+        "saliency: the mask at mask_path. random: a random mask of the same sparsity, a control. none: all weights.",
+        choices=("saliency", "random", "none"),
+    )
+    mask_path: str | None = setting(
+        MASKS,
+        "masking saliency: a mask file, or a folder, of which the newest mask of this concept (and threshold, if "
+        "there are several) is taken.",
+        kind="path",
+    )
+    mask_seed: int = setting(0, "masking random: seed of the mask.", ge=0, lt=2**32)
+    threshold: float = setting(
+        0.5, "masking random: fraction of the weights in the mask; with a folder of masks: which.", gt=0, le=1
+    )
+    alpha: float = setting(0.5, "Weight of the retain term in the loss.", ge=0, le=1_000_000)
+    target: str = setting(
+        "current",
+        "Which model predicts for the substitute prompt: the current one, without gradient, or the frozen original.",
+        choices=("current", "frozen"),
+    )
+    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
+    lr: float = setting(1e-5, "Learning rate of Adam.", gt=0, le=1)
+    batch_size: int = setting(8, "Images to forget in a step.", ge=1, le=100_000)
+    retain_batch_size: int | None = setting(
+        None, "Images to retain in a step; null: as many as batch_size.", ge=1, le=100_000
+    )
+    precision: str = setting(
+        "fp32",
+        "Arithmetic of training; weights stay fp32 in memory and keep the file's type on disk.",
+        choices=("fp32", "bf16-mixed"),
+    )
+    output_format: str = setting(
+        "safetensors", "Suffix of the unlearned checkpoint.", choices=("safetensors", "ckpt", "pth")
+    )
+    sample_prompts: tuple[str, ...] | None = setting(
+        None,
+        "Prompts of the pictures before and after; null: some forgotten and some retained ones; []: no pictures.",
+        split=False,
+        may_be_empty=True,
+    )
+    sample_seeds: tuple[int, ...] = setting(
+        (188, 288), "Seeds of each of these pictures.", ge=0, lt=1_000_000
+    )
+    wandb: str = setting(
+        "off",
+        "Weights & Biases. online without a key, network or terminal becomes offline, with one warning.",
+        choices=("off", "offline", "online"),
+    )
+    wandb_project: str = setting("saliency-unlearning", "Project there.", kind="name")
+    output_dir: str = setting(f"{OUTPUTS}/finetuned_models", "The run's folder is made in it.", kind="path")
+
+    def conflicts(self) -> Iterator[Problem]:
+        yield from super().conflicts()
+        if self.masking == "saliency" and self.mask_path is None:
+            yield (
+                ("mask_path", "masking"),
+                f"masking saliency needs a mask; this makes one: {mask_command(self)}",
+            )
+
+    def disk_problems(self) -> Iterator[Problem]:
+        yield from super().disk_problems()
+        if self.masking == "saliency" and self.mask_path is not None and not _has_mask(Path(self.mask_path)):
+            yield (
+                ("mask_path", "masking"),
+                f"there is no mask at {self.mask_path}; make it: {mask_command(self)}",
+            )
+        if (problem := writable_problem(self.output_dir)) is not None:
+            yield ("output_dir",), problem
+        elif (checkpoint := checkpoint_file(self.ckpt_path)).is_file():
+            needed = checkpoint.stat().st_size + 50_000_000  # the unlearned checkpoint, and what goes with it
+            if (problem := space_problem(self.output_dir, needed)) is not None:
+                yield ("output_dir", "ckpt_path"), problem
+
+
+def mask_command(config: TrainConfig) -> str:
+    """The command that makes the mask of this concept, where `config` looks for it."""
+    shared = {key.name for key in keys_of(ConceptKeys)} | {"threshold"}
+    values: dict[str, object] = {key: value for key, value in as_dict(config).items() if key in shared}
+    if config.mask_path is not None and not Path(config.mask_path).suffix:
+        values["output_dir"] = config.mask_path
+    return command_line(MASK_MODULE, MaskConfig, values)
+
+
+def _has_mask(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and next(path.rglob("mask_*.safetensors"), None) is not None)

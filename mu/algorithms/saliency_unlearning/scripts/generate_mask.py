@@ -1,0 +1,25 @@
+"""Stage 1: find the weights of the UNet that are salient for a concept, and write them as a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mu.algorithms.saliency_unlearning.configs import PACKAGED, MaskConfig
+from mu.cli import run_door
+
+MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_door(MaskConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv)
+
+
+def _run(config: MaskConfig) -> object:
+    from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
+
+    return MaskingAlgorithm(config).run()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

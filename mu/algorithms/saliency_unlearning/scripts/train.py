@@ -1,0 +1,25 @@
+"""Stage 2: make the model forget a concept by fine-tuning only the weights in its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mu.algorithms.saliency_unlearning.configs import PACKAGED, TrainConfig
+from mu.cli import run_door
+
+MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_door(TrainConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv)
+
+
+def _run(config: TrainConfig) -> object:
+    from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
+
+    return SaliencyUnlearningAlgorithm(config).run()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
