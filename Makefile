@@ -38,7 +38,7 @@ demo: $(VENV)/.installed             ## mask, unlearn, sample and evaluate one s
 	$(DOOR).evaluate --config_path emoji_canvas/evaluate_style.yaml
 
 table: $(VENV)/.installed            ## the results table of README.md: every style and object; goes on where it stopped
-	$(DOOR).benchmark --config_path emoji_canvas/benchmark.yaml
+	$(DOOR).benchmark_unlearning --config_path emoji_canvas/benchmark.yaml
 
 test: $(VENV)/.installed-dev         ## the tests; ARGS="-k mask -x" is handed to pytest
 	$(BIN)/python -m pytest $(ARGS)

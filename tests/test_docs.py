@@ -1,0 +1,72 @@
+"""What README and docs/ tell a reader to run, open or import is there, and does what they say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mu.algorithms.saliency_unlearning.masking import load_mask, save_mask
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_modules_and_files_that_exist(page: Path) -> None:
+    shell = "\n".join(blocks(page, "sh"))
+    for module, config in re.findall(r"python -m (mu[\w.]*) +--config_path (\S+)", shell):
+        assert find_spec(module) is not None
+        assert (ROOT / "configs" / config).is_file()
+    scripts = re.findall(r"python (scripts/\w+\.py)", shell)
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+    targets = re.findall(r"^make ([a-z-]+)", shell, flags=re.M)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.M)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_imports_in_examples_work(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for statement in re.findall(r"^from mu\S* import (?:\([^)]*\)|[^\n]*)", block, flags=re.M):
+            exec(statement, {})
+
+
+def test_tables_of_keys_are_those_of_the_config_classes() -> None:
+    script = [sys.executable, str(ROOT / "scripts/readme_keys.py"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_mask_is_read_as_the_page_on_masks_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    marked = {
+        "in.weight": torch.rand((3, 5, 7), generator=generator) < 0.5,
+        "in.bias": torch.rand((3,), generator=generator) < 0.9,
+    }
+    save_mask(marked, tmp_path / "mask_0.5.safetensors", {"concept": "Cubism"})
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(ROOT / "docs/masks.md", "python")
+    variables: dict[str, dict[str, np.ndarray]] = {}
+    exec(example, variables)
+    read, own = variables["mask"], load_mask(tmp_path / "mask_0.5.safetensors")
+    assert list(read) == list(own) == list(marked)
+    for name, values in marked.items():
+        assert np.array_equal(read[name], values.numpy())
+        assert torch.equal(own[name], values)
