@@ -1,0 +1,264 @@
+"""A data set sampled from the model itself: no images are needed, as SalUn's authors did for nudity.
+
+Images lie at `<folder>/generated/<model>-<settings>/<Style>/<Object>/<seed>.png`. `<model>` is the beginning of the
+model's fingerprint and `<settings>` a hash of all that decides how an image looks (steps, guidance, size, ...), both
+written out in `manifest.json` beside the styles. A seed belongs to an image (style, object, seed), so the same images
+serve every concept, and a run samples only those that are missing.
+
+The seeds are TRAINING_SEED_BASE, TRAINING_SEED_BASE + 1, ...: evaluation, whose seeds are small numbers (188, 288
+and so on), never sees an image from which a model was unlearned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mu.datasets.images import save_png
+from mu.datasets.index import (
+    TEMPLATES,
+    DataError,
+    ForgetRetain,
+    Row,
+    check_choice,
+    check_folder_names,
+    check_substitutes,
+    choose_substitute,
+    fill_substitute,
+    write_atomically,
+)
+from mu.datasets.prompts import canvas_prompt, style_words
+from mu.datasets.streams import initial_noise
+from mu.ldm.checkpoint import fingerprint
+from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.ldm.sampler import sample_ddim
+
+TRAINING_SEED_BASE = 1_000_000
+"""The first seed of images that a model is unlearned on; seeds below are left to evaluation."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How images are sampled: DDIM steps, classifier-free guidance scale (1 is none), side in pixels."""
+
+    steps: int
+    guidance_scale: float
+    image_size: int
+
+
+def index(
+    model: LatentDiffusion,
+    folder: Path | str,
+    *,
+    styles: Sequence[str],
+    objects: Sequence[str],
+    template: str,
+    template_name: str,
+    images_per_prompt: int,
+    retain_images_per_prompt: int,
+    settings: SampleSettings,
+    substitute: str | None = None,
+    batch_size: int = 16,
+) -> ForgetRetain:
+    """`plan_rows`, and then `GeneratedImages.sample_missing` for all of them."""
+    images = GeneratedImages(model, folder, settings)
+    rows = plan_rows(
+        images.path,
+        styles=styles,
+        objects=objects,
+        template=template,
+        template_name=template_name,
+        images_per_prompt=images_per_prompt,
+        retain_images_per_prompt=retain_images_per_prompt,
+        substitute=substitute,
+    )
+    images.sample_missing((*rows.forget, *rows.retain), batch_size=batch_size)
+    return rows
+
+
+def plan_rows(
+    images: Path,
+    *,
+    styles: Sequence[str],
+    objects: Sequence[str],
+    template: str,
+    template_name: str,
+    images_per_prompt: int,
+    retain_images_per_prompt: int,
+    substitute: str | None = None,
+) -> ForgetRetain:
+    """The rows of the grid styles x objects, whether their images exist or not.
+
+    Args:
+        images: see `GeneratedImages.path`.
+        template: what is forgotten, "style" or "object"; `template_name` names it. Its prompts with every object (or
+            in every style) are forgotten, all other prompts of the grid are retained.
+        images_per_prompt, retain_images_per_prompt: images of a prompt to forget, and of one to retain.
+        substitute: what stands in for the forgotten concept: another style (or object), or a whole prompt with
+            `{object}` (or `{style}`). By default the next one in its list, the first after the last.
+
+    Raises:
+        DataError: names or numbers that cannot be; see the message.
+    """
+    check_choice("template", template, TEMPLATES)
+    check_folder_names("styles", styles)
+    check_folder_names("objects", objects)
+    names = styles if template == "style" else objects
+    check_choice("template_name", template_name, names)
+    if images_per_prompt < 1 or retain_images_per_prompt < 0:
+        raise DataError(
+            f"images_per_prompt = {images_per_prompt} must be at least 1 and retain_images_per_prompt = "
+            f"{retain_images_per_prompt} at least 0."
+        )
+    default = names[(names.index(template_name) + 1) % len(names)]
+    stand_in, whole_prompt = choose_substitute(
+        substitute, template=template, target=template_name, allowed=names, default=default
+    )
+
+    forget: list[Row] = []
+    retain: list[Row] = []
+    for style in styles:
+        for object in objects:
+            concept = style if template == "style" else object
+            forgotten = concept == template_name
+            substitute_prompt = None
+            if forgotten and whole_prompt is not None:
+                substitute_prompt = fill_substitute(whole_prompt, style=style_words(style), object=object)
+            elif forgotten and template == "style":
+                substitute_prompt = canvas_prompt(object, str(stand_in))
+            elif forgotten:
+                substitute_prompt = canvas_prompt(str(stand_in), style)
+            for number in range(images_per_prompt if forgotten else retain_images_per_prompt):
+                relative = f"{style}/{object}/{TRAINING_SEED_BASE + number}.png"
+                row = Row(
+                    image=images / relative,
+                    relative=relative,
+                    prompt=canvas_prompt(object, style),
+                    style=style,
+                    object=object,
+                    concept=concept,
+                    substitute_prompt=substitute_prompt,
+                )
+                (forget if forgotten else retain).append(row)
+    check_substitutes(forget)
+    return ForgetRetain(tuple(forget), tuple(retain))
+
+
+class GeneratedImages:
+    """The images of one model with one set of settings.
+
+    Args:
+        model: in eval mode, with a text encoder.
+        folder: `path` lies below it.
+
+    Attributes:
+        path: the folder of the styles.
+
+    Raises:
+        DataError: the model cannot be sampled from, or not with that many steps.
+    """
+
+    def __init__(self, model: LatentDiffusion, folder: Path | str, settings: SampleSettings) -> None:
+        if model.cond_stage_model is None:
+            raise DataError(
+                "dataset_type generated: this model has no text encoder (cond_stage_config: __is_unconditional__), "
+                "so it cannot be asked for images of a concept."
+            )
+        if model.training:
+            raise DataError("images are sampled from a model in eval mode: call model.eval() first.")
+        if not 1 <= settings.steps <= model.num_timesteps:
+            raise DataError(
+                f"sample_steps = {settings.steps}: allowed are 1 to {model.num_timesteps} (the model's T)."
+            )
+        self.model = model
+        self.settings = settings
+        self._manifest = _manifest(model, settings)
+        described = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
+        weights = self._manifest["model"].removeprefix("sha256:")
+        self.path = Path(folder) / "generated" / f"{weights[:12]}-{described[:8]}"
+
+    @torch.no_grad()
+    def sample_missing(self, rows: Sequence[Row], *, batch_size: int) -> int:
+        """Samples the images of `rows` that do not exist yet, and returns how many those were.
+
+        Each image is written whole or not at all, as soon as its batch is done: an interrupted run loses one batch.
+
+        Raises:
+            DataError: an image came out with NaN or Inf, or the folder's manifest says something else.
+        """
+        _claim_folder(self.path, self._manifest)
+        missing = [row for row in rows if not row.image.exists()]
+        if not missing:
+            return 0
+        steps = self.settings.steps
+        _log.info("sampling %d of %d images from the model (%d steps)", len(missing), len(rows), steps)
+        with tqdm(total=len(missing), desc="sampling images", unit="image", disable=None) as progress:
+            for start in range(0, len(missing), batch_size):
+                batch = missing[start : start + batch_size]
+                for row, image in zip(batch, self._sample(batch), strict=True):
+                    if not torch.isfinite(image).all():
+                        raise DataError(
+                            f"{row.image}: the model's image for {row.prompt!r} contains NaN or Inf."
+                        )
+                    save_png(image, row.image)
+                progress.update(len(batch))
+        return len(missing)
+
+    def _sample(self, rows: Sequence[Row]) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1]."""
+        shape = self.model.latent_shape(self.settings.image_size)
+        noise = torch.stack(
+            [initial_noise(row.style, row.object, int(row.image.stem), shape) for row in rows]
+        )
+        context = self.model.embed([row.prompt for row in rows])  # (B, L, D)
+        latents = sample_ddim(
+            self.model,
+            context,
+            shape=shape,
+            steps=self.settings.steps,
+            guidance_scale=self.settings.guidance_scale,
+            uncond_context=self.model.embed([""]).expand_as(context),
+            initial_noise=noise.to(context),
+        )  # (B, C, h, w)
+        return self.model.decode(latents)
+
+
+def _manifest(model: LatentDiffusion, settings: SampleSettings) -> dict[str, str]:
+    """All that decides how an image looks, apart from its style, object and seed."""
+    return {
+        "format": "1",
+        "model": fingerprint(model.state_dict()),
+        "parameterization": str(model.params.parameterization),
+        "scale_factor": repr(model.scale_factor),
+        "sampler": "ddim, eta 0",
+        "steps": str(settings.steps),
+        "guidance_scale": repr(float(settings.guidance_scale)),
+        "image_size_px": str(settings.image_size),
+        "prompt": canvas_prompt("{object}", "{style}"),
+    }
+
+
+def _claim_folder(folder: Path, content: dict[str, str]) -> None:
+    """Writes manifest.json, or makes sure that the one there says the same."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if found != content:
+        raise DataError(
+            f"{path} describes other images than are asked for here; move {folder} away and run again."
+        )

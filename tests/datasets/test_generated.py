@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mu.datasets import generated
+from mu.datasets.generated import TRAINING_SEED_BASE, GeneratedImages, SampleSettings, plan_rows
+from mu.datasets.images import load_image, to_uint8
+from mu.datasets.index import DataError, ForgetRetain
+from mu.datasets.streams import initial_noise
+from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.ldm.sampler import sample_ddim
+
+STYLES = ("Noto", "Blob", "Fluent_Flat")
+OBJECTS = ("Cats", "Dogs")
+SETTINGS = SampleSettings(steps=4, guidance_scale=3.0, image_size=16)
+
+
+def plan(images: Path = Path("/images"), **changes: Any) -> ForgetRetain:
+    wanted: dict[str, Any] = {
+        "styles": STYLES,
+        "objects": OBJECTS,
+        "template": "style",
+        "template_name": "Noto",
+        "images_per_prompt": 2,
+        "retain_images_per_prompt": 1,
+    }
+    return plan_rows(images, **(wanted | changes))
+
+
+def test_a_style_is_forgotten_with_all_objects() -> None:
+    rows = plan()
+    assert [row.relative for row in rows.forget] == [
+        f"Noto/{object}/{TRAINING_SEED_BASE + k}.png" for object in OBJECTS for k in range(2)
+    ]
+    assert rows.forget[0].prompt == "A Cats image in Noto style."
+    assert rows.forget[0].substitute_prompt == "A Cats image in Blob style."
+    assert [(row.style, row.object) for row in rows.retain] == [
+        (style, object) for style in STYLES[1:] for object in OBJECTS
+    ]
+    assert rows.retain[-1].prompt == "A Dogs image in Fluent Flat style."
+
+
+def test_an_object_is_forgotten_in_all_styles() -> None:
+    rows = plan(template="object", template_name="Dogs")
+    assert Counter((row.style, row.object) for row in rows.forget) == {(style, "Dogs"): 2 for style in STYLES}
+    assert {row.object for row in rows.retain} == {"Cats"}
+    assert (
+        rows.forget[-1].substitute_prompt == "A Cats image in Fluent Flat style."
+    )  # the first after the last
+
+
+def test_the_last_style_is_replaced_by_the_first() -> None:
+    assert plan(template_name="Fluent_Flat").forget[0].substitute_prompt == "A Cats image in Noto style."
+
+
+def test_a_chosen_substitute_is_used() -> None:
+    assert plan(substitute="Fluent Flat").forget[-1].substitute_prompt == "A Dogs image in Fluent Flat style."
+    assert plan(substitute="a sketch of {object}").forget[-1].substitute_prompt == "a sketch of Dogs"
+
+
+def test_no_training_seed_is_an_evaluation_seed() -> None:
+    rows = plan(images_per_prompt=50, retain_images_per_prompt=50)
+    seeds = {int(row.image.stem) for row in rows.forget + rows.retain}
+    assert min(seeds) == 1_000_000
+    assert seeds.isdisjoint({188, 288, 588, 688, 888})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template_name": "noto"}, "Did you mean 'Noto'"),
+        ({"template": "object", "template_name": "Noto"}, "not one of: Cats, Dogs"),
+        ({"template": "colour"}, "template: 'colour'"),
+        ({"styles": ("Noto", "../etc")}, "cannot name a folder"),
+        ({"objects": ()}, "objects: the list is empty"),
+        ({"styles": ("Noto",)}, "the only style here"),
+        ({"images_per_prompt": 0}, "images_per_prompt"),
+        ({"substitute": "Noto"}, "the style to forget"),
+        ({"substitute": "A Dogs image in Noto style."}, "one of the prompts to forget"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        plan(**changes)
+
+
+def test_an_image_is_sampled_from_its_own_noise_and_prompt(model: LatentDiffusion, tmp_path: Path) -> None:
+    images = GeneratedImages(model, tmp_path, SETTINGS)
+    rows = plan(images.path)
+    assert images.sample_missing(rows.forget, batch_size=3) == 4
+    row = rows.forget[3]
+    latents = sample_ddim(
+        model,
+        model.embed([row.prompt]),
+        shape=(4, 8, 8),
+        steps=4,
+        guidance_scale=3.0,
+        uncond_context=model.embed([""]),
+        initial_noise=initial_noise("Noto", "Dogs", TRAINING_SEED_BASE + 1, (4, 8, 8))[None],
+    )
+    with torch.no_grad():
+        expected = to_uint8(model.decode(latents)[0]).int()
+    found = to_uint8(load_image(row.image, 16)).int()
+    assert found.float().std() > 5  # a picture, not a plain colour
+    assert int((found - expected).abs().max()) <= 1  # another batch size: the same up to rounding
+
+
+def test_images_do_not_depend_on_batches_or_on_what_else_is_sampled(
+    model: LatentDiffusion, tmp_path: Path
+) -> None:
+    one, all_ = (
+        GeneratedImages(model, tmp_path / "1", SETTINGS),
+        GeneratedImages(model, tmp_path / "2", SETTINGS),
+    )
+    single, every = plan(one.path).forget[2:3], plan(all_.path)
+    one.sample_missing(single, batch_size=1)
+    all_.sample_missing(every.forget + every.retain, batch_size=8)
+    first, second = (to_uint8(load_image(row.image, 16)).int() for row in (single[0], every.forget[2]))
+    assert int((first - second).abs().max()) <= 1
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = GeneratedImages(model, tmp_path, SETTINGS)
+    rows = plan(images.path).forget
+    whole, calls = model.decode, []
+
+    def cut(latents: torch.Tensor) -> torch.Tensor:
+        calls.append(len(latents))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(latents)
+
+    monkeypatch.setattr(model, "decode", cut)
+    with pytest.raises(KeyboardInterrupt):
+        images.sample_missing(rows, batch_size=1)
+    assert [row.image.exists() for row in rows] == [True, False, False, False]
+    written = rows[0].image.stat().st_mtime_ns
+    assert images.sample_missing(rows, batch_size=1) == 3
+    assert calls == [1] * 5
+    assert rows[0].image.stat().st_mtime_ns == written
+    assert images.sample_missing(rows, batch_size=1) == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_concepts_share_images(model: LatentDiffusion, tmp_path: Path) -> None:
+    images = GeneratedImages(model, tmp_path, SETTINGS)
+    first = plan(images.path, images_per_prompt=1)
+    assert images.sample_missing(first.forget + first.retain, batch_size=8) == 6
+    second = plan(images.path, images_per_prompt=1, template="object", template_name="Cats")
+    assert images.sample_missing(second.forget + second.retain, batch_size=8) == 0
+
+
+def test_other_weights_and_settings_have_folders_of_their_own(
+    model: LatentDiffusion, other_model: LatentDiffusion, tmp_path: Path
+) -> None:
+    paths = [
+        GeneratedImages(model, tmp_path, SETTINGS).path,
+        GeneratedImages(other_model, tmp_path, SETTINGS).path,
+    ]
+    for settings in [SampleSettings(5, 3.0, 16), SampleSettings(4, 3.5, 16), SampleSettings(4, 3.0, 32)]:
+        paths.append(GeneratedImages(model, tmp_path, settings).path)
+    assert len(set(paths)) == 5
+    assert GeneratedImages(model, tmp_path, SampleSettings(4, 3, 16)).path == paths[0]  # 3 is 3.0
+
+
+def test_the_manifest_notes_the_settings_and_guards_the_folder(
+    model: LatentDiffusion, tmp_path: Path
+) -> None:
+    images = GeneratedImages(model, tmp_path, SETTINGS)
+    rows = plan(images.path).forget
+    images.sample_missing(rows[:1], batch_size=1)
+    path = images.path / "manifest.json"
+    noted = json.loads(path.read_text())
+    assert (noted["steps"], noted["guidance_scale"], noted["image_size_px"]) == ("4", "3.0", "16")
+    assert noted["model"].startswith("sha256:")
+    assert images.path.name.startswith(noted["model"].removeprefix("sha256:")[:12])
+    path.write_text(json.dumps(noted | {"steps": "50"}))
+    with pytest.raises(DataError, match="describes other images"):
+        images.sample_missing(rows, batch_size=1)
+
+
+def test_an_image_with_nan_is_named_and_not_written(model: LatentDiffusion, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.first_stage_model.get_parameter("decoder.conv_in.weight").fill_(torch.nan)
+    images = GeneratedImages(model, tmp_path, SETTINGS)
+    rows = plan(images.path).forget
+    with pytest.raises(DataError, match="NaN") as raised:
+        images.sample_missing(rows, batch_size=2)
+    assert str(rows[0].image) in str(raised.value)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_model_that_cannot_be_asked_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="sample_steps = 21: allowed are 1 to 20"):
+        GeneratedImages(model, tmp_path, SampleSettings(21, 3.0, 16))
+    with pytest.raises(DataError, match="eval"):
+        GeneratedImages(model.train(), tmp_path, SETTINGS)
+    model.cond_stage_model = None
+    with pytest.raises(DataError, match="no text encoder"):
+        GeneratedImages(model.eval(), tmp_path, SETTINGS)
+
+
+def test_index_plans_and_samples(model: LatentDiffusion, tmp_path: Path) -> None:
+    rows = generated.index(
+        model,
+        tmp_path,
+        styles=STYLES,
+        objects=OBJECTS,
+        template="style",
+        template_name="Blob",
+        images_per_prompt=1,
+        retain_images_per_prompt=1,
+        settings=SETTINGS,
+    )
+    assert len(rows.forget) == 2
+    assert len(rows.retain) == 4
+    assert all(row.image.is_file() for row in rows.forget + rows.retain)
