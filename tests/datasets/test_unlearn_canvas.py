@@ -109,9 +109,9 @@ def test_a_missing_folder_names_the_command_that_makes_it(tmp_path: Path) -> Non
         index(tmp_path / "nowhere", template="style", template_name="Van_Gogh")
 
 
-def test_a_folder_of_another_layout_is_refused(tmp_path: Path, draw_canvas: Draw) -> None:
+def test_a_folder_of_another_layout_is_refused(draw_canvas: Draw) -> None:
     root = draw_canvas(STYLES, OBJECTS, 1)
-    with pytest.raises(DataError, match="<Style>/<Class>/<n>.jpg"):
+    with pytest.raises(DataError, match=r"<Style>/<Class>/<n>\.jpg"):
         index(root / "Van_Gogh", template="style", template_name="Cats")
 
 

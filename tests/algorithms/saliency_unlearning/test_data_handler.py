@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.datasets.images import load_image
+from mu.datasets.index import DataError, Row
+from mu.datasets.streams import draw
+from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.ldm.model_config import AutoencoderParams, LatentDiffusionParams, UNetParams
+
+STYLES, OBJECTS, IMAGES = ["Blob", "Noto", "Seed_Images"], ["Cats", "Dogs"], 5
+FORGET_COUNT, RETAIN_COUNT = 10, 20
+
+
+class LetterPrompts(nn.Module):
+    """Embeds a prompt as numbers made of its letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(256, 8)
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        letters = [
+            torch.frombuffer(bytearray(prompt.encode().ljust(40)), dtype=torch.uint8) for prompt in prompts
+        ]
+        return self.table(torch.stack(letters).long())  # (B, 40, 8)
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    """Images of 16 px, latents of 4 x 8 x 8, 50 timesteps."""
+    torch.manual_seed(0)
+    unet = UNetParams(
+        in_channels=4,
+        out_channels=4,
+        model_channels=32,
+        attention_resolutions=(1,),
+        num_res_blocks=1,
+        channel_mult=(1,),
+        num_heads=2,
+        context_dim=8,
+        image_size=8,
+    )
+    first_stage = AutoencoderParams(
+        embed_dim=4,
+        z_channels=4,
+        resolution=16,
+        in_channels=3,
+        out_ch=3,
+        ch=32,
+        ch_mult=(1, 1),
+        num_res_blocks=1,
+    )
+    made = LatentDiffusion(
+        LatentDiffusionParams(
+            unet=unet, first_stage=first_stage, cond_stage=None, timesteps=50, scale_factor=0.5
+        )
+    )
+    made.cond_stage_model = LetterPrompts()
+    return made.eval()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SimpleNamespace:
+    number = 0
+    for style in STYLES:
+        for object in OBJECTS:
+            (tmp_path / "raw" / style / object).mkdir(parents=True)
+            for n in range(1, IMAGES + 1):
+                number += 1
+                colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
+                Image.new("RGB", (16, 16), colour).save(tmp_path / "raw" / style / object / f"{n}.png")
+    return SimpleNamespace(
+        raw_dataset_dir=str(tmp_path / "raw"),
+        processed_dataset_dir=str(tmp_path / "processed"),
+        dataset_type="unlearncanvas",
+        template="style",
+        template_name="Noto",
+        use_sample=False,
+        image_size=16,
+        styles=None,
+        objects=None,
+        images_per_prompt=2,
+        retain_images_per_prompt=1,
+        sample_steps=2,
+        guidance_scale=2.0,
+        substitute=None,
+        batch_size=4,
+        seed=0,
+        num_timesteps=50,
+        draws_per_image=1,
+        epochs=3,
+        retain_batch_size=None,
+    )
+
+
+def with_(config: SimpleNamespace, **changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**(vars(config) | changes))
+
+
+def expected(model: LatentDiffusion, row: Row, *, seed: int, stage: str, epoch: int, timesteps: int) -> Any:
+    """latents, timestep and noise written out from the formulas."""
+    made = draw(seed, stage, epoch, row.key, shape=(4, 8, 8), num_timesteps=timesteps)
+    with torch.no_grad():
+        mean, logvar = model.encode(load_image(row.image, 16)[None])
+    latents = 0.5 * (mean[0] + (0.5 * logvar[0]).exp() * made.posterior_noise)
+    return latents, made.timestep, made.noise
+
+
+def seen(loader: Any, part: str) -> dict[bytes, tuple[int, bytes]]:
+    """Every image drawn: its noise -> (timestep, latent)."""
+    found = {}
+    for batch in loader:
+        latents, timesteps, noise = batch[part][:3]
+        for place in range(len(latents)):
+            found[noise[place].numpy().tobytes()] = (int(timesteps[place]), latents[place].numpy().tobytes())
+    return found
+
+
+def flat(batch: Any) -> list[Tensor]:
+    return [*batch["forget"], *batch["retain"]]
+
+
+def test_mask_batches_hold_each_image_once_with_the_draw_of_its_stream(
+    model: LatentDiffusion, config: SimpleNamespace
+) -> None:
+    handler = SaliencyUnlearnDataHandler(config, model)
+    batches = list(handler.mask_batches())
+    assert [len(batch[0]) for batch in batches] == [4, 4, 2]
+    assert handler.mask_batch_count == 3
+    latents, timesteps, noise, context, uncond = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    empty = model.embed([""])[0]
+    for place, row in enumerate(handler.rows.forget):
+        own = expected(model, row, seed=0, stage="mask", epoch=0, timesteps=50)
+        assert torch.allclose(latents[place], own[0], atol=1e-6)
+        assert int(timesteps[place]) == own[1]
+        assert torch.equal(noise[place], own[2])
+        assert torch.equal(context[place], model.embed([row.prompt])[0])
+        assert torch.equal(uncond[place], empty)
+    assert not torch.equal(context[0], uncond[0])
+
+
+def test_every_draw_of_an_image_is_another(model: LatentDiffusion, config: SimpleNamespace) -> None:
+    handler = SaliencyUnlearnDataHandler(with_(config, draws_per_image=3), model)
+    noise = torch.cat([batch[2] for batch in handler.mask_batches()])
+    assert len(noise) == 30
+    assert handler.mask_batch_count == 8
+    assert len({one.numpy().tobytes() for one in noise}) == 30
+    once = torch.cat([batch[2] for batch in SaliencyUnlearnDataHandler(config, model).mask_batches()])
+    assert torch.equal(noise[:10], once)
+
+
+def test_mask_draws_do_not_depend_on_the_batch_size(model: LatentDiffusion, config: SimpleNamespace) -> None:
+    small, large = (
+        [
+            torch.cat(parts)
+            for parts in zip(
+                *SaliencyUnlearnDataHandler(with_(config, batch_size=size), model).mask_batches(), strict=True
+            )
+        ]
+        for size in (3, 10)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(small, large, strict=True))
+
+
+def test_num_timesteps_bounds_the_timesteps_of_the_mask(
+    model: LatentDiffusion, config: SimpleNamespace
+) -> None:
+    few = SaliencyUnlearnDataHandler(with_(config, num_timesteps=3, draws_per_image=10), model)
+    times = torch.cat([batch[1] for batch in few.mask_batches()])
+    assert set(times.tolist()) == {0, 1, 2}
+    many = SaliencyUnlearnDataHandler(with_(config, num_timesteps=1000, draws_per_image=10), model)
+    assert int(torch.cat([batch[1] for batch in many.mask_batches()]).max()) <= 49
+
+
+def test_an_epoch_is_one_pass_over_forget_with_its_short_last_batch(
+    model: LatentDiffusion, config: SimpleNamespace
+) -> None:
+    handler = SaliencyUnlearnDataHandler(config, model)
+    assert (handler.steps_per_epoch, handler.total_steps) == (3, 9)
+    loader = handler.train_loader()
+    assert len(loader) == 9
+    batches = list(loader)
+    assert [len(batch["forget"][0]) for batch in batches] == [4, 4, 2] * 3
+    assert [len(batch["retain"][0]) for batch in batches] == [4] * 9
+    orders = []
+    for epoch in range(3):
+        noise = torch.cat([batch["forget"][2] for batch in batches[3 * epoch : 3 * epoch + 3]])
+        found = {one.numpy().tobytes(): place for place, one in enumerate(noise)}
+        streams = [
+            draw(0, "forget", epoch, row.key, shape=(4, 8, 8), num_timesteps=50)
+            for row in handler.rows.forget
+        ]
+        orders.append(
+            [found[stream.noise.numpy().tobytes()] for stream in streams]
+        )  # KeyError: not this epoch's
+        assert sorted(orders[-1]) == list(range(10))
+    assert orders[0] != orders[1]
+
+
+def test_a_training_batch_holds_what_its_streams_say(model: LatentDiffusion, config: SimpleNamespace) -> None:
+    handler = SaliencyUnlearnDataHandler(config, model)
+    batches = list(handler.train_loader())
+    own = {
+        expected(model, row, seed=0, stage="forget", epoch=1, timesteps=50)[2].numpy().tobytes(): row
+        for row in handler.rows.forget
+    }
+    latents, timesteps, noise, context, substitute_context = batches[4]["forget"]
+    for place in range(4):
+        row = own[noise[place].numpy().tobytes()]
+        right = expected(model, row, seed=0, stage="forget", epoch=1, timesteps=50)
+        assert torch.allclose(latents[place], right[0], atol=1e-6)
+        assert int(timesteps[place]) == right[1]
+        assert torch.equal(context[place], model.embed([row.prompt])[0])
+        assert torch.equal(
+            substitute_context[place], model.embed([f"A {row.object} image in Photo style."])[0]
+        )
+        assert not torch.equal(context[place], substitute_context[place])
+
+
+def test_retained_images_run_through_passes_of_their_own(
+    model: LatentDiffusion, config: SimpleNamespace
+) -> None:
+    handler = SaliencyUnlearnDataHandler(with_(config, retain_batch_size=6), model)
+    noise = torch.cat([batch["retain"][2] for batch in handler.train_loader()])  # 54 positions: 20 + 20 + 14
+    contexts = torch.cat([batch["retain"][3] for batch in handler.train_loader()])
+    assert len(noise) == 54
+    for number in range(3):
+        streams = {
+            draw(0, "retain", number, row.key, shape=(4, 8, 8), num_timesteps=50).noise.numpy().tobytes(): row
+            for row in handler.rows.retain
+        }
+        part = slice(20 * number, 20 * number + 20)
+        rows = [streams[one.numpy().tobytes()] for one in noise[part]]
+        assert len(set(rows)) == len(rows) == (20, 20, 14)[number]
+        for row, context in zip(rows, contexts[part], strict=True):
+            assert torch.equal(context, model.embed([row.prompt])[0])
+    assert all(row.style != "Noto" for row in handler.rows.retain)
+
+
+def test_draws_of_an_epoch_do_not_depend_on_the_batch_size(
+    model: LatentDiffusion, config: SimpleNamespace
+) -> None:
+    small = SaliencyUnlearnDataHandler(with_(config, batch_size=3, retain_batch_size=5), model).train_loader()
+    large = SaliencyUnlearnDataHandler(
+        with_(config, batch_size=10, retain_batch_size=20), model
+    ).train_loader()
+    assert seen(small, "forget") == seen(large, "forget")
+    assert len(seen(large, "forget")) == 30
+    assert seen(small, "retain") == seen(large, "retain")
+
+
+@pytest.mark.parametrize("start", [1, 3, 8, 9])
+def test_a_resumed_loader_goes_on_with_the_same_batches(
+    model: LatentDiffusion, config: SimpleNamespace, start: int
+) -> None:
+    whole = list(SaliencyUnlearnDataHandler(config, model).train_loader())
+    rest = list(SaliencyUnlearnDataHandler(config, model).train_loader(start_step=start))
+    assert len(rest) == 9 - start
+    for one, other in zip(whole[start:], rest, strict=True):
+        assert all(torch.equal(left, right) for left, right in zip(flat(one), flat(other), strict=True))
+
+
+def test_workers_change_nothing(model: LatentDiffusion, config: SimpleNamespace) -> None:
+    alone = list(SaliencyUnlearnDataHandler(config, model).train_loader())
+    shared = list(SaliencyUnlearnDataHandler(with_(config, num_workers=2), model).train_loader())
+    for one, other in zip(alone, shared, strict=True):
+        assert all(torch.equal(left, right) for left, right in zip(flat(one), flat(other), strict=True))
+
+
+def test_the_seed_changes_order_and_noise(model: LatentDiffusion, config: SimpleNamespace) -> None:
+    first = next(iter(SaliencyUnlearnDataHandler(config, model).train_loader()))
+    other = next(iter(SaliencyUnlearnDataHandler(with_(config, seed=1), model).train_loader()))
+    assert not any(torch.equal(left, right) for left, right in zip(flat(first), flat(other), strict=True))
+
+
+def test_batches_are_the_same_wherever_the_data_lies(
+    model: LatentDiffusion, config: SimpleNamespace, tmp_path: Path
+) -> None:
+    before = list(SaliencyUnlearnDataHandler(config, model).train_loader())
+    (tmp_path / "raw").rename(tmp_path / "elsewhere")
+    moved = with_(
+        config, raw_dataset_dir=str(tmp_path / "elsewhere"), processed_dataset_dir=str(tmp_path / "new")
+    )
+    after = list(SaliencyUnlearnDataHandler(moved, model).train_loader())
+    for one, other in zip(before, after, strict=True):
+        assert all(torch.equal(left, right) for left, right in zip(flat(one), flat(other), strict=True))
+
+
+def test_only_images_that_are_read_are_encoded_and_listed(
+    model: LatentDiffusion, config: SimpleNamespace
+) -> None:
+    handler = SaliencyUnlearnDataHandler(with_(config, epochs=1, retain_batch_size=2), model)
+    loader = handler.train_loader()
+    list(loader)
+    assert len(handler.train_steps.retain.mean) == 6  # 3 steps of 2, out of 20
+    folder = Path(config.processed_dataset_dir) / "index/unlearncanvas/style-Noto"
+    assert len((folder / "retain/images.txt").read_text().splitlines()) == 6
+    images = (folder / "forget/images.txt").read_text().splitlines()
+    assert images == [str(row.image) for row in handler.rows.forget]
+    assert (folder / "forget/prompts.txt").read_text().splitlines() == [
+        row.prompt for row in handler.rows.forget
+    ]
+
+
+def test_use_sample_takes_three_images_of_each_folder(
+    model: LatentDiffusion, config: SimpleNamespace
+) -> None:
+    handler = SaliencyUnlearnDataHandler(with_(config, use_sample=True), model)
+    assert (len(handler.rows.forget), len(handler.rows.retain)) == (6, 12)
+
+
+def test_generated_images_are_sampled_for_what_is_asked(
+    model: LatentDiffusion, config: SimpleNamespace
+) -> None:
+    asked = with_(
+        config, dataset_type="generated", styles=["Noto", "Blob"], objects=["Cats", "Dogs"], epochs=2
+    )
+    handler = SaliencyUnlearnDataHandler(asked, model)
+    assert not list(Path(config.processed_dataset_dir).rglob("*.png"))
+    mask = list(handler.mask_batches())
+    assert sum(len(batch[0]) for batch in mask) == 4
+    found = {path.parent.parent.name for path in Path(config.processed_dataset_dir).rglob("*.png")}
+    assert found == {"Noto"}  # a mask needs no image to retain
+    batch = next(iter(handler.train_loader()))
+    assert len(list(Path(config.processed_dataset_dir).rglob("*.png"))) == 6
+    own = {
+        draw(0, "forget", 0, row.key, shape=(4, 8, 8), num_timesteps=50).noise.numpy().tobytes(): row
+        for row in handler.rows.forget
+    }
+    for noise, substitute_context in zip(batch["forget"][2], batch["forget"][4], strict=True):
+        row = own[noise.numpy().tobytes()]
+        assert torch.equal(substitute_context, model.embed([f"A {row.object} image in Blob style."])[0])
+
+
+def test_emoji_canvas_is_the_default_grid(model: LatentDiffusion, config: SimpleNamespace) -> None:
+    handler = SaliencyUnlearnDataHandler(
+        with_(config, dataset_type="generated", template_name="Twemoji"), model
+    )
+    assert len(handler.rows.forget) == 12 * 2
+    assert len(handler.rows.retain) == 6 * 12
+    assert handler.rows.forget[0].substitute_prompt == "A Cats image in EmojiOne style."
+
+
+def test_a_run_without_anything_to_retain_is_refused(model: LatentDiffusion, config: SimpleNamespace) -> None:
+    lonely = with_(config, dataset_type="generated", template_name="Noto", retain_images_per_prompt=0)
+    with pytest.raises(DataError, match="no image to retain"):
+        SaliencyUnlearnDataHandler(lonely, model).train_loader()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_type": "unlearn_canvas"}, "Did you mean 'unlearncanvas'"),
+        ({"template_name": "../Noto"}, "template_name"),
+        ({"image_size": 17}, "multiple of 2 px, for example 16"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    model: LatentDiffusion, config: SimpleNamespace, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        SaliencyUnlearnDataHandler(with_(config, **changes), model)
+
+
+def test_a_start_beyond_the_end_is_refused(model: LatentDiffusion, config: SimpleNamespace) -> None:
+    with pytest.raises(DataError, match="start_step = 10: this run has 9 steps"):
+        SaliencyUnlearnDataHandler(config, model).train_loader(start_step=10)
