@@ -1,0 +1,186 @@
+"""The latent diffusion model: an autoencoder, a text encoder, a UNet and a noise schedule under CompVis' names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mu.errors import MuError
+from mu.ldm.autoencoder import AutoencoderKL
+from mu.ldm.checkpoint import load_state_dict, read_state_dict
+from mu.ldm.model_config import LatentDiffusionParams, load_model_config
+from mu.ldm.schedule import schedule_buffers
+from mu.ldm.unet import UNet
+
+
+class NoTextEncoderError(MuError, RuntimeError):
+    """A prompt was given to a model that has no text encoder."""
+
+
+class LatentDiffusion(nn.Module):
+    """A latent diffusion model whose `state_dict()` has the keys of a CompVis checkpoint.
+
+    Args:
+        params: see `mu.ldm.model_config`.
+        device: where the weights are made; "meta" builds the structure alone.
+        initialise: False leaves the weights of UNet and autoencoder undefined, for a caller that loads them.
+    """
+
+    def __init__(self, params: LatentDiffusionParams, *, device: str | torch.device = "cpu", initialise: bool = True):
+        super().__init__()
+        self.params = params
+        self.file_dtypes: dict[str, torch.dtype] = {}
+        """key -> dtype in the file that was loaded: `save_checkpoint` writes each tensor back in it."""
+        device = torch.device(device)
+        for name, values in schedule_buffers(params.linear_start, params.linear_end, params.timesteps).items():
+            self.register_buffer(name, values.to(device))
+        with torch.device(device if initialise else "meta"):
+            self.model = nn.ModuleDict({"diffusion_model": UNet(params.unet)})
+            self.first_stage_model = AutoencoderKL(params.first_stage)
+        if not initialise:
+            self.model.to_empty(device=device)
+            self.first_stage_model.to_empty(device=device)
+        self.cond_stage_model: nn.Module | None = None
+        if params.cond_stage is not None:
+            from mu.ldm.text_encoder import TextEncoder
+
+            with torch.device(device):
+                self.cond_stage_model = TextEncoder(params.cond_stage)
+
+    @property
+    def unet(self) -> UNet:
+        """The network that unlearning changes; parameter names relative to it are the names in a mask."""
+        unet = self.model["diffusion_model"]
+        assert isinstance(unet, UNet)
+        return unet
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.params.timesteps
+
+    @property
+    def scale_factor(self) -> float:
+        """Latents are scaled by this, so that their standard deviation is about 1."""
+        return self.params.scale_factor
+
+    @property
+    def device(self) -> torch.device:
+        return self.betas.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the UNet's weights."""
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels, that the model was trained on."""
+        return self.params.unet.image_size * self.params.first_stage.factor
+
+    def latent_shape(self, image_size: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of square images of `image_size` pixels."""
+        side = (image_size or self.image_size) // self.params.first_stage.factor
+        return self.params.first_stage.embed_dim, side, side
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Unscaled posterior moments of images.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            mean and logvar, each (B, C, H/f, W/f); logvar clamped to [-30, 20].
+        """
+        return self.first_stage_model.encode(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1], from scaled latents (B, C, H/f, W/f)."""
+        return self.first_stage_model.decode(latents / self.scale_factor)
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        """Prompt embeddings (B, 77, D).
+
+        Raises:
+            NoTextEncoderError: the model was configured without a text encoder.
+        """
+        if self.cond_stage_model is None:
+            raise NoTextEncoderError(
+                "this model has no text encoder (cond_stage_config: __is_unconditional__); pass a context tensor instead"
+            )
+        return self.cond_stage_model(prompts)
+
+    def q_sample(self, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """Noisy latents z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps (Ho et al. 2020, equation 4).
+
+        Args:
+            latents: (B, C, H, W), scaled.
+            timesteps: (B,) integers in 0 .. num_timesteps - 1.
+            noise: (B, C, H, W).
+        """
+        signal, sigma = self._signal_and_sigma(timesteps, latents.dtype)  # two of (B, 1, 1, 1)
+        return signal * latents + sigma * noise
+
+    def predict_noise(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """The model's estimate of the noise, whatever quantity its network predicts.
+
+        Args:
+            noisy_latents: (B, C, H, W).
+            timesteps: (B,) integers.
+            context: (B, L, D), any L.
+
+        Returns:
+            (B, C, H, W).
+        """
+        prediction = self.unet(noisy_latents, timesteps, context)  # (B, C, H, W)
+        if self.params.parameterization == "v":  # v = sqrt(abar) eps - sqrt(1 - abar) z (Salimans & Ho 2022)
+            signal, sigma = self._signal_and_sigma(timesteps, prediction.dtype)
+            return signal * prediction + sigma * noisy_latents
+        return prediction
+
+    def _signal_and_sigma(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        shape = (-1, 1, 1, 1)
+        signal = self.sqrt_alphas_cumprod[timesteps].view(shape).to(dtype)
+        return signal, self.sqrt_one_minus_alphas_cumprod[timesteps].view(shape).to(dtype)
+
+    def cast_weights(self, dtype: torch.dtype) -> LatentDiffusion:
+        """Change the dtype of all weights; the schedule stays fp32."""
+        for child in self.children():
+            child.to(dtype)
+        return self
+
+
+def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor, scale_factor: float) -> Tensor:
+    """Scaled latents z = scale_factor (mean + sigma noise) from posterior moments; all (B, C, H, W)."""
+    return scale_factor * (mean + torch.exp(0.5 * logvar) * noise)
+
+
+def load_model(
+    model_config_path: str | Path,
+    ckpt_path: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LatentDiffusion:
+    """Build a model from its CompVis YAML and load its weights.
+
+    Args:
+        ckpt_path: `.ckpt`, `.pth` or `.safetensors`; without one the weights are random.
+        device: "meta" builds the structure alone (no checkpoint).
+        dtype: of the weights in memory; `save_checkpoint` writes the file's own dtype again.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, unsafe, or not this model's.
+        ModelConfigError: the YAML is missing or not one that is built here.
+    """
+    params = load_model_config(model_config_path)
+    if ckpt_path is None:
+        return LatentDiffusion(params, device=device).cast_weights(dtype).eval()
+    state_dict, _ = read_state_dict(ckpt_path)
+    model = LatentDiffusion(params, initialise=False).cast_weights(dtype)
+    load_state_dict(model, state_dict, source=ckpt_path)
+    return model.to(device).eval()

@@ -1,0 +1,284 @@
+"""Read a CompVis model YAML into one frozen dataclass per network.
+
+`target` entries are looked up in a fixed table and never imported. An option that would change the network in a way that
+is not built here is refused by name instead of being ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mu.errors import MuError
+
+UNCONDITIONAL = "__is_unconditional__"
+
+# Last part of `target` -> role. The package in front (`ldm.…`, `stable_diffusion.ldm.…`) differs between forks.
+_TARGETS = {
+    "model": {"LatentDiffusion"},
+    "unet_config": {"UNetModel"},
+    "first_stage_config": {"AutoencoderKL"},
+    "cond_stage_config": {"FrozenCLIPEmbedder"},
+}
+
+
+class ModelConfigError(MuError, ValueError):
+    """A model YAML is missing, malformed, or asks for something that is not built here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetParams:
+    """Shape of the UNet. Names are those of `unet_config.params`."""
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    attention_resolutions: tuple[int, ...]
+    """Downsampling factors (1, 2, 4, ...) at which there are spatial transformers."""
+    num_res_blocks: int
+    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
+    num_heads: int = -1
+    num_head_channels: int = -1
+    """Exactly one of num_heads and num_head_channels is set; the other is -1."""
+    transformer_depth: int = 1
+    context_dim: int | None = None
+    use_linear_in_transformer: bool = False
+    dropout: float = 0.0
+    image_size: int = 32
+    """Side of the latents, in latent pixels, that the model was trained on."""
+
+    def heads_of(self, channels: int) -> tuple[int, int]:
+        """(heads, channels a head) of a transformer on `channels` channels."""
+        if self.num_head_channels != -1:
+            return channels // self.num_head_channels, self.num_head_channels
+        return self.num_heads, channels // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderParams:
+    """Shape of the autoencoder. Names are those of `first_stage_config.params` and its `ddconfig`."""
+
+    embed_dim: int
+    z_channels: int
+    resolution: int
+    in_channels: int
+    out_ch: int
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...] = ()
+    dropout: float = 0.0
+
+    @property
+    def factor(self) -> int:
+        """Image pixels to a latent pixel, along a side."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderParams:
+    """Shape of the CLIP text encoder; the defaults are ViT-L/14, the encoder of SD v1."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "quick_gelu"
+    max_length: int = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentDiffusionParams:
+    """A whole latent diffusion model."""
+
+    unet: UNetParams
+    first_stage: AutoencoderParams
+    cond_stage: TextEncoderParams | None
+    linear_start: float = 1e-4
+    linear_end: float = 2e-2
+    timesteps: int = 1000
+    scale_factor: float = 1.0
+    parameterization: str = "eps"
+    """What the UNet predicts: "eps" (noise) or "v" (velocity, Salimans & Ho 2022)."""
+
+
+# Options that may stand in a YAML without changing the network or its use here.
+_HARMLESS = {
+    "model": set(
+        "num_timesteps_cond log_every_t first_stage_key cond_stage_key image_size channels cond_stage_trainable "
+        "conditioning_key monitor use_ema scheduler_config unet_trainable finetune_keys ckpt_path ignore_keys "
+        "load_only_unet loss_type v_posterior l_simple_weight original_elbo_weight clip_denoised concat_mode".split()
+    ),
+    "unet_config": {"use_checkpoint", "legacy", "use_fp16", "dims", "use_bf16"},
+    "first_stage_config": {"monitor", "lossconfig", "ckpt_path", "ignore_keys", "image_key"},
+    "ddconfig": {"attn_type"},
+    "cond_stage_config": {"version", "device", "layer", "freeze", "layer_idx"},
+}
+# Options that are accepted at this value alone.
+_FIXED: dict[str, dict[str, Any]] = {
+    "model": {"beta_schedule": "linear", "scale_by_std": False, "given_betas": None, "learn_logvar": False},
+    "unet_config": {
+        "use_spatial_transformer": True,
+        "conv_resample": True,
+        "num_classes": None,
+        "use_scale_shift_norm": False,
+        "resblock_updown": False,
+        "n_embed": None,
+        "use_new_attention_order": False,
+        "num_heads_upsample": -1,
+    },
+    "first_stage_config": {"colorize_nlabels": None},
+    "ddconfig": {"double_z": True, "resamp_with_conv": True, "use_linear_attn": False},
+    "cond_stage_config": {},
+}
+
+P = TypeVar("P")
+
+
+def load_model_config(path: str | Path) -> LatentDiffusionParams:
+    """Read a CompVis model YAML.
+
+    Raises:
+        ModelConfigError: the file is missing or not YAML, a target is unknown, an option is missing, of a wrong type or
+            not supported.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise ModelConfigError(f"model_config_path: there is no file {path}; give the model's CompVis YAML")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ModelConfigError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
+        raise ModelConfigError(f"{path}: a model YAML begins with `model:`, with `target` and `params` below it")
+    return parse_model_config(content["model"], source=str(path))
+
+
+def parse_model_config(model: Mapping[str, Any], *, source: str = "model config") -> LatentDiffusionParams:
+    """The content of `model:` as params. Raises ModelConfigError, see `load_model_config`."""
+    params = _section(model, "model", source)
+    unet = _section(params.pop("unet_config", None), "unet_config", source)
+    first_stage = _section(params.pop("first_stage_config", None), "first_stage_config", source)
+    cond_stage = params.pop("cond_stage_config", None)
+
+    ddconfig = first_stage.pop("ddconfig", None)
+    if not isinstance(ddconfig, Mapping):
+        raise ModelConfigError(f"{source}: first_stage_config.params.ddconfig is missing")
+    ddconfig = _without_harmless(dict(ddconfig), "ddconfig", source)
+
+    unet_params = _unet_params(unet, source)
+    text = None
+    if cond_stage != UNCONDITIONAL:
+        text = _build(TextEncoderParams, _section(cond_stage, "cond_stage_config", source), "cond_stage_config", source)
+        if unet_params.context_dim is not None and text.hidden_size != unet_params.context_dim:
+            raise ModelConfigError(
+                f"{source}: the text encoder is {text.hidden_size} wide, unet_config.params.context_dim is "
+                f"{unet_params.context_dim}; they must be equal"
+            )
+    result = _build(
+        LatentDiffusionParams,
+        {
+            **params,
+            "unet": unet_params,
+            "first_stage": _build(AutoencoderParams, {**first_stage, **ddconfig}, "first_stage_config", source),
+            "cond_stage": text,
+        },
+        "model",
+        source,
+    )
+    if result.parameterization not in ("eps", "v"):
+        raise ModelConfigError(f"{source}: parameterization is {result.parameterization!r}; allowed: eps, v")
+    if result.first_stage.embed_dim != result.unet.out_channels:
+        raise ModelConfigError(
+            f"{source}: latents have embed_dim {result.first_stage.embed_dim} channels, the UNet gives "
+            f"out_channels {result.unet.out_channels}; they must be equal"
+        )
+    return result
+
+
+def _unet_params(options: dict[str, Any], source: str) -> UNetParams:
+    context_dim = options.get("context_dim")
+    if isinstance(context_dim, (list, tuple)):
+        if len(set(context_dim)) != 1:
+            raise ModelConfigError(f"{source}: context_dim {context_dim} differs between blocks, which is not built here")
+        options["context_dim"] = context_dim[0]
+    params = _build(UNetParams, options, "unet_config", source)
+    if (params.num_heads == -1) == (params.num_head_channels == -1):
+        raise ModelConfigError(f"{source}: unet_config.params needs one of num_heads and num_head_channels, not both")
+    for mult in params.channel_mult:
+        channels = mult * params.model_channels
+        heads, dim_head = params.heads_of(channels)
+        if channels % 32 or heads * dim_head != channels:
+            raise ModelConfigError(
+                f"{source}: a level of the UNet has {channels} channels (model_channels x channel_mult): it must be "
+                f"divisible by 32 and by the number of heads"
+            )
+    return params
+
+
+def _section(node: Any, name: str, source: str) -> dict[str, Any]:
+    """`params` of a `target` / `params` node, after checking its target; harmless options removed."""
+    if not isinstance(node, Mapping) or "target" not in node:
+        raise ModelConfigError(f"{source}: {name} is missing, or has no `target`")
+    target = str(node["target"])
+    known = sorted(_TARGETS[name])
+    if target.rsplit(".", 1)[-1] not in known:
+        raise ModelConfigError(f"{source}: {name}.target {target!r} is not known; known: {', '.join(known)}")
+    params = node.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise ModelConfigError(f"{source}: {name}.params must be a mapping")
+    return _without_harmless(dict(params), name, source)
+
+
+def _without_harmless(options: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+    for key, value in _FIXED[name].items():
+        given = options.pop(key, value)
+        if given != value:
+            raise ModelConfigError(f"{source}: {name}: {key} = {given!r} is not built here; supported: {value!r}")
+    return {key: value for key, value in options.items() if key not in _HARMLESS[name]}
+
+
+def _build(cls: type[P], options: dict[str, Any], name: str, source: str) -> P:
+    """A params dataclass from options, each checked against the type of its field."""
+    kinds = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(options) - set(kinds))
+    if unknown:
+        raise ModelConfigError(f"{source}: {name} has options that are not known here: {', '.join(unknown)}")
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        kind = kinds[key]
+        if kind.startswith("tuple") and isinstance(value, (list, tuple)):
+            value = tuple(value)
+            right = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        elif kind == "bool":
+            right = isinstance(value, bool)
+        elif kind == "float":
+            value = _number(value)
+            right = isinstance(value, float)
+        elif kind.startswith("int"):
+            right = (isinstance(value, int) and not isinstance(value, bool)) or (value is None and "None" in kind)
+        elif kind == "str":
+            right = isinstance(value, str)
+        else:  # an already built dataclass
+            right = not isinstance(value, (list, str, int, float))
+        if not right:
+            raise ModelConfigError(f"{source}: {name}.{key} = {value!r} is not of type {kind}")
+        values[key] = value
+    missing = [f.name for f in fields(cls) if f.name not in values and f.default is MISSING]  # type: ignore[arg-type]
+    if missing:
+        raise ModelConfigError(f"{source}: {name} lacks {', '.join(missing)}")
+    return cls(**values)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads `1e-4` as a string: take it as the number it is."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

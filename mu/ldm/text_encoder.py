@@ -1,0 +1,117 @@
+"""The CLIP text encoder of SD v1: transformers' network, with a tokenizer that needs no network access.
+
+The vocabulary is the file that open_clip ships. It is found without importing open_clip, which would import torchvision.
+"""
+
+from __future__ import annotations
+
+import gzip
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from mu.errors import MuError
+from mu.ldm.model_config import TextEncoderParams
+
+VOCAB_SIZE = 49408
+START_TOKEN, END_TOKEN = 49406, 49407
+_SELF_CHECK = ("a photo of a cat", [START_TOKEN, 320, 1125, 539, 320, 2368, END_TOKEN])
+
+
+class TokenizerError(MuError, RuntimeError):
+    """The CLIP tokenizer cannot be built, or is not CLIP's."""
+
+
+class TextEncoder(nn.Module):
+    """Prompts to the last hidden state after the final layer norm.
+
+    State-dict names are CompVis' (`transformer.text_model.…`) whatever release of transformers is installed: older ones
+    put the network under `text_model`, newer ones do not.
+    """
+
+    def __init__(self, params: TextEncoderParams) -> None:
+        super().__init__()
+        self.params = params
+        config = CLIPTextConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=params.hidden_size,
+            intermediate_size=params.intermediate_size,
+            num_hidden_layers=params.num_hidden_layers,
+            num_attention_heads=params.num_attention_heads,
+            max_position_embeddings=params.max_length,
+            hidden_act=params.hidden_act,
+            bos_token_id=START_TOKEN,
+            eos_token_id=END_TOKEN,
+        )
+        network = CLIPTextModel(config)
+        self.transformer = nn.ModuleDict({"text_model": getattr(network, "text_model", network)})
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        tokens = tokenize(prompts, self.params.max_length)  # (B, 77)
+        network = self.transformer["text_model"]
+        device = next(network.parameters()).device
+        return network(input_ids=tokens.to(device)).last_hidden_state  # (B, 77, D)
+
+
+def tokenize(prompts: list[str], max_length: int = 77) -> Tensor:
+    """CLIP tokens, cut and padded with the end token to `max_length`.
+
+    Returns:
+        (B, max_length) int64.
+
+    Raises:
+        TokenizerError: see `clip_tokenizer`.
+    """
+    encoded = clip_tokenizer()(
+        list(prompts), truncation=True, max_length=max_length, padding="max_length", return_attention_mask=False
+    )
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+@lru_cache(maxsize=1)
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer, built offline and checked against known tokens.
+
+    Raises:
+        TokenizerError: open_clip is not installed, or what was built does not give CLIP's tokens.
+    """
+    merges = _read_merges()
+    symbols = _byte_symbols()
+    words = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
+    vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    prompt, expected = _SELF_CHECK
+    given = tokenizer(prompt)["input_ids"]
+    if len(tokenizer) != VOCAB_SIZE or given != expected or tokenizer.pad_token_id != END_TOKEN:
+        raise TokenizerError(
+            f"the tokenizer is not CLIP's: {len(tokenizer)} tokens (expected {VOCAB_SIZE}), {prompt!r} gives {given} "
+            f"(expected {expected}); install a supported release of transformers (see constraints.txt)"
+        )
+    return tokenizer
+
+
+def _read_merges() -> list[tuple[str, str]]:
+    spec = find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise TokenizerError("open_clip is not installed; its vocabulary file is needed: pip install open_clip_torch")
+    path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    if not path.is_file():
+        raise TokenizerError(f"open_clip's vocabulary file is missing: {path}; reinstall open_clip_torch")
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    # One header line; CLIP uses so many merges that bytes, bytes at a word's end, merges and two specials fill the vocabulary.
+    used = lines[1 : 1 + VOCAB_SIZE - 2 * 256 - 2]
+    return [(left, right) for left, right in (line.split() for line in used)]
+
+
+def _byte_symbols() -> list[str]:
+    """The 256 printable characters that stand for bytes, in the order of CLIP's vocabulary.
+
+    Bytes that print stand for themselves and come first; the others get the code points from 256 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = len(set(range(256)) - set(printable))
+    return [chr(code) for code in printable] + [chr(256 + i) for i in range(others)]
