@@ -142,11 +142,12 @@ def written_beside(path: Path, needed_bytes: int) -> Iterator[Path]:
     # torch reports a failed write as RuntimeError, safetensors as its own error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} could not be written: {needed_bytes:,} bytes are needed, {_free_bytes(target)} are free there; "
-            f"free some space or choose another folder ({error}). A file that was there before is unchanged"
+            f"{path} could not be written ({error}): {needed_bytes:,} bytes are needed, {_free_bytes(target)} are "
+            "free there; free some space or choose another folder. A file that was there before is unchanged"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def _set_mode(temporary: Path, target: Path) -> None:
