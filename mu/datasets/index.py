@@ -6,6 +6,7 @@ imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -166,18 +167,24 @@ def raise_problems(problems: Sequence[str], *, what: str, advice: str) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path`, syncs and renames: at `path` there is the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes beside `path`, syncs and renames: at `path` there is the old file or the whole new one.
+
+    Raises DataError, naming path and bytes, when the disk is full or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise DataError(f"cannot write {path} ({len(content):,} bytes): {error.strerror or error}") from error
 
 
 def write_index_files(rows: Sequence[Row], folder: Path) -> None:

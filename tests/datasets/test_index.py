@@ -150,9 +150,15 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> No
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert "OSError" in ended.stderr
+    assert f"DataError: cannot write {path} (5,000 bytes): File too large" in ended.stderr
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cannot write .*list\.txt \(3 bytes\)"):
+        write_atomically(tmp_path / "file" / "sub" / "list.txt", b"abc")
 
 
 def test_the_error_is_of_the_package_and_a_value_error() -> None:
