@@ -1,0 +1,319 @@
+"""Which weights matter for a concept: summed gradients, an exact global threshold, and the mask (Fan et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mu.algorithms.saliency_unlearning.mask_file import (
+    Mask,
+    MaskError,
+    check_mask,
+    load_mask,
+    load_mask_metadata,
+    save_mask,
+)
+from mu.algorithms.saliency_unlearning.prediction import predict_noise, predict_noise_pair
+from mu.ldm import LatentDiffusion
+
+__all__ = [
+    "Mask",
+    "MaskError",
+    "accumulate_saliency",
+    "check_mask",
+    "load_mask",
+    "load_mask_metadata",
+    "random_mask",
+    "save_mask",
+    "threshold_mask",
+    "threshold_masks",
+]
+
+MaskBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""latents (B, C, H, W), timesteps (B,), noise (B, C, H, W), context (B, L, D), uncond_context (B or 1, L', D)."""
+
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Entries that the selection looks at together: about what a cache holds, or enough to keep a GPU busy."""
+_DIGIT = 16
+"""Bits that one pass of the selection tells apart."""
+
+
+def accumulate_saliency(
+    model: LatentDiffusion, batches: Iterable[MaskBatch], *, c_guidance: float
+) -> dict[str, Tensor]:
+    """Absolute gradient of the forget loss at the model's own weights (Fan et al. 2024, equation 5).
+
+    The loss of an image is the mean over its elements of (eps - eps_hat)^2 with the guided prediction
+    eps_hat = (1 + w) eps(z_t | c) - w eps(z_t | ""), w = `c_guidance`; both branches carry gradient. Signed
+    gradients are summed over all batches and divided by the number of images before the absolute value is taken,
+    so that the result does not depend on how the images are cut into batches. The weights do not move; dropout
+    is off.
+
+    Args:
+        model: left as it was found, except that gradients of the UNet are cleared.
+        batches: see `MaskBatch`; the latents are clean, scaled, already drawn from the posterior.
+        c_guidance: 0 gives the plain diffusion loss; the unconditional branch is then not computed.
+
+    Returns:
+        UNet-relative name -> fp32 tensor, for every UNet parameter, in the order of `unet.named_parameters()`.
+
+    Raises:
+        MaskError: there is no batch, or the loss of one is not finite.
+    """
+    unet = model.unet
+    parameters = dict(unet.named_parameters())
+    requires_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    training = [module for module in model.modules() if module.training]
+    sums: dict[str, Tensor] = {}  # for weights of lower precision; fp32 weights sum in their own .grad
+    hooks = []
+
+    def take_gradient(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if name in sums:
+            sums[name] += parameter.grad
+        else:
+            sums[name] = parameter.grad.float()
+        parameter.grad = None
+
+    try:
+        model.eval()
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            parameter.requires_grad_(True)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                hooks.append(
+                    parameter.register_post_accumulate_grad_hook(lambda p, name=name: take_gradient(name, p))
+                )
+        images = 0
+        for index, batch in enumerate(batches):
+            with torch.enable_grad():
+                loss = _forget_loss(model, batch, c_guidance)  # ()
+            if not torch.isfinite(loss):
+                raise MaskError(
+                    f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or the "
+                    "model's weights are not finite"
+                )
+            loss.backward()
+            images += len(batch[0])
+        if not images:
+            raise MaskError("there is no image to compute the saliency from: the forget set is empty")
+        saliency = {}
+        for name, parameter in parameters.items():
+            total = sums.pop(name, parameter.grad)
+            parameter.grad = None
+            if total is None:  # not used by any of these predictions
+                total = torch.zeros_like(parameter, requires_grad=False)
+            saliency[name] = total.div_(images).abs_().float().contiguous()
+        return saliency
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            parameter.requires_grad_(requires_grad[name])
+        for module in training:
+            module.training = True
+
+
+def _forget_loss(model: LatentDiffusion, batch: MaskBatch, c_guidance: float) -> Tensor:
+    """Sum over the images of the mean over elements."""
+    latents, timesteps, noise, context, uncond_context = batch
+    noisy = model.q_sample(latents, timesteps, noise)  # (B, C, H, W)
+    if c_guidance:
+        conditional, unconditional = predict_noise_pair(
+            model,
+            (noisy, timesteps, context),
+            (noisy, timesteps, uncond_context.expand(len(latents), -1, -1)),
+        )  # two of (B, C, H, W)
+        prediction = (1 + c_guidance) * conditional - c_guidance * unconditional  # (B, C, H, W)
+    else:
+        prediction = predict_noise(model, noisy, timesteps, context)  # (B, C, H, W)
+    return len(latents) * F.mse_loss(prediction, noise.float())
+
+
+def threshold_mask(saliency: Mapping[str, Tensor], threshold: float) -> Mask:
+    """Mark the most salient fraction of all weights together.
+
+    Exactly int(threshold * n) of the n weights are marked; of equal saliencies at the edge, those that come earlier
+    in the order of `saliency` and, within a tensor, in row-major order.
+
+    Args:
+        saliency: name -> non-negative float tensor.
+        threshold: fraction to keep, 0 < threshold <= 1.
+
+    Returns:
+        name -> bool tensor on the device of the saliency.
+
+    Raises:
+        MaskError: a saliency is NaN, infinite or negative, all are zero, or the threshold is out of range or so small
+            that nothing is kept.
+    """
+    return threshold_masks(saliency, [threshold])[0]
+
+
+def threshold_masks(
+    saliency: Mapping[str, Tensor], thresholds: Sequence[float], *, pool: Collection[str] | None = None
+) -> list[Mask]:
+    """One mask for each threshold, as `threshold_mask` makes it, from shared passes over the saliencies.
+
+    Works by radix selection on the bits of the floats, in chunks: beside saliencies and masks it needs a few MB.
+
+    Args:
+        pool: names that are ranked; the others are left unmarked. Default: all.
+
+    Raises:
+        MaskError: as `threshold_mask`, or the pool holds a name that has no saliency.
+    """
+    ranked = _ranked(saliency, pool)
+    size = sum(values.numel() for values in ranked.values())
+    edges = _find_edges(ranked, [_kept_count(threshold, size) for threshold in thresholds])
+    dtype = _key_dtype(ranked)
+    masks: list[Mask] = [{} for _ in thresholds]
+    for name, values in saliency.items():
+        for mask in masks:
+            mask[name] = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+        if name not in ranked:
+            continue
+        step = _CHUNK.get(values.device.type, _CHUNK["cpu"])
+        outputs = [mask[name].view(-1).split(step) for mask in masks]
+        for index, keys in enumerate(_keys(values, dtype)):
+            for output, edge in zip(outputs, edges, strict=True):
+                edge.mark(keys, output[index])
+    return masks
+
+
+def random_mask(
+    like: Mapping[str, Tensor], threshold: float, *, seed: int, pool: Collection[str] | None = None
+) -> Mask:
+    """Mark a uniformly random subset, exactly as many weights as `threshold_mask` would: the control for saliency.
+
+    Args:
+        like: name -> tensor whose shape and device count; the draw is on the CPU, hence the same for every device.
+        threshold: fraction to keep, 0 < threshold <= 1.
+        seed: the same seed, names and shapes give the same mask; the global random state is not touched.
+        pool: as in `threshold_masks`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = {name: torch.rand(tensor.shape, generator=generator) for name, tensor in like.items()}
+    mask = threshold_masks(noise, [threshold], pool=pool)[0]
+    return {name: marked.to(like[name].device) for name, marked in mask.items()}
+
+
+def _ranked(saliency: Mapping[str, Tensor], pool: Collection[str] | None) -> dict[str, Tensor]:
+    unknown = sorted(set(pool or ()) - saliency.keys())
+    if unknown:
+        raise MaskError(f"the pool names weights without saliency: {', '.join(unknown[:5])}")
+    ranked = {name: values for name, values in saliency.items() if pool is None or name in pool}
+    for name, values in ranked.items():
+        if not values.is_floating_point():
+            raise MaskError(f"the saliency of {name} is {values.dtype}, not a float tensor")
+    return ranked
+
+
+def _kept_count(threshold: float, size: int) -> int:
+    if not 0.0 < threshold <= 1.0:
+        raise MaskError(f"threshold is {threshold}: the fraction of weights to keep, 0 < threshold <= 1")
+    kept = int(threshold * size)
+    if not kept:
+        raise MaskError(f"threshold {threshold} keeps none of {size} weights: choose a larger one")
+    return kept
+
+
+@dataclass
+class _Edge:
+    """Where one mask ends: everything above `key` is in, and the first `ties` of those equal to it."""
+
+    key: int
+    ties: int
+    all_ties: bool
+
+    def mark(self, keys: Tensor, out: Tensor) -> None:
+        """Mark the next chunk. Chunks must come in the order of the saliency, because ties are counted down."""
+        if self.all_ties:
+            torch.ge(keys, self.key, out=out)
+            return
+        torch.gt(keys, self.key, out=out)
+        if self.ties:
+            first = (keys == self.key).nonzero().squeeze(1)[: self.ties]
+            out[first] = True
+            self.ties -= len(first)
+
+
+def _find_edges(saliency: Mapping[str, Tensor], kept: Sequence[int]) -> list[_Edge]:
+    """Radix selection: pin down the `kept`-th largest key, `_DIGIT` bits a pass, for all of `kept` at once."""
+    dtype = _key_dtype(saliency)
+    bits = dtype.itemsize * 8
+    prefixes = [0] * len(kept)  # the leading bits of each edge, as far as they are known
+    ranks = list(kept)  # how many are to be taken among the keys with that prefix, largest first
+    tied = [0] * len(kept)
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        counts = _count_digits(saliency, dtype, shift, sorted(set(prefixes)))
+        if shift == bits - _DIGIT:
+            _refuse_unfit(saliency, counts[0], dtype)
+        for i, rank in enumerate(ranks):
+            count = counts[prefixes[i]]  # (65536,)
+            reached = count.flip(0).cumsum(0)  # (65536,) how many keys have this digit or a larger one
+            place = int(torch.searchsorted(reached, rank))
+            digit = len(count) - 1 - place
+            ranks[i] = rank - (int(reached[place - 1]) if place else 0)
+            tied[i] = int(count[digit])
+            prefixes[i] = prefixes[i] << _DIGIT | digit
+    return [
+        _Edge(key, ties=rank, all_ties=rank == all_tied)
+        for key, rank, all_tied in zip(prefixes, ranks, tied, strict=True)
+    ]
+
+
+def _count_digits(
+    saliency: Mapping[str, Tensor], dtype: torch.dtype, shift: int, prefixes: Sequence[int]
+) -> dict[int, Tensor]:
+    """prefix -> (65536,) how often each value of the digit at `shift` occurs among the keys with that prefix."""
+    size = 1 << _DIGIT
+    first = shift == dtype.itemsize * 8 - _DIGIT
+    device = next(iter(saliency.values())).device
+    counts = {prefix: torch.zeros(size, dtype=torch.int64, device=device) for prefix in prefixes}
+    for values in saliency.values():
+        for keys in _keys(values, dtype, signed=first):
+            for prefix, count in counts.items():
+                chosen = keys if first else keys[(keys >> (shift + _DIGIT)) == prefix]
+                digits = (chosen >> shift) & (size - 1)
+                count += torch.bincount(digits, minlength=size).to(device)
+    return {prefix: count.cpu() for prefix, count in counts.items()}
+
+
+def _key_dtype(saliency: Mapping[str, Tensor]) -> torch.dtype:
+    wide = any(values.dtype == torch.float64 for values in saliency.values())
+    return torch.int64 if wide else torch.int32
+
+
+def _keys(values: Tensor, dtype: torch.dtype, *, signed: bool = False) -> Iterator[Tensor]:
+    """Chunks of integers in the order of the floats: non-negative floats sort as their bits do. -0.0 counts as 0.0."""
+    float_dtype = torch.float64 if dtype == torch.int64 else torch.float32
+    for chunk in values.detach().reshape(-1).split(_CHUNK.get(values.device.type, _CHUNK["cpu"])):
+        bits = chunk.to(float_dtype).view(dtype)
+        yield bits if signed else bits & torch.iinfo(dtype).max
+
+
+def _refuse_unfit(saliency: Mapping[str, Tensor], count: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what cannot be ranked, told from `count` (65536,) of the leading bits: sign, exponent, some mantissa.
+
+    Counts of -0.0, whose sign bit is set, are moved to those of 0.0.
+    """
+    negative = 1 << (_DIGIT - 1)
+    infinite = 0x7FF0 if dtype == torch.int64 else 0x7F80
+    if count[infinite:].any():
+        for name, values in saliency.items():
+            if not values.isfinite().all():
+                raise MaskError(
+                    f"the saliency of {name} is not finite everywhere: no mask can be made from it"
+                )
+            if (values < 0).any():
+                raise MaskError(f"the saliency of {name} has negative values; it must be absolute")
+    count[0] += count[negative]
+    count[negative] = 0
+    if not count[1:].any() and not any(values.any() for values in saliency.values()):
+        raise MaskError("every saliency is zero: the forget loss has no gradient, nothing can be ranked")
