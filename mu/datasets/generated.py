@@ -160,15 +160,24 @@ class GeneratedImages:
     Args:
         model: in eval mode, with a text encoder.
         folder: `path` lies below it.
+        subfolder: its name in `folder`, between `folder` and `<model>-<settings>`.
 
     Attributes:
         path: the folder of the styles.
+        manifest: all that decides how an image looks, apart from its style, object and seed.
 
     Raises:
         DataError: the model cannot be sampled from, or not with that many steps.
     """
 
-    def __init__(self, model: LatentDiffusion, folder: Path | str, settings: SampleSettings) -> None:
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        folder: Path | str,
+        settings: SampleSettings,
+        *,
+        subfolder: str = "generated",
+    ) -> None:
         if model.cond_stage_model is None:
             raise DataError(
                 "dataset_type generated: this model has no text encoder (cond_stage_config: __is_unconditional__), "
@@ -182,10 +191,10 @@ class GeneratedImages:
             )
         self.model = model
         self.settings = settings
-        self._manifest = _manifest(model, settings)
-        described = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
-        weights = self._manifest["model"].removeprefix("sha256:")
-        self.path = Path(folder) / "generated" / f"{weights[:12]}-{described[:8]}"
+        self.manifest = _manifest(model, settings)
+        described = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        weights = self.manifest["model"].removeprefix("sha256:")
+        self.path = Path(folder) / subfolder / f"{weights[:12]}-{described[:8]}"
 
     @torch.no_grad()
     def sample_missing(self, rows: Sequence[Row], *, batch_size: int) -> int:
@@ -196,7 +205,7 @@ class GeneratedImages:
         Raises:
             DataError: an image came out with NaN or Inf, or the folder's manifest says something else.
         """
-        _claim_folder(self.path, self._manifest)
+        _claim_folder(self.path, self.manifest)
         missing = [row for row in rows if not row.image.exists()]
         if not missing:
             return 0

@@ -1,0 +1,60 @@
+"""Pictures of an evaluation: the grid of styles and objects before and after unlearning."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from mu.datasets.index import check_choice, write_atomically
+from mu.pictures import beside, image_grid
+
+__all__ = ["before_after_grid", "image_grid"]
+
+Panel = Mapping[tuple[str, str], Image.Image]
+
+
+def before_after_grid(
+    panels: Mapping[str, Panel],
+    *,
+    styles: Sequence[str],
+    objects: Sequence[str],
+    template: str,
+    template_name: str,
+    title: str,
+    path: Path,
+    cell_px: int = 64,
+) -> Path:
+    """Writes one PNG with a panel for each model side by side: rows are styles, columns objects.
+
+    Args:
+        panels: a panel's heading ("before", "after") -> {(style, object): image}, the same prompts and seeds.
+        template: "style" or "object"; the row (column) `template_name` is framed and labelled as forgotten.
+        title: a line above the panels.
+        cell_px: side of an image in the picture.
+
+    Returns:
+        `path`, where the file was written whole.
+
+    Raises:
+        DataError: there is no such row or column, or the file cannot be written.
+    """
+    check_choice("template_name", template_name, styles if template == "style" else objects)
+    pictures = [
+        image_grid(
+            [[panel[style, object] for object in objects] for style in styles],
+            [style.replace("_", " ") for style in styles],
+            [object.replace("_", " ") for object in objects],
+            title=heading,
+            mark_row=styles.index(template_name) if template == "style" else None,
+            mark_column=objects.index(template_name) if template == "object" else None,
+            cell_px=cell_px,
+        )
+        for heading, panel in panels.items()
+    ]
+    content = io.BytesIO()
+    beside(pictures, title=title).save(content, format="PNG")
+    write_atomically(path, content.getvalue())
+    return path
