@@ -134,7 +134,9 @@ class EvaluateConfig(ModelKeys):
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
         if self.base_ckpt_path is not None:
-            yield from checkpoint_problems("base_ckpt_path", self.base_ckpt_path)
+            yield from file_problems(
+                "base_ckpt_path", self.base_ckpt_path, advice="give the model before training"
+            )
         yield from _classifier_problems(self.classifier_path)
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem

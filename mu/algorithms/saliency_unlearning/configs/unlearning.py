@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mu.algorithms.saliency_unlearning.configs.concept import OUTPUTS, ConceptKeys, Problem, checkpoint_file
 from mu.cli import command_line
-from mu.config import as_dict, keys_of, setting
+from mu.config import as_dict, keys_of, resolve_path, setting
 from mu.run_folder import space_problem, writable_problem
 
 MASKS = f"{OUTPUTS}/masks"
@@ -131,9 +131,13 @@ class TrainConfig(ConceptKeys):
 
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
-        if self.masking == "saliency" and self.mask_path is not None and not _has_mask(Path(self.mask_path)):
+        if (
+            self.masking == "saliency"
+            and self.mask_path is not None
+            and not _has_mask(resolve_path(self.mask_path))
+        ):
             yield (
-                ("mask_path", "masking"),
+                ("mask_path", "masking", "template", "template_name"),
                 f"there is no mask at {self.mask_path}; make it: {mask_command(self)}",
             )
         if (problem := writable_problem(self.output_dir)) is not None:

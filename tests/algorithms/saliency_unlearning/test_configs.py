@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mu.algorithms.saliency_unlearning import configs
+from mu.algorithms.saliency_unlearning.configs import (
+    PACKAGED,
+    BenchmarkConfig,
+    EvaluateConfig,
+    MaskConfig,
+    SampleConfig,
+    TrainConfig,
+    checkpoint_file,
+    mask_command,
+)
+from mu.cli import parse_cli
+from mu.config import (
+    Config,
+    ConfigError,
+    check_paths,
+    dump,
+    keys_of,
+    load_config,
+    override,
+    packaged_configs,
+    resolve_path,
+)
+from mu.datasets.emoji_canvas import OBJECTS, STYLES
+
+ROOT = Path(__file__).parents[3]
+CLASSES: dict[str, type[Config]] = {
+    "mask": MaskConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "benchmark": BenchmarkConfig,
+}
+DOORS = {
+    "mask": "generate_mask",
+    "train": "train",
+    "sample": "sample",
+    "evaluate": "evaluate",
+    "benchmark": "benchmark_unlearning",
+}
+GENERATED = {"dataset_type": "generated", "template_name": "Noto"}
+
+
+def kind_of(name: str) -> str:
+    return re.split(r"[_.]", Path(name).name)[0]
+
+
+def mistakes_of(cls: type[Config], **values: object) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        cls(**values)
+    return caught.value.mistakes
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder in which the files that the defaults name exist, as far as names go."""
+    monkeypatch.chdir(tmp_path)
+    for file in (
+        "models/compvis/style50/compvis.ckpt",
+        "data/quick-canvas-dataset/sample/Abstractionism/Cats/1.jpg",
+        "data/quick-canvas-dataset/sample/Van_Gogh/Dogs/1.jpg",
+        "outputs/saliency_unlearning/masks/a/mask_0.5.safetensors",
+    ):
+        Path(file).parent.mkdir(parents=True)
+        Path(file).write_bytes(b"x")
+    return tmp_path
+
+
+def test_ready_made_configs_have_the_documented_defaults():
+    for mask, train, data in (
+        (configs.saliency_unlearning_generate_mask_mu, configs.saliency_unlearning_train_mu, "quick-canvas"),
+        (configs.saliency_unlearning_generate_mask_i2p, configs.saliency_unlearning_train_i2p, "i2p"),
+    ):
+        assert mask.ckpt_path == train.ckpt_path == "models/compvis/style50/compvis.ckpt"
+        assert mask.raw_dataset_dir == train.raw_dataset_dir == f"data/{data}-dataset/sample"
+        assert mask.output_dir == "outputs/saliency_unlearning/masks"
+        assert train.output_dir == "outputs/saliency_unlearning/finetuned_models"
+        assert train.mask_path == mask.output_dir
+        assert (mask.threshold, mask.c_guidance, mask.num_timesteps) == (0.5, 7.5, 1000)
+        assert (train.alpha, train.epochs, train.lr, train.batch_size, train.train_method) == (
+            0.5,
+            5,
+            1e-5,
+            8,
+            "full",
+        )
+        assert mask.template_name == train.template_name
+    emoji = configs.saliency_unlearning_train_emoji_canvas
+    assert (emoji.dataset_type, emoji.image_size, emoji.template_name) == ("generated", 64, "Noto")
+    assert emoji.mask_path == configs.saliency_unlearning_generate_mask_emoji_canvas.output_dir
+
+
+def test_a_ready_made_config_is_never_changed():
+    before = dump(configs.saliency_unlearning_train_mu)
+    other = override(configs.saliency_unlearning_train_mu, template_name="Van_Gogh", lr=2e-5)
+    assert (other.template_name, other.lr) == ("Van_Gogh", 2e-5)
+    assert dump(configs.saliency_unlearning_train_mu) == before
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        configs.saliency_unlearning_train_mu.lr = 1.0
+
+
+@pytest.mark.parametrize("name", packaged_configs(PACKAGED))
+def test_a_packaged_config_is_right_and_opens_with_its_command(name):
+    kind = kind_of(name)
+    config = load_config(CLASSES[kind], config_path=name, packaged=PACKAGED)
+    text = (PACKAGED / name).read_text(encoding="utf-8")
+    words = shlex.split(text.splitlines()[0].removeprefix("#"))
+    door = f"mu.algorithms.saliency_unlearning.scripts.{DOORS[kind]}"
+    assert words[:5] == ["python", "-m", door, "--config_path", name]
+    # The flags after it are examples: they are what the file itself says.
+    for flag, value in zip(words[5::2], words[6::2], strict=True):
+        assert str(getattr(config, flag.removeprefix("--"))) == value
+    assert not re.search(r"(: |^)[/~]", text, re.MULTILINE), "a path of some machine"
+
+
+@pytest.mark.parametrize("folder", ["emoji_canvas", "unlearn_canvas"])
+def test_the_recipes_of_the_repository_are_the_packaged_ones(folder):
+    assert os.path.samefile(ROOT / "configs" / folder, PACKAGED / folder)
+
+
+@pytest.mark.parametrize("world_name", ["emoji_canvas", "unlearn_canvas"])
+@pytest.mark.parametrize("kind", ["style", "object"])
+def test_a_recipe_of_training_looks_where_its_mask_is_put(world_name, kind):
+    mask = load_config(MaskConfig, config_path=f"{world_name}/mask_{kind}.yaml", packaged=PACKAGED)
+    train = load_config(TrainConfig, config_path=f"{world_name}/train_{kind}.yaml", packaged=PACKAGED)
+    assert train.mask_path == mask.output_dir
+    shared = [key.name for key in keys_of(configs.ConceptKeys)]
+    assert {key: getattr(mask, key) for key in shared} == {key: getattr(train, key) for key in shared}
+    assert mask.template == kind
+
+
+@pytest.mark.parametrize("cls", CLASSES.values())
+def test_every_key_has_a_whole_sentence_of_help(cls):
+    for key in keys_of(cls):
+        assert key.rule.help.endswith("."), key.name
+        assert len(key.rule.help) > 10, key.name
+
+
+def test_names_here_are_those_of_the_modules_that_use_them():
+    from mu.algorithms.saliency_unlearning.data_handler import DATASET_TYPES
+    from mu.algorithms.saliency_unlearning.model import TRAIN_METHODS
+
+    choices = {key.name: key.rule.choices for key in keys_of(TrainConfig)}
+    assert choices["train_method"] == TRAIN_METHODS
+    assert set(DATASET_TYPES) | {"i2p"} == set(choices["dataset_type"])
+
+
+def test_the_seeds_of_evaluation_are_not_those_of_training():
+    from mu.datasets.generated import TRAINING_SEED_BASE
+
+    for cls in (EvaluateConfig, BenchmarkConfig):
+        assert mistakes_of(cls, seeds=[TRAINING_SEED_BASE])
+        assert cls(seeds=[TRAINING_SEED_BASE - 1]).seeds == (TRAINING_SEED_BASE - 1,)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"template_name": "Nto"}, "template_name: 'Nto' is not one of: Noto, Blob, "),
+        ({"template_name": "fluent flat"}, "Did you mean 'Fluent_Flat'?"),
+        ({"template": "object"}, "template_name: 'Noto' is not one of: Cats, "),
+        ({"styles": ["Blob"]}, "template_name: 'Noto' is not one of: Blob."),
+        ({"styles": ["Noto"]}, "substitute: 'Noto' is the only style here"),
+        ({"substitute": "Noto"}, "substitute: 'Noto' is the style to forget"),
+        ({"substitute": "Twemojji"}, "substitute: 'Twemojji' is no style"),
+        ({"substitute": "A {thing} image"}, "substitute: "),
+        ({"template": "i2p"}, "template: i2p goes with dataset_type i2p"),
+    ],
+)
+def test_names_that_the_grid_does_not_have_are_found(values, expected):
+    (mistake,) = mistakes_of(MaskConfig, **{**GENERATED, **values})
+    assert expected in mistake
+
+
+def test_substitutes_that_can_be_used_are_taken():
+    for substitute in (None, "Blob", "A photo of a {object}"):
+        assert MaskConfig(**GENERATED, substitute=substitute).substitute == substitute
+    config = MaskConfig(dataset_type="generated", styles=["A", "B"], objects=["Cats"], template_name="A")
+    assert config.styles == ("A", "B")
+
+
+def test_thresholds_are_always_a_tuple():
+    assert MaskConfig(threshold=0.3).thresholds == (0.3,)
+    assert MaskConfig(threshold=[0.3, 0.5]).thresholds == (0.3, 0.5)
+    assert mistakes_of(TrainConfig, threshold=[0.3, 0.5])
+    assert mistakes_of(MaskConfig, threshold=0)
+    assert mistakes_of(MaskConfig, threshold=float("nan"))
+
+
+@pytest.mark.parametrize("devices", ["cpu", "0", "cuda:1"])
+def test_devices(devices):
+    assert MaskConfig(devices=devices).devices == devices
+
+
+@pytest.mark.parametrize("devices", ["gpu", "0,1", "-1", "cuda", "", "0 "])
+def test_devices_that_are_none(devices):
+    assert mistakes_of(MaskConfig, devices=devices)[0].startswith("devices: ")
+
+
+@pytest.mark.usefixtures("world")
+def test_everything_there_is_no_problem():
+    assert check_paths(MaskConfig()) == []
+    assert check_paths(TrainConfig()) == []
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint, data, mask = check_paths(TrainConfig())
+    assert checkpoint.startswith(
+        "ckpt_path: there is no file models/compvis/style50/compvis.ckpt; `download_model compvis`"
+    )
+    assert data.startswith(
+        "raw_dataset_dir: there is no folder data/quick-canvas-dataset/sample; `download_data sample"
+    )
+    assert mask.startswith(
+        "mask_path: there is no mask at outputs/saliency_unlearning/masks; make it: python -m "
+    )
+
+
+@pytest.mark.usefixtures("world")
+def test_the_command_for_a_missing_mask_makes_the_mask_of_this_concept():
+    config = TrainConfig(template="object", template_name="Dogs", seed=3, threshold=0.3, mask_path="my masks")
+    words = shlex.split(mask_command(config))
+    assert words[:3] == ["python", "-m", "mu.algorithms.saliency_unlearning.scripts.generate_mask"]
+    mask = parse_cli(MaskConfig, words[3:])
+    for key in keys_of(configs.ConceptKeys):
+        assert getattr(mask, key.name) == getattr(config, key.name)
+    assert (mask.output_dir, mask.threshold) == ("my masks", 0.3)
+
+
+def test_no_mask_is_asked_for_where_none_is_used(world):
+    (world / "outputs/saliency_unlearning/masks/a/mask_0.5.safetensors").unlink()
+    assert len(check_paths(TrainConfig())) == 1
+    assert check_paths(TrainConfig(masking="random", mask_path=None)) == []
+    assert mistakes_of(TrainConfig, mask_path=None)[0].startswith("mask_path: masking saliency needs a mask")
+
+
+@pytest.mark.usefixtures("world")
+def test_a_concept_that_the_folder_has_not_is_found_with_the_nearest():
+    (problem,) = check_paths(MaskConfig(template_name="Abstractionsim"))
+    assert problem.startswith("template_name: there is no style 'Abstractionsim' in data/")
+    assert "Did you mean 'Abstractionism'?" in problem
+    (problem,) = check_paths(MaskConfig(template="object", template_name="Birds"))
+    assert "it has: Cats, Dogs" in problem
+
+
+@pytest.mark.usefixtures("world")
+def test_i2p_is_refused_by_name_and_not_half_done():
+    problems = check_paths(configs.saliency_unlearning_generate_mask_i2p)
+    assert [
+        problem for problem in problems if problem.startswith("dataset_type: i2p is not read in this version")
+    ]
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_run(world, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(world)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    (problem,) = check_paths(TrainConfig())
+    assert problem == "output_dir: 50 MB are needed and 1 MB free; choose another disk or make room"
+
+
+@pytest.mark.usefixtures("world")
+def test_an_output_folder_that_is_a_file_is_found():
+    (problem,) = check_paths(MaskConfig(output_dir="models/compvis/style50/compvis.ckpt/x"))
+    assert problem.startswith("output_dir: ")
+
+
+def make_run(folder: Path, name: str, age: int, *, model: str = "model.safetensors", **concept: str) -> Path:
+    run = folder / name
+    run.mkdir(parents=True)
+    (run / model).write_bytes(b"x")
+    os.utime(run / model, (1_000_000 - age, 1_000_000 - age))
+    (run / "config.yaml").write_text(dump(TrainConfig(masking="none", **concept)))
+    return run / model
+
+
+def test_a_checkpoint_is_a_file_a_run_or_the_newest_of_the_runs(tmp_path):
+    oldest = make_run(tmp_path, "c", 30, template_name="Noto")
+    middle = make_run(tmp_path, "b", 20, template_name="Noto", model="model.ckpt")
+    newest = make_run(tmp_path, "a", 10, template="object", template_name="Cats")
+    (tmp_path / "unfinished").mkdir()
+    assert checkpoint_file(str(oldest)) == oldest
+    assert checkpoint_file(str(middle.parent)) == middle
+    assert checkpoint_file(str(tmp_path)) == newest
+    assert checkpoint_file(str(tmp_path), template="style", template_name="Noto") == middle
+    assert EvaluateConfig(ckpt_path=tmp_path, template_name="Noto").checkpoint() == middle
+    problems = check_paths(EvaluateConfig(ckpt_path=tmp_path, template_name="Blob"))
+    assert any("nor a finished run that forgot style Blob" in problem for problem in problems)
+    assert any(
+        "unfinished holds neither" in problem
+        for problem in check_paths(SampleConfig(prompts=["x"], ckpt_path=tmp_path / "unfinished"))
+    )
+
+
+def test_prompts_come_from_the_key_or_from_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat, sitting\n\n  a dog \n", encoding="utf-8")
+    assert SampleConfig(prompts_path=path).all_prompts() == ("a cat, sitting", "a dog")
+    assert SampleConfig(prompts="a cat, sitting").all_prompts() == ("a cat, sitting",)
+    assert mistakes_of(SampleConfig) == mistakes_of(SampleConfig, prompts=["x"], prompts_path=path)
+    path.write_text("\n")
+    for wrong in (path, tmp_path / "absent.txt"):
+        problems = check_paths(SampleConfig(prompts_path=wrong))
+        assert sum(problem.startswith("prompts_path: ") for problem in problems) == 1
+
+
+def test_the_model_before_training_is_a_file(tmp_path):
+    for wrong in (tmp_path, tmp_path / "absent.ckpt"):
+        problems = check_paths(EvaluateConfig(base_ckpt_path=wrong))
+        assert sum(problem.startswith("base_ckpt_path: ") for problem in problems) == 1
+
+
+def test_a_mask_is_not_asked_for_under_a_wrong_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, overrides={**GENERATED, "template_name": "Nto"}, on_disk=True)
+    assert not any(mistake.startswith("mask_path") for mistake in caught.value.mistakes)
+
+
+def test_a_concept_outside_the_grid_is_not_evaluated():
+    assert "Did you mean 'Noto'?" in mistakes_of(EvaluateConfig, template_name="Nto")[0]
+    assert EvaluateConfig(template="object", template_name="Cats").template_name == "Cats"
+
+
+def test_the_recipes_of_the_table_are_checked_before_it_starts(tmp_path):
+    assert BenchmarkConfig().concepts is None
+    assert BenchmarkConfig(concepts=[*STYLES, *OBJECTS]).concepts == STYLES + OBJECTS
+    assert "Did you mean 'Noto'?" in mistakes_of(BenchmarkConfig, concepts=["Nto"])[0]
+    (tmp_path / "bad.yaml").write_text("alpha: 3\nlr: -1\n")
+    problems = check_paths(BenchmarkConfig(style_mask=tmp_path / "bad.yaml", object_train="absent.yaml"))
+    assert any(problem.startswith("style_mask: alpha: there is no such key.") for problem in problems)
+    assert any(problem.startswith("style_mask: lr: must be > 0, got -1") for problem in problems)
+    assert any(problem.startswith("object_train: config_path: there is no file") for problem in problems)
+
+
+def test_the_model_file_is_stable_diffusion_v1():
+    from mu.ldm import load_model
+
+    model = load_model(resolve_path(TrainConfig().model_config_path), device="meta")
+    assert sum(parameter.numel() for parameter in model.unet.parameters()) == 859_520_964
+    assert (model.image_size, model.scale_factor, model.num_timesteps) == (512, 0.18215, 1000)
+    assert sum(p.numel() for p in model.first_stage_model.parameters()) == 83_653_863
+    assert sum(p.numel() for p in model.cond_stage_model.parameters()) == 123_060_480
