@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def sample_ddim(
     uncond_context: Tensor | None,
     eta: float = 0.0,
     initial_noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Sample latents with DDIM.
 
@@ -71,7 +73,8 @@ def sample_ddim(
         uncond_context: (B or 1, L', D) embedding of the empty prompt; not needed at guidance_scale 1.
         eta: 0 is deterministic, 1 has the variance of DDPM.
         initial_noise: (B, C, H, W); drawn when absent.
-        generator: for what is drawn here (the initial noise, and the noise of eta > 0).
+        generator: for what is drawn here (the initial noise, and the noise of eta > 0); one for each image makes an
+            image independent of the batch it is in.
 
     Returns:
         (B, C, H, W) scaled latents, for `LatentDiffusion.decode`.
@@ -80,7 +83,9 @@ def sample_ddim(
     batch = len(context)
 
     def draw() -> Tensor:
-        return torch.randn((batch, *shape), generator=generator).to(device, dtype)
+        if generator is None or isinstance(generator, torch.Generator):
+            return torch.randn((batch, *shape), generator=generator).to(device, dtype)
+        return torch.stack([torch.randn(shape, generator=one) for one in generator]).to(device, dtype)
 
     latents = draw() if initial_noise is None else initial_noise.to(device, dtype)
     if latents.shape != (batch, *shape):

@@ -1,0 +1,206 @@
+"""The two stages of saliency unlearning (Fan et al. 2024), from a config to the files of a run.
+
+    MaskingAlgorithm(saliency_unlearning_generate_mask_emoji_canvas, template_name="Noto").run()
+    SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, template_name="Noto").run()
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.algorithms.saliency_unlearning.fit import fit
+from mu.algorithms.saliency_unlearning.masking import (
+    Mask,
+    accumulate_saliency,
+    check_mask,
+    load_mask,
+    load_mask_metadata,
+    random_mask,
+    save_mask,
+    threshold_masks,
+)
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel, names_of
+from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
+from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
+from mu.algorithms.saliency_unlearning.utils import (
+    find_mask,
+    layer_groups,
+    model_of,
+    unet_fingerprint,
+    verify_written,
+)
+from mu.config import override, require_paths
+from mu.ldm import LatentDiffusion, save_checkpoint
+from mu.run_folder import RunFolder
+
+Result = dict[str, Any]
+
+
+class MaskingAlgorithm:
+    """Stage 1: which weights of the UNet are salient for a concept.
+
+    Args:
+        config: a MaskConfig; it is not changed.
+        overrides: keys of the config with other values.
+
+    Raises:
+        ConfigError: a key is unknown, or a value wrong.
+    """
+
+    def __init__(self, config: MaskConfig, **overrides: Any) -> None:
+        self.config = override(config, **overrides)
+
+    def run(self) -> Result:
+        """Make one mask for each threshold, from one pass of gradients.
+
+        Returns:
+            `run`, the run's folder; `masks`, threshold -> path; `kept`, threshold -> number of weights; `total`;
+            `images`; `seconds`.
+
+        Raises:
+            ConfigError: a path is missing; names the command that makes what is missing.
+            MuError: the checkpoint, the data or the gradients cannot be used; see the message.
+        """
+        config = self.config
+        require_paths(config)
+        started = time.monotonic()
+        with RunFolder.create(config.output_dir, f"{config.template}-{config.template_name}") as folder:
+            folder.save_config(config)
+            model = model_of(config)
+            pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
+            data = SaliencyUnlearnDataHandler(config, model)
+
+            batches = tqdm(
+                data.mask_batches(), total=data.mask_batch_count, desc="saliency", unit="batch", disable=None
+            )
+            saliency = accumulate_saliency(model, batches, c_guidance=config.c_guidance)
+            masks = threshold_masks(saliency, config.thresholds, pool=pool)
+
+            described = {
+                "concept": config.template_name,
+                "template": config.template,
+                "template_name": config.template_name,
+                "pool": config.pool,
+                "train_method": config.train_method if pool is not None else "full",
+                "model_fingerprint": unet_fingerprint(model),
+                "c_guidance": config.c_guidance,
+                "images": len(data.rows.forget),
+                "draws_per_image": config.draws_per_image,
+                "seed": config.seed,
+            }
+            paths, kept = {}, {}
+            for threshold, mask in zip(config.thresholds, masks, strict=True):
+                paths[threshold] = folder.path / f"mask_{threshold:g}.safetensors"
+                groups = {"kept_fraction": layer_groups(mask)}
+                save_mask(mask, paths[threshold], {**described, "threshold": threshold, **groups})
+                kept[threshold] = sum(int(marked.count_nonzero()) for marked in mask.values())
+                folder.logger.info("threshold %g keeps %d weights: %s", threshold, kept[threshold], paths[threshold])
+            result = {
+                "run": folder.path,
+                "masks": paths,
+                "kept": kept,
+                "total": sum(values.numel() for values in saliency.values()),
+                "images": len(data.rows.forget),
+                "seconds": time.monotonic() - started,
+            }
+            _save(folder, result)
+            return result
+
+
+class SaliencyUnlearningAlgorithm:
+    """Stage 2: make the model forget the concept, moving only the weights in its mask.
+
+    Args:
+        config: a TrainConfig; it is not changed.
+        overrides: keys of the config with other values.
+
+    Raises:
+        ConfigError: a key is unknown, or a value wrong.
+    """
+
+    def __init__(self, config: TrainConfig, **overrides: Any) -> None:
+        self.config = override(config, **overrides)
+
+    def run(self) -> Result:
+        """Fine-tune under the mask, check that nothing else moved, and write the unlearned checkpoint.
+
+        Returns:
+            `run`, the run's folder; `checkpoint`; `pictures`, before and after (None without pictures); `mask`, its
+            path (None without); `weights_selected`, `weights_changed` (in the file), `weights_total`; `steps`; `loss`,
+            `forget_loss` and `retain_loss` of the last epoch; `seconds`.
+
+        Raises:
+            ConfigError: a path is missing; names the command that makes what is missing.
+            TrainingError: a loss or gradient was not finite, or a weight outside the mask changed.
+            MuError: the checkpoint, the mask or the data cannot be used; see the message.
+        """
+        config = self.config
+        require_paths(config)
+        started = time.monotonic()
+        with RunFolder.create(config.output_dir, f"{config.template}-{config.template_name}") as folder:
+            folder.save_config(config)
+            mask_path = find_mask(config) if config.masking == "saliency" else None
+            ldm = model_of(config)
+            mask = self._mask(ldm, mask_path)
+            data = SaliencyUnlearnDataHandler(config, ldm)
+            model = SaliencyUnlearnModel(ldm, config.train_method, mask)
+            folder.logger.info("%(selected)d of %(total)d weights of the UNet may move", model.counts)
+
+            pictures = ProgressPictures(config, ldm, data.rows)
+            pictures.take("before")
+            trainer = SaliencyUnlearnTrainer(model, alpha=config.alpha, lr=config.lr, target=config.target)
+            losses = fit(trainer, data, config, folder)
+            model.verify_unmasked()
+            pictures.take("after")
+
+            checkpoint = folder.path / f"model.{config.output_format}"
+            save_checkpoint(ldm, checkpoint)
+            changed = verify_written(config.checkpoint(), checkpoint, model.selected)
+            folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
+            result = {
+                "run": folder.path,
+                "checkpoint": checkpoint,
+                "pictures": pictures.save(folder.path / "pictures" / "before_after.png"),
+                "mask": mask_path,
+                "weights_selected": model.counts["selected"],
+                "weights_changed": changed,
+                "weights_total": model.counts["total"],
+                "steps": data.total_steps,
+                **losses,
+                "seconds": time.monotonic() - started,
+            }
+            _save(folder, result)
+            return result
+
+    def _mask(self, ldm: LatentDiffusion, mask_path: Path | None) -> Mask | None:
+        """The mask that `masking` asks for; None is all weights."""
+        config = self.config
+        if mask_path is not None:
+            mask = load_mask(mask_path)
+            metadata = load_mask_metadata(mask_path)
+            check_mask(mask, ldm.unet, metadata=metadata, fingerprint=unet_fingerprint(ldm))
+            return {name: marked.to(ldm.device) for name, marked in mask.items()}
+        if config.masking == "random":
+            return random_mask(dict(ldm.unet.named_parameters()), config.threshold, seed=config.mask_seed)
+        return None
+
+
+SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
+
+
+def _save(folder: RunFolder, result: Result) -> None:
+    """Write a result as metrics.json, paths as text; and the environment."""
+    folder.save_json("metrics.json", _plain(result))
+    folder.save_environment()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,102 @@
+"""Lightning's loop around the trainer: device, precision, loggers, and the losses of each step on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
+from mu.config import as_dict
+from mu.devices import resolve_devices
+from mu.run_folder import RunFolder
+
+_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16-mixed": "bf16-mixed"}
+_TERMS = ("loss", "forget", "retain")
+
+_log = logging.getLogger(__name__)
+
+
+def fit(
+    trainer: SaliencyUnlearnTrainer, data: SaliencyUnlearnDataHandler, config: TrainConfig, folder: RunFolder
+) -> dict[str, float]:
+    """Run all steps of a config.
+
+    Returns:
+        `loss`, `forget_loss` and `retain_loss`, each the mean over the last epoch.
+
+    Raises:
+        TrainingError: a loss or gradient was not finite; no weight was changed by it.
+    """
+    device = resolve_devices(config.devices)
+    history = LossHistory(folder)
+    loader = data.train_loader()
+    with warnings.catch_warnings():
+        # The loader cuts the steps itself and serves tensors that are in memory: workers would only copy them.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        loop = pl.Trainer(
+            accelerator="cpu" if device == "cpu" else "gpu",
+            devices=1 if device == "cpu" else [int(device.removeprefix("cuda:"))],
+            precision=_PRECISIONS[config.precision],
+            max_epochs=1,  # all epochs of the config are one pass of the loader
+            logger=wandb_logger(config, folder.path) or False,
+            callbacks=[history, TQDMProgressBar(refresh_rate=1)],
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+        loop.fit(trainer, loader)
+    trainer.model.ldm.to(device)  # Lightning leaves the model on the CPU
+    last = history.rows[-data.steps_per_epoch :]
+    means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
+    return dict(zip(("loss", "forget_loss", "retain_loss"), means, strict=True))
+
+
+class LossHistory(pl.Callback):
+    """Both terms of every step, in memory and in `metrics.csv`."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.rows: list[tuple[float, ...]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        row = tuple(float(trainer.callback_metrics[name]) for name in _TERMS)
+        self.rows.append(row)
+        self.folder.metrics_csv.append(trainer.global_step, **dict(zip(_TERMS, row, strict=True)))
+
+
+def wandb_logger(config: TrainConfig, folder: Path) -> Logger | None:
+    """Lightning's Weights & Biases logger, or None where the config says off.
+
+    `online` without a key, or with WANDB_MODE set to something else, is offline, with one warning; so is a run whose
+    connection cannot be made. The environment variable WANDB_MODE=disabled turns it off.
+    """
+    if config.wandb == "off" or os.environ.get("WANDB_MODE") == "disabled":
+        return None
+    import wandb
+    from wandb.errors import Error as WandbError
+
+    settings = {"project": config.wandb_project, "save_dir": str(folder), "name": folder.name, "config": as_dict(config)}
+    online = config.wandb == "online" and os.environ.get("WANDB_MODE", "online") == "online"
+    if online and not wandb.api.api_key:
+        _log.warning("wandb: no API key on this machine; this run is kept offline in %s", folder / "wandb")
+        online = False
+    if online:
+        try:
+            logger = WandbLogger(**settings, settings=wandb.Settings(init_timeout=30))
+            _ = logger.experiment
+            return logger
+        except WandbError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            _log.warning("wandb: %s; this run is kept offline in %s", reason, folder / "wandb")
+    return WandbLogger(**settings, offline=True)

@@ -1,0 +1,78 @@
+"""Pictures of a training run: the same prompts and seeds before and after, the forgotten prompts marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.sampling import sample_images
+from mu.datasets.index import ForgetRetain, Row
+from mu.ldm import LatentDiffusion
+from mu.pictures import image_grid
+
+_PROMPTS_OF_EACH_KIND = 4
+
+
+class ProgressPictures:
+    """Samples a few prompts whenever asked, and writes them side by side.
+
+    Args:
+        config: `sample_prompts` (null: some of the rows' own), `sample_seeds`, and how to sample.
+        model: sampled as it is at the time of `take`.
+        rows: where the prompts come from.
+    """
+
+    def __init__(self, config: TrainConfig, model: LatentDiffusion, rows: ForgetRetain) -> None:
+        self.config = config
+        self.model = model
+        forgotten = {row.prompt for row in rows.forget}
+        if config.sample_prompts is None:
+            chosen = _spread(rows.forget) + _spread(rows.retain)
+        else:
+            chosen = list(config.sample_prompts)
+        self.prompts = [(prompt, prompt in forgotten) for prompt in chosen]
+        self._taken: dict[str, list[Tensor]] = {}  # moment -> prompts x seeds images, row-major
+
+    def take(self, moment: str) -> None:
+        """Sample all prompts with all seeds, under the name of a moment such as "before"."""
+        if not self.prompts:
+            return
+        pairs = [(prompt, seed) for prompt, _ in self.prompts for seed in self.config.sample_seeds]
+        sampled = sample_images(
+            self.model,
+            pairs,
+            steps=self.config.sample_steps,
+            guidance_scale=self.config.guidance_scale,
+            image_size=self.config.image_size,
+        )
+        self._taken[moment] = list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=None))
+
+    def save(self, path: Path) -> Path | None:
+        """Write one row a prompt, one column a moment and seed. Returns the path, None when there are no prompts."""
+        if not self._taken:
+            return None
+        seeds = self.config.sample_seeds
+        rows = [
+            [image for images in self._taken.values() for image in images[first : first + len(seeds)]]
+            for first in range(0, len(self.prompts) * len(seeds), len(seeds))
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return image_grid(
+            rows,
+            path,
+            row_labels=[prompt for prompt, _ in self.prompts],
+            column_labels=[f"{moment}, seed {seed}" for moment in self._taken for seed in seeds],
+            marked_rows=[i for i, (_, forgotten) in enumerate(self.prompts) if forgotten],
+            title=f"{self.config.template} {self.config.template_name} forgotten",
+        )
+
+
+def _spread(rows: Sequence[Row]) -> list[str]:
+    """A few different prompts, evenly over the rows."""
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    step = max(1, len(prompts) // _PROMPTS_OF_EACH_KIND)
+    return prompts[::step][:_PROMPTS_OF_EACH_KIND]
