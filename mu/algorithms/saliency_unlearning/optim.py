@@ -1,0 +1,207 @@
+"""Adam that moves the selected entries of each parameter and never writes the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from mu.algorithms.saliency_unlearning.mask_file import MaskError
+
+_BUCKET_ENTRIES = 1 << 25
+"""Parameters are updated together up to this many selected entries: few kernel launches, bounded extra memory."""
+
+
+class SelectedEntries:
+    """The selected entries of one tensor, read and written as one packed vector.
+
+    Entries are taken in the order in which they lie in memory, so that neither a contiguous nor a channels-last
+    tensor is copied; a tensor of the same shape in another layout is.
+
+    Args:
+        like: the tensor whose shape, layout and device count.
+        mask: bool, of the same shape: which entries are selected.
+    """
+
+    def __init__(self, like: Tensor, mask: Tensor) -> None:
+        aligned = torch.empty_like(like, dtype=torch.bool, requires_grad=False).copy_(mask)
+        flat = _in_memory_order(aligned)  # (n,)
+        self.strides = like.stride()
+        self.count = int(flat.count_nonzero())
+        self.index: Tensor | None = None  # (count,); None: all entries
+        if self.count < like.numel():
+            self.index = flat.nonzero().squeeze(1).to(torch.int32)  # half of int64's memory
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """(count,) selected entries of `tensor`; a view of it when all are selected."""
+        if tensor.stride() != self.strides:
+            tensor = tensor.new_empty_strided(tensor.shape, self.strides).copy_(tensor)
+        flat = _in_memory_order(tensor)
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        """Write `values` (count,) over the selected entries of `tensor`, which must have the layout of `like`."""
+        flat = _in_memory_order(tensor)
+        if self.index is not None:
+            flat.index_copy_(0, self.index.long(), values.to(flat.dtype))
+        elif values.data_ptr() != flat.data_ptr():
+            flat.copy_(values)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A flat view of a dense tensor; its order is that of the memory, whatever the strides."""
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    if not (tensor.is_contiguous() or channels_last):
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()} is neither contiguous nor "
+            "channels-last: call .contiguous() on the model's weights first"
+        )
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+class MaskedAdam(torch.optim.Optimizer):
+    """Adam (Kingma & Ba 2015) on the entries that a mask selects.
+
+    The selected entries move exactly as `torch.optim.Adam` would move them on gradients multiplied by the mask; the
+    others are never written. State exists for selected entries only: two fp32 moments and, for weights of lower
+    precision, an fp32 master copy, each packed into one vector per parameter.
+
+    Args:
+        named_parameters: (name, parameter) pairs. A parameter of which nothing is selected is left out.
+        mask: name -> bool tensor of the parameter's shape. May hold more names than `named_parameters`.
+        lr: learning rate.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator.
+
+    Raises:
+        MaskError: a parameter has no mask or one of another shape, or nothing at all is selected.
+        ValueError: lr, betas or eps out of range.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        mask: Mapping[str, Tensor],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not (0.0 <= lr < math.inf and 0.0 <= eps < math.inf and all(0.0 <= beta < 1.0 for beta in betas)):
+            raise ValueError(f"lr {lr} and eps {eps} must be finite and >= 0, betas {betas} in [0, 1)")
+        selected: list[tuple[str, Tensor]] = []
+        self._entries: dict[Tensor, SelectedEntries] = {}
+        for name, parameter in named_parameters:
+            if name not in mask:
+                raise MaskError(f"the mask has no entry for parameter {name}; it has {len(mask)} others")
+            if mask[name].shape != parameter.shape:
+                raise MaskError(
+                    f"the mask of {name} has shape {tuple(mask[name].shape)}, the parameter {tuple(parameter.shape)}"
+                )
+            if mask[name].dtype != torch.bool:
+                raise MaskError(f"the mask of {name} is {mask[name].dtype}, not bool")
+            entries = SelectedEntries(parameter, mask[name])
+            if entries.count:
+                selected.append((name, parameter))
+                self._entries[parameter] = entries
+        if not selected:
+            raise MaskError("the mask selects no entry of any of these parameters: there is nothing to train")
+        super().__init__(selected, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the selected entries of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and the gradients; called first, with gradients on.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for bucket in self._buckets(group["params"]):
+                self._update(bucket, group)
+        return loss
+
+    def _buckets(self, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+        bucket: list[Tensor] = []
+        filled = 0
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            count = self._entries[parameter].count
+            if bucket and filled + count > _BUCKET_ENTRIES:
+                yield bucket
+                bucket, filled = [], 0
+            bucket.append(parameter)
+            filled += count
+        if bucket:
+            yield bucket
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        values, grads, states = [], [], []
+        for parameter in parameters:
+            entries, state = self._entries[parameter], self._state_of(parameter)
+            value = state["master"] if "master" in state else entries.read(parameter)  # (count,)
+            assert parameter.grad is not None
+            values.append(value)
+            grads.append(entries.read(parameter.grad).to(value.dtype))  # (count,)
+            states.append(state)
+        # torch's own update on the packed vectors: equal to dense Adam by construction.
+        adam(
+            values,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+        for parameter, value in zip(parameters, values, strict=True):
+            self._entries[parameter].write_(parameter, value)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            lower = parameter.dtype in (torch.bfloat16, torch.float16)
+            dtype = torch.float32 if lower else parameter.dtype
+            count = self._entries[parameter].count
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros(count, dtype=dtype, device=parameter.device)  # (count,)
+            state["exp_avg_sq"] = torch.zeros(count, dtype=dtype, device=parameter.device)  # (count,)
+            if lower:
+                state["master"] = self._entries[parameter].read(parameter).to(dtype)  # (count,)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state that `state_dict()` gave, of an optimizer of the same parameters under the same mask.
+
+        Raises:
+            MaskError: the state was made under a mask that selects another number of entries.
+            ValueError: it is of other parameters.
+        """
+        super().load_state_dict(state_dict)
+        # The base class has just cast the moments to the dtype of the weights: take them again, as they were.
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, parameter in zip(saved_group["params"], group["params"], strict=True):
+                saved = state_dict["state"].get(index, {})
+                count = self._entries[parameter].count
+                for key in saved.keys() - {"step"}:
+                    if saved[key].numel() != count:
+                        raise MaskError(
+                            f"the optimizer state has {saved[key].numel()} entries for parameter {index}, "
+                            f"the mask selects {count}: it was made under another mask"
+                        )
+                    self.state[parameter][key] = saved[key].detach().to(parameter.device, copy=True)
+                if saved:
+                    self.state[parameter]["step"] = saved["step"].detach().clone()
