@@ -1,32 +1,23 @@
 """Measures what a model forgot and what it kept: sample every prompt of the grid, classify, count.
 
-Sampled images are kept under `<output_dir>/grids/<model>-<settings>/<Style>/<Object>/<seed>.png`. They belong to the
-model's fingerprint and the sampling settings, so the images of a base model are sampled once for all evaluations
-with the same output_dir, and an interrupted evaluation goes on where it stopped.
+The images are kept in `<output_dir>/grids`, see `mu.evaluation.grid`, the results in a new run folder beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mu.config import Config, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.datasets.generated import GeneratedImages, SampleSettings
-from mu.datasets.images import load_image
-from mu.datasets.index import DataError, Row, check_choice, check_folder_names
-from mu.datasets.prompts import canvas_prompt
+from mu.datasets.generated import SampleSettings
 from mu.devices import resolve_devices
-from mu.errors import MuError
-from mu.evaluation.classifier import EmojiClassifier, load_classifier
+from mu.evaluation.classifier import load_classifier
+from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, measure
 from mu.evaluation.metrics import (
-    Prediction,
     Share,
     UnlearningScores,
     accuracy_by_class,
@@ -37,14 +28,11 @@ from mu.evaluation.metrics import (
 from mu.evaluation.pictures import before_after_grid
 from mu.ldm import load_model
 from mu.ldm.checkpoint import fingerprint
-from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.run_folder import RunFolder, write_atomically
 
+__all__ = ["EvaluationError", "EvaluationSettings", "Grid", "MeasuredModel", "measure", "run"]
+
 SCORES = ("UA", "IRA", "CRA", "own")
-
-
-class EvaluationError(MuError, ValueError):
-    """An evaluation that cannot be made as asked."""
 
 
 class EvaluationSettings(Protocol):
@@ -77,118 +65,6 @@ class EvaluationSettings(Protocol):
     @property
     def output_dir(self) -> str: ...
     def checkpoint(self) -> Path: ...
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Which images are asked for: every style x object x seed."""
-
-    styles: tuple[str, ...]
-    objects: tuple[str, ...]
-    seeds: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        check_folder_names("styles", self.styles)
-        check_folder_names("objects", self.objects)
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise EvaluationError(
-                f"seeds must be different numbers, at least one; they are {list(self.seeds)}"
-            )
-
-    def rows(self, images: Path) -> Iterator[Row]:
-        """The images, those of one prompt together, in a folder as `GeneratedImages.path`."""
-        for style in self.styles:
-            for object in self.objects:
-                for seed in self.seeds:
-                    relative = f"{style}/{object}/{seed}.png"
-                    yield Row(
-                        image=images / relative,
-                        relative=relative,
-                        prompt=canvas_prompt(object, style),
-                        style=style,
-                        object=object,
-                        concept=style,
-                    )
-
-
-@dataclass(frozen=True)
-class MeasuredModel:
-    """A model's images on a grid and what a classifier sees in them.
-
-    Attributes:
-        images: the folder of the styles, see `Grid.rows`.
-        manifest: the model's fingerprint and the sampling settings.
-    """
-
-    images: Path
-    manifest: Mapping[str, str]
-    predictions: tuple[Prediction, ...]
-
-
-def measure(
-    model: LatentDiffusion,
-    classifier: EmojiClassifier,
-    grid: Grid,
-    *,
-    settings: SampleSettings,
-    batch_size: int,
-    folder: Path | str,
-) -> MeasuredModel:
-    """Samples the images of the grid that are not yet below `folder` and classifies all, as their files are.
-
-    The images and predictions do not depend on the batch size or on the rest of the grid, but for rounding.
-
-    Args:
-        model: in eval mode, with a text encoder.
-        folder: the images are kept in `<folder>/grids/<model>-<settings>`.
-
-    Raises:
-        DataError: the model cannot be sampled from so, an image has NaN or Inf, or the folder holds other images.
-        EvaluationError: the classifier does not know a style or an object of the grid.
-    """
-    check_classifier(classifier, grid)
-    images = GeneratedImages(model, folder, settings, subfolder="grids")
-    rows = list(grid.rows(images.path))
-    images.sample_missing(rows, batch_size=batch_size)
-    return MeasuredModel(
-        images.path, images.manifest, tuple(classify(rows, classifier, batch_size=batch_size))
-    )
-
-
-def check_classifier(classifier: EmojiClassifier, grid: Grid) -> None:
-    """Raises EvaluationError unless the classifier knows all styles and objects of the grid."""
-    for key, asked, known in (
-        ("styles", grid.styles, classifier.styles),
-        ("objects", grid.objects, classifier.objects),
-    ):
-        for name in asked:
-            try:
-                check_choice(key, name, known)
-            except DataError as error:
-                raise EvaluationError(f"{error} These are what the classifier knows.") from error
-
-
-def classify(rows: Sequence[Row], classifier: EmojiClassifier, *, batch_size: int) -> Iterator[Prediction]:
-    """What the classifier sees in the image files of `rows`: for each head its likeliest class."""
-    device = classifier.style_head.weight.device
-    with tqdm(total=len(rows), desc="classifying", unit="image", disable=None) as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            pixels = torch.stack(
-                [load_image(row.image, classifier.input_size) for row in batch]
-            )  # (B, 3, H, W)
-            styles, objects = classifier.predict(pixels.to(device))  # (B, S), (B, O)
-            for row, style, object in zip(
-                batch, styles.argmax(-1).tolist(), objects.argmax(-1).tolist(), strict=True
-            ):
-                yield Prediction(
-                    row.style,
-                    row.object,
-                    int(row.image.stem),
-                    classifier.styles[style],
-                    classifier.objects[object],
-                )
-            progress.update(len(batch))
 
 
 def run(config: EvaluationSettings) -> dict[str, object]:
@@ -261,10 +137,11 @@ def percent(share: Share) -> float | None:
 def _meanings(scores: UnlearningScores) -> dict[str, str]:
     kind, name = scores.template, scores.template_name
     other = "object" if kind == "style" else "style"
+    crossed = f"the other {kind}s" if scores.cra_prompts == "retained" else f"all {kind}s"
     return {
         "UA": f"images of the prompts of {name} that are not seen as {name}",
         "IRA": f"images of the other {kind}s that are seen as their {kind}",
-        "CRA": f"images of the other {kind}s that are seen as their {other}",
+        "CRA": f"images of {crossed} that are seen as their {other}",
         "own": f"images of the prompts of {name} that are seen as their {other}",
     }
 

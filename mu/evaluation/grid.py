@@ -1,0 +1,140 @@
+"""The images of a model on a grid of styles x objects x seeds, and what a classifier sees in them.
+
+Sampled images are kept under `<folder>/grids/<model>-<settings>/<Style>/<Object>/<seed>.png`. They belong to the
+model's fingerprint and the sampling settings, so the images of a base model are sampled once for all evaluations
+with the same folder, and an interrupted one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mu.datasets.generated import GeneratedImages, SampleSettings
+from mu.datasets.images import load_image
+from mu.datasets.index import DataError, Row, check_choice, check_folder_names
+from mu.datasets.prompts import canvas_prompt
+from mu.errors import MuError
+from mu.evaluation.classifier import EmojiClassifier
+from mu.evaluation.metrics import Prediction
+from mu.ldm.latent_diffusion import LatentDiffusion
+
+
+class EvaluationError(MuError, ValueError):
+    """An evaluation that cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which images are asked for: every style x object x seed."""
+
+    styles: tuple[str, ...]
+    objects: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_folder_names("styles", self.styles)
+        check_folder_names("objects", self.objects)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise EvaluationError(
+                f"seeds must be different numbers, at least one; they are {list(self.seeds)}"
+            )
+
+    def rows(self, images: Path) -> Iterator[Row]:
+        """The images, those of one prompt together, in a folder as `GeneratedImages.path`."""
+        for style in self.styles:
+            for object in self.objects:
+                for seed in self.seeds:
+                    relative = f"{style}/{object}/{seed}.png"
+                    yield Row(
+                        image=images / relative,
+                        relative=relative,
+                        prompt=canvas_prompt(object, style),
+                        style=style,
+                        object=object,
+                        concept=style,
+                    )
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model's images on a grid and what a classifier sees in them.
+
+    Attributes:
+        images: the folder of the styles, see `Grid.rows`.
+        manifest: the model's fingerprint and the sampling settings.
+    """
+
+    images: Path
+    manifest: Mapping[str, str]
+    predictions: tuple[Prediction, ...]
+
+
+def measure(
+    model: LatentDiffusion,
+    classifier: EmojiClassifier,
+    grid: Grid,
+    *,
+    settings: SampleSettings,
+    batch_size: int,
+    folder: Path | str,
+) -> MeasuredModel:
+    """Samples the images of the grid that are not yet below `folder` and classifies all, as their files are.
+
+    The images and predictions do not depend on the batch size or on the rest of the grid, but for rounding.
+
+    Args:
+        model: in eval mode, with a text encoder.
+        folder: the images are kept in `<folder>/grids/<model>-<settings>`.
+
+    Raises:
+        DataError: the model cannot be sampled from so, an image has NaN or Inf, or the folder holds other images.
+        EvaluationError: the classifier does not know a style or an object of the grid.
+    """
+    check_classifier(classifier, grid)
+    images = GeneratedImages(model, folder, settings, subfolder="grids")
+    rows = list(grid.rows(images.path))
+    images.sample_missing(rows, batch_size=batch_size)
+    return MeasuredModel(
+        images.path, images.manifest, tuple(classify(rows, classifier, batch_size=batch_size))
+    )
+
+
+def check_classifier(classifier: EmojiClassifier, grid: Grid) -> None:
+    """Raises EvaluationError unless the classifier knows all styles and objects of the grid."""
+    for key, asked, known in (
+        ("styles", grid.styles, classifier.styles),
+        ("objects", grid.objects, classifier.objects),
+    ):
+        for name in asked:
+            try:
+                check_choice(key, name, known)
+            except DataError as error:
+                raise EvaluationError(f"{error} These are what the classifier knows.") from error
+
+
+def classify(rows: Sequence[Row], classifier: EmojiClassifier, *, batch_size: int) -> Iterator[Prediction]:
+    """What the classifier sees in the image files of `rows`: for each head its likeliest class."""
+    device = classifier.style_head.weight.device
+    with tqdm(total=len(rows), desc="classifying", unit="image", disable=None) as progress:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            pixels = torch.stack(
+                [load_image(row.image, classifier.input_size) for row in batch]
+            )  # (B, 3, H, W)
+            styles, objects = classifier.predict(pixels.to(device))  # (B, S), (B, O)
+            for row, style, object in zip(
+                batch, styles.argmax(-1).tolist(), objects.argmax(-1).tolist(), strict=True
+            ):
+                yield Prediction(
+                    row.style,
+                    row.object,
+                    int(row.image.stem),
+                    classifier.styles[style],
+                    classifier.objects[object],
+                )
+            progress.update(len(batch))
