@@ -77,7 +77,7 @@ class LatentDiffusion(nn.Module):
     @property
     def image_size(self) -> int:
         """Side of the images, in pixels, that the model was trained on."""
-        return self.params.unet.image_size * self.params.first_stage.factor
+        return (self.params.image_size or self.params.unet.image_size) * self.params.first_stage.factor
 
     def latent_shape(self, image_size: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of square images of `image_size` pixels."""

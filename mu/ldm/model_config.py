@@ -47,7 +47,7 @@ class UNetParams:
     use_linear_in_transformer: bool = False
     dropout: float = 0.0
     image_size: int = 32
-    """Side of the latents, in latent pixels, that the model was trained on."""
+    """Side of the latents, in latent pixels; `LatentDiffusionParams.image_size` goes before it."""
 
     def heads_of(self, channels: int) -> tuple[int, int]:
         """(heads, channels a head) of a transformer on `channels` channels."""
@@ -100,6 +100,8 @@ class LatentDiffusionParams:
     linear_end: float = 2e-2
     timesteps: int = 1000
     scale_factor: float = 1.0
+    image_size: int | None = None
+    """Side of the latents, in latent pixels, that the model was trained on. SD v1's YAML leaves the UNet's at 32."""
     parameterization: str = "eps"
     """What the UNet predicts: "eps" (noise) or "v" (velocity, Salimans & Ho 2022)."""
 
@@ -107,7 +109,7 @@ class LatentDiffusionParams:
 # Options that may stand in a YAML without changing the network or its use here.
 _HARMLESS = {
     "model": set(
-        "num_timesteps_cond log_every_t first_stage_key cond_stage_key image_size channels cond_stage_trainable "
+        "num_timesteps_cond log_every_t first_stage_key cond_stage_key channels cond_stage_trainable "
         "conditioning_key monitor use_ema scheduler_config unet_trainable finetune_keys ckpt_path ignore_keys "
         "load_only_unet loss_type v_posterior l_simple_weight original_elbo_weight clip_denoised concat_mode".split()
     ),
