@@ -236,6 +236,6 @@ def _draw(path: Path, config: EvaluationSettings, grid: Grid, measured: Mapping[
         objects=grid.objects,
         template=config.template,
         template_name=config.template_name,
-        title=f"{config.template} {config.template_name} forgotten, seed {seed}",
+        title=f"{config.template.capitalize()} {config.template_name} forgotten (framed): same prompts, seed {seed}",
         path=path,
     )
