@@ -38,7 +38,7 @@ def image_grid(
     column_labels: Sequence[str],
     *,
     title: str = "",
-    mark_row: int | None = None,
+    mark_row: int | range | None = None,
     mark_column: int | None = None,
     cell_px: int = 64,
 ) -> Image.Image:
@@ -48,7 +48,7 @@ def image_grid(
         images: rows of equally many images; each is fitted into a square cell.
         row_labels, column_labels: one for each; long ones are wrapped or made smaller.
         title: a line above.
-        mark_row, mark_column: the row (column) with a coloured frame and label.
+        mark_row, mark_column: the row (or a range of rows), the column with a coloured frame and label.
         cell_px: side of a cell.
 
     Raises:
@@ -71,7 +71,7 @@ def draw_grid(
     column_labels: Sequence[str],
     *,
     title: str = "",
-    mark_row: int | None = None,
+    mark_row: int | range | None = None,
     mark_column: int | None = None,
     cell_px: int = 64,
 ) -> tuple[Image.Image, GridLayout]:
@@ -81,6 +81,7 @@ def draw_grid(
             f"{len(row_labels)} row labels and {len(column_labels)} column labels do not fit rows of "
             f"{sorted({len(row) for row in images})} images, {len(images)} rows"
         )
+    marked = _as_range(mark_row)
     pitch = cell_px + _GAP_PX
     columns = [_fitted([label], cell_px + _GAP_PX - 2) for label in column_labels]
     rows = [_wrapped(label, cell_px) for label in row_labels]
@@ -101,7 +102,7 @@ def draw_grid(
 
     for r, (lines, font) in enumerate(rows):
         middle = layout.top + r * pitch + cell_px / 2
-        fill = MARK if r == mark_row else _TEXT
+        fill = MARK if r in marked else _TEXT
         for number, line in enumerate(lines):
             y = middle + (number - (len(lines) - 1) / 2) * _line_height(font)
             pen.text((layout.left - 8, y), line, fill=fill, font=font, anchor="rm")
@@ -113,8 +114,8 @@ def draw_grid(
         position = (layout.left + c * pitch + cell_px / 2, layout.top - 10)
         pen.text(position, lines[0], fill=fill, font=font, anchor="ms")  # one baseline for all
 
-    if mark_row is not None:
-        _frame(pen, layout, rows=(mark_row, mark_row), columns=(0, len(column_labels) - 1))
+    if marked:
+        _frame(pen, layout, rows=(marked[0], marked[-1]), columns=(0, len(column_labels) - 1))
     if mark_column is not None:
         _frame(pen, layout, rows=(0, len(row_labels) - 1), columns=(mark_column, mark_column))
     return picture, layout
@@ -133,6 +134,12 @@ def beside(pictures: Sequence[Image.Image], *, title: str = "") -> Image.Image:
         whole.paste(picture, (left, top))
         left += picture.width
     return whole
+
+
+def _as_range(mark: int | range | None) -> range:
+    if mark is None:
+        return range(0)
+    return mark if isinstance(mark, range) else range(mark, mark + 1)
 
 
 def _frame(

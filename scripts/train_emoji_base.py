@@ -5,8 +5,7 @@
     python scripts/train_emoji_base.py --data_dir data/emoji-canvas --run_dir outputs/emoji_base --stage diffusion
     python scripts/train_emoji_base.py --data_dir data/emoji-canvas --run_dir outputs/emoji_base --stage package
 
-Each stage writes its state to the run folder at intervals and goes on from there when started again. The diffusion stage
-can start from packaged weights (`--start_from`), so that a later run makes better ones of them.
+Each stage writes its state to the run folder at intervals and goes on from there when started again.
 """
 
 from __future__ import annotations
@@ -116,7 +115,9 @@ def load_drawings(data_dir: Path) -> Tensor:
         for obj in OBJECTS
         for n in range(1, DRAWINGS_PER_CELL + 1)
     ]
-    images = [torch.frombuffer(bytearray(Image.open(p).convert("RGB").tobytes()), dtype=torch.uint8) for p in paths]
+    images = [
+        torch.frombuffer(bytearray(Image.open(p).convert("RGB").tobytes()), dtype=torch.uint8) for p in paths
+    ]
     side = Image.open(paths[0]).width
     stacked = torch.stack(images).view(-1, side, side, 3).permute(0, 3, 1, 2)
     return stacked.reshape(len(STYLES), len(OBJECTS), DRAWINGS_PER_CELL, 3, side, side)
@@ -210,7 +211,11 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         update_ema(ema, model, step)
         clock.tick(step, steps, loss=loss.item(), l1=F.l1_loss(output, images).item(), kl=kl.item())
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             save_state(path, state | {"step": step + 1})
             with torch.no_grad():
                 pair = torch.cat([images[:12], ema.decode(ema.encode(images[:12])[0])])
@@ -224,7 +229,7 @@ def latent_shape(model: nn.Module) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def encode_drawings(model: LatentDiffusion, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Posterior moments of many placements of each drawing, kept in the run folder: two of (styles * objects, K, C, h, w)."""
+    """Posterior moments of many placements of each drawing, kept in the run folder: two of (cells, K, C, h, w)."""
     path = args.run_dir / "moments.pt"
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -241,7 +246,9 @@ def encode_drawings(model: LatentDiffusion, args: argparse.Namespace) -> tuple[T
         if (i + 1) % 8 == 0:
             print(f"encoded {i + 1}/{args.placements} placements of each drawing", flush=True)
     cells = len(STYLES) * len(OBJECTS)
-    both = torch.cat(moments, dim=1).unflatten(1, (args.placements, cells, DRAWINGS_PER_CELL))  # (2, K, cells, 4, ...)
+    both = torch.cat(moments, dim=1).unflatten(
+        1, (args.placements, cells, DRAWINGS_PER_CELL)
+    )  # (2, K, cells, 4, ...)
     both = both.permute(0, 2, 1, 3, 4, 5, 6).flatten(2, 3).contiguous()
     save_state(path, {"mean": both[0].clone(), "logvar": both[1].clone()})
     return both[0], both[1]
@@ -261,7 +268,9 @@ def train_diffusion(args: argparse.Namespace) -> None:
 
     trained = nn.ModuleDict({"unet": model.unet, "text": model.cond_stage_model})
     ema = copy.deepcopy(trained)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     path, start = args.run_dir / "diffusion.pt", 0
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=args.device)
@@ -269,7 +278,10 @@ def train_diffusion(args: argparse.Namespace) -> None:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start, scale_factor = state["step"], state["scale_factor"]
-    print(f"scale_factor {scale_factor}; {sum(p.numel() for p in model.unet.parameters()):,} UNet parameters", flush=True)
+    print(
+        f"scale_factor {scale_factor}; {sum(p.numel() for p in model.unet.parameters()):,} UNet parameters",
+        flush=True,
+    )
 
     tokens = tokenize_once(prompts).to(args.device)
     snr = model.alphas_cumprod / (1 - model.alphas_cumprod)
@@ -305,10 +317,14 @@ def train_diffusion(args: argparse.Namespace) -> None:
         update_ema(ema, trained, step)
         clock.tick(step, steps, loss=loss.item(), mse=error.mean().item())
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            state = {"model": trained.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "model": trained.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             save_state(path, state | {"step": step + 1, "scale_factor": scale_factor})
         if (step + 1) % 1000 == 0 or step + 1 == steps:
-            package(args, args.run_dir / "preview", classifier_free=True)
+            package(args, args.run_dir / "preview")
 
 
 def tokenize_once(prompts: list[str]) -> Tensor:
@@ -321,7 +337,7 @@ def embed_tokens(model: LatentDiffusion, tokens: Tensor) -> Tensor:
     return model.cond_stage_model.transformer["text_model"](input_ids=tokens).last_hidden_state  # (B, 77, D)
 
 
-def package(args: argparse.Namespace, output_dir: Path, *, classifier_free: bool = False) -> None:
+def package(args: argparse.Namespace, output_dir: Path) -> None:
     """Write the EMA weights in fp16 with their YAML, and one sample of each prompt."""
     state = torch.load(args.run_dir / "diffusion.pt", weights_only=True, map_location="cpu")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -329,7 +345,9 @@ def package(args: argparse.Namespace, output_dir: Path, *, classifier_free: bool
     header = "# The EmojiCanvas base model (scripts/train_emoji_base.py), as CompVis writes a model.\n"
     (output_dir / "model_config.yaml").write_text(header + text, encoding="utf-8")
     model = load_model(output_dir / "model_config.yaml")
-    model.first_stage_model.load_state_dict(torch.load(args.run_dir / "autoencoder.pt", weights_only=True)["ema"])
+    model.first_stage_model.load_state_dict(
+        torch.load(args.run_dir / "autoencoder.pt", weights_only=True)["ema"]
+    )
     nn.ModuleDict({"unet": model.unet, "text": model.cond_stage_model}).load_state_dict(state["ema"])
     names = {name for name, _ in model.named_parameters()}
     model.file_dtypes = {key: torch.float16 if key in names else torch.float32 for key in model.state_dict()}
@@ -355,22 +373,34 @@ def package(args: argparse.Namespace, output_dir: Path, *, classifier_free: bool
 
 def save_grid(images: Tensor, path: Path, *, columns: int) -> None:
     rows = len(images) // columns
-    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (H, W, 3)
+    grid = (
+        images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    )  # (H, W, 3)
     pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().contiguous()
     Image.fromarray(pixels.numpy()).save(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", choices=["autoencoder", "diffusion", "package"], required=True)
     parser.add_argument("--data_dir", type=Path, default=Path("data/emoji-canvas"))
     parser.add_argument("--run_dir", type=Path, default=Path("outputs/emoji_base"))
-    parser.add_argument("--output_dir", type=Path, default=Path("mu/assets/emoji_canvas"), help="of --stage package")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("mu/assets/emoji_canvas"), help="of --stage package"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, help="default: 2500 for the autoencoder, 4000 for the diffusion model")
-    parser.add_argument("--batch_size", type=int, help="default: 16 for the autoencoder, 64 for the diffusion model")
+    parser.add_argument(
+        "--steps", type=int, help="default: 2500 for the autoencoder, 4000 for the diffusion model"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help="default: 16 for the autoencoder, 64 for the diffusion model"
+    )
     parser.add_argument("--lr", type=float, help="peak learning rate; default: 1e-3")
-    parser.add_argument("--placements", type=int, default=64, help="augmented copies of each drawing to encode")
+    parser.add_argument(
+        "--placements", type=int, default=64, help="augmented copies of each drawing to encode"
+    )
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the sample grids")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")

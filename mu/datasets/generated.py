@@ -49,11 +49,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How images are sampled: DDIM steps, classifier-free guidance scale (1 is none), side in pixels."""
+    """How images are sampled: DDIM steps, classifier-free guidance scale (1 is none), side in pixels, arithmetic.
+
+    `precision` is "fp32", or "bf16" for bf16 autocast: faster, and images that differ a little.
+    """
 
     steps: int
     guidance_scale: float
     image_size: int
+    precision: str = "fp32"
 
 
 def index(
@@ -230,16 +234,20 @@ class GeneratedImages:
             [initial_noise(row.style, row.object, int(row.image.stem), shape) for row in rows]
         )
         context = self.model.embed([row.prompt for row in rows])  # (B, L, D)
-        latents = sample_ddim(
-            self.model,
-            context,
-            shape=shape,
-            steps=self.settings.steps,
-            guidance_scale=self.settings.guidance_scale,
-            uncond_context=self.model.embed([""]).expand_as(context),
-            initial_noise=noise.to(context),
-        )  # (B, C, h, w)
-        return self.model.decode(latents)
+        uncond_context = self.model.embed([""])  # (1, L, D)
+        half = self.settings.precision == "bf16"
+        # Latents stay fp32 between the steps: only the networks compute in bf16.
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=half):
+            latents = sample_ddim(
+                self.model,
+                context,
+                shape=shape,
+                steps=self.settings.steps,
+                guidance_scale=self.settings.guidance_scale,
+                uncond_context=uncond_context,
+                initial_noise=noise.to(context),
+            )  # (B, C, h, w)
+            return self.model.decode(latents).float()
 
 
 def _manifest(model: LatentDiffusion, settings: SampleSettings) -> dict[str, str]:
@@ -253,6 +261,7 @@ def _manifest(model: LatentDiffusion, settings: SampleSettings) -> dict[str, str
         "steps": str(settings.steps),
         "guidance_scale": repr(float(settings.guidance_scale)),
         "image_size_px": str(settings.image_size),
+        "precision": settings.precision,
         "prompt": canvas_prompt("{object}", "{style}"),
     }
 

@@ -51,10 +51,15 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
 
 
+def to_picture(image: Tensor) -> Image.Image:
+    """One image (3, H, W) in [-1, 1] as an 8-bit picture."""
+    return Image.fromarray(to_uint8(image).cpu().numpy())
+
+
 def save_png(image: Tensor, path: Path) -> None:
     """Writes one image (3, H, W) in [-1, 1] as an 8-bit PNG, atomically."""
     content = io.BytesIO()
-    Image.fromarray(to_uint8(image).cpu().numpy()).save(content, format="PNG")
+    to_picture(image).save(content, format="PNG")
     write_atomically(path, content.getvalue())
 
 

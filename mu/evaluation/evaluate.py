@@ -61,6 +61,8 @@ class EvaluationSettings(Protocol):
     @property
     def batch_size(self) -> int: ...
     @property
+    def precision(self) -> str: ...
+    @property
     def classifier_path(self) -> str: ...
     @property
     def output_dir(self) -> str: ...
@@ -100,7 +102,9 @@ def run(config: EvaluationSettings) -> dict[str, object]:
                 model,
                 classifier,
                 grid,
-                settings=SampleSettings(config.sample_steps, config.guidance_scale, model.image_size),
+                settings=SampleSettings(
+                    config.sample_steps, config.guidance_scale, model.image_size, config.precision
+                ),
                 batch_size=config.batch_size,
                 folder=config.output_dir,
             )

@@ -12,7 +12,9 @@ from mu.ldm.layers import NORM_GROUPS, zero_init
 class CrossAttention(nn.Module):
     """Multi-head attention of `x` on `context`; on itself when there is no context."""
 
-    def __init__(self, query_dim: int, *, context_dim: int | None, heads: int, dim_head: int, dropout: float) -> None:
+    def __init__(
+        self, query_dim: int, *, context_dim: int | None, heads: int, dim_head: int, dropout: float
+    ) -> None:
         super().__init__()
         inner_dim = heads * dim_head
         self.heads = heads
@@ -56,11 +58,15 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention on the prompt, feed-forward; each on normalised input, each residual."""
 
-    def __init__(self, dim: int, *, context_dim: int | None, heads: int, dim_head: int, dropout: float) -> None:
+    def __init__(
+        self, dim: int, *, context_dim: int | None, heads: int, dim_head: int, dropout: float
+    ) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim, context_dim=None, heads=heads, dim_head=dim_head, dropout=dropout)
         self.ff = FeedForward(dim, dropout=dropout)
-        self.attn2 = CrossAttention(dim, context_dim=context_dim, heads=heads, dim_head=dim_head, dropout=dropout)
+        self.attn2 = CrossAttention(
+            dim, context_dim=context_dim, heads=heads, dim_head=dim_head, dropout=dropout
+        )
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)

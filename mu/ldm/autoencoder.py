@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -69,9 +71,11 @@ class PaddedDownsample(nn.Module):
 class Level(nn.Module):
     """The blocks at one resolution: `block`, `attn` (perhaps empty) and a resampling, named as CompVis names them."""
 
-    def __init__(self, widths: list[int], *, attention: bool, dropout: float, resample: tuple[str, nn.Module] | None):
+    def __init__(
+        self, widths: list[int], *, attention: bool, dropout: float, resample: tuple[str, nn.Module] | None
+    ):
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout=dropout) for a, b in pairs)
         self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs if attention)
         self.resample_name = resample[0] if resample else None

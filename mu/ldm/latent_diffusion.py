@@ -28,13 +28,22 @@ class LatentDiffusion(nn.Module):
         initialise: False leaves the weights of UNet and autoencoder undefined, for a caller that loads them.
     """
 
-    def __init__(self, params: LatentDiffusionParams, *, device: str | torch.device = "cpu", initialise: bool = True):
+    betas: Tensor
+    alphas_cumprod: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+
+    def __init__(
+        self, params: LatentDiffusionParams, *, device: str | torch.device = "cpu", initialise: bool = True
+    ) -> None:
         super().__init__()
         self.params = params
         self.file_dtypes: dict[str, torch.dtype] = {}
         """key -> dtype in the file that was loaded: `save_checkpoint` writes each tensor back in it."""
         device = torch.device(device)
-        for name, values in schedule_buffers(params.linear_start, params.linear_end, params.timesteps).items():
+        for name, values in schedule_buffers(
+            params.linear_start, params.linear_end, params.timesteps
+        ).items():
             self.register_buffer(name, values.to(device))
         with torch.device(device if initialise else "meta"):
             self.model = nn.ModuleDict({"diffusion_model": UNet(params.unet)})
@@ -107,7 +116,7 @@ class LatentDiffusion(nn.Module):
         """
         if self.cond_stage_model is None:
             raise NoTextEncoderError(
-                "this model has no text encoder (cond_stage_config: __is_unconditional__); pass a context tensor instead"
+                "this model has no text encoder (cond_stage_config: __is_unconditional__): pass a context tensor"
             )
         return self.cond_stage_model(prompts)
 

@@ -1,7 +1,7 @@
 """Read a CompVis model YAML into one frozen dataclass per network.
 
-`target` entries are looked up in a fixed table and never imported. An option that would change the network in a way that
-is not built here is refused by name instead of being ignored.
+`target` entries are looked up in a fixed table and never imported. An option that would change the network in a way
+that is not built here is refused by name instead of being ignored.
 """
 
 from __future__ import annotations
@@ -108,11 +108,29 @@ class LatentDiffusionParams:
 
 # Options that may stand in a YAML without changing the network or its use here.
 _HARMLESS = {
-    "model": set(
-        "num_timesteps_cond log_every_t first_stage_key cond_stage_key channels cond_stage_trainable "
-        "conditioning_key monitor use_ema scheduler_config unet_trainable finetune_keys ckpt_path ignore_keys "
-        "load_only_unet loss_type v_posterior l_simple_weight original_elbo_weight clip_denoised concat_mode".split()
-    ),
+    "model": {
+        "num_timesteps_cond",
+        "log_every_t",
+        "first_stage_key",
+        "cond_stage_key",
+        "channels",
+        "cond_stage_trainable",
+        "conditioning_key",
+        "monitor",
+        "use_ema",
+        "scheduler_config",
+        "unet_trainable",
+        "finetune_keys",
+        "ckpt_path",
+        "ignore_keys",
+        "load_only_unet",
+        "loss_type",
+        "v_posterior",
+        "l_simple_weight",
+        "original_elbo_weight",
+        "clip_denoised",
+        "concat_mode",
+    },
     "unet_config": {"use_checkpoint", "legacy", "use_fp16", "dims", "use_bf16"},
     "first_stage_config": {"monitor", "lossconfig", "ckpt_path", "ignore_keys", "image_key"},
     "ddconfig": {"attn_type"},
@@ -156,7 +174,9 @@ def load_model_config(path: str | Path) -> LatentDiffusionParams:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ModelConfigError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
-        raise ModelConfigError(f"{path}: a model YAML begins with `model:`, with `target` and `params` below it")
+        raise ModelConfigError(
+            f"{path}: a model YAML begins with `model:`, with `target` and `params` below it"
+        )
     return parse_model_config(content["model"], source=str(path))
 
 
@@ -175,7 +195,9 @@ def parse_model_config(model: Mapping[str, Any], *, source: str = "model config"
     unet_params = _unet_params(unet, source)
     text = None
     if cond_stage != UNCONDITIONAL:
-        text = _build(TextEncoderParams, _section(cond_stage, "cond_stage_config", source), "cond_stage_config", source)
+        text = _build(
+            TextEncoderParams, _section(cond_stage, "cond_stage_config", source), "cond_stage_config", source
+        )
         if unet_params.context_dim is not None and text.hidden_size != unet_params.context_dim:
             raise ModelConfigError(
                 f"{source}: the text encoder is {text.hidden_size} wide, unet_config.params.context_dim is "
@@ -186,7 +208,9 @@ def parse_model_config(model: Mapping[str, Any], *, source: str = "model config"
         {
             **params,
             "unet": unet_params,
-            "first_stage": _build(AutoencoderParams, {**first_stage, **ddconfig}, "first_stage_config", source),
+            "first_stage": _build(
+                AutoencoderParams, {**first_stage, **ddconfig}, "first_stage_config", source
+            ),
             "cond_stage": text,
         },
         "model",
@@ -206,11 +230,15 @@ def _unet_params(options: dict[str, Any], source: str) -> UNetParams:
     context_dim = options.get("context_dim")
     if isinstance(context_dim, (list, tuple)):
         if len(set(context_dim)) != 1:
-            raise ModelConfigError(f"{source}: context_dim {context_dim} differs between blocks, which is not built here")
+            raise ModelConfigError(
+                f"{source}: context_dim {context_dim} differs between blocks, which is not built here"
+            )
         options["context_dim"] = context_dim[0]
     params = _build(UNetParams, options, "unet_config", source)
     if (params.num_heads == -1) == (params.num_head_channels == -1):
-        raise ModelConfigError(f"{source}: unet_config.params needs one of num_heads and num_head_channels, not both")
+        raise ModelConfigError(
+            f"{source}: unet_config.params needs one of num_heads and num_head_channels, not both"
+        )
     for mult in params.channel_mult:
         channels = mult * params.model_channels
         heads, dim_head = params.heads_of(channels)
@@ -240,7 +268,9 @@ def _without_harmless(options: dict[str, Any], name: str, source: str) -> dict[s
     for key, value in _FIXED[name].items():
         given = options.pop(key, value)
         if given != value:
-            raise ModelConfigError(f"{source}: {name}: {key} = {given!r} is not built here; supported: {value!r}")
+            raise ModelConfigError(
+                f"{source}: {name}: {key} = {given!r} is not built here; supported: {value!r}"
+            )
     return {key: value for key, value in options.items() if key not in _HARMLESS[name]}
 
 
@@ -262,7 +292,9 @@ def _build(cls: type[P], options: dict[str, Any], name: str, source: str) -> P:
             value = _number(value)
             right = isinstance(value, float)
         elif kind.startswith("int"):
-            right = (isinstance(value, int) and not isinstance(value, bool)) or (value is None and "None" in kind)
+            right = (isinstance(value, int) and not isinstance(value, bool)) or (
+                value is None and "None" in kind
+            )
         elif kind == "str":
             right = isinstance(value, str)
         else:  # an already built dataclass

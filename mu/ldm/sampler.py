@@ -37,11 +37,15 @@ def guided_noise(
     if guidance_scale == 1.0:
         return model.predict_noise(latents, timesteps, context)
     if uncond_context is None:
-        raise ValueError(f"guidance_scale = {guidance_scale} needs uncond_context, the embedding of the empty prompt")
+        raise ValueError(
+            f"guidance_scale = {guidance_scale} needs uncond_context, the embedding of the empty prompt"
+        )
     uncond_context = uncond_context.expand(len(context), -1, -1)
     if uncond_context.shape == context.shape:
         both = model.predict_noise(
-            torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), torch.cat([uncond_context, context])
+            torch.cat([latents, latents]),
+            torch.cat([timesteps, timesteps]),
+            torch.cat([uncond_context, context]),
         )
         uncond, cond = both.chunk(2)
     else:

@@ -10,8 +10,8 @@ from torch import Tensor
 def schedule_buffers(linear_start: float, linear_end: float, num_timesteps: int) -> dict[str, Tensor]:
     """All schedule constants, computed in fp64 and rounded once to fp32.
 
-    `betas` are the squares of `num_timesteps` equal steps from sqrt(linear_start) to sqrt(linear_end); the others follow
-    from them (Ho et al. 2020, equations 4 and 7). Names and order are those of CompVis checkpoints.
+    `betas` are the squares of `num_timesteps` equal steps from sqrt(linear_start) to sqrt(linear_end); the others
+    follow from them (Ho et al. 2020, equations 4 and 7). Names and order are those of CompVis checkpoints.
 
     Returns:
         name -> (num_timesteps,) fp32.

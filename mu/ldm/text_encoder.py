@@ -1,6 +1,6 @@
 """The CLIP text encoder of SD v1: transformers' network, with a tokenizer that needs no network access.
 
-The vocabulary is the file that open_clip ships. It is found without importing open_clip, which would import torchvision.
+The vocabulary is the file that open_clip ships, found without importing open_clip, which would import torchvision.
 """
 
 from __future__ import annotations
@@ -67,7 +67,11 @@ def tokenize(prompts: list[str], max_length: int = 77) -> Tensor:
         TokenizerError: see `clip_tokenizer`.
     """
     encoded = clip_tokenizer()(
-        list(prompts), truncation=True, max_length=max_length, padding="max_length", return_attention_mask=False
+        list(prompts),
+        truncation=True,
+        max_length=max_length,
+        padding="max_length",
+        return_attention_mask=False,
     )
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
@@ -83,7 +87,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     symbols = _byte_symbols()
     words = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
     vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)  # type: ignore[arg-type]  # pairs, not a path
     prompt, expected = _SELF_CHECK
     given = tokenizer(prompt)["input_ids"]
     if len(tokenizer) != VOCAB_SIZE or given != expected or tokenizer.pad_token_id != END_TOKEN:
@@ -97,12 +101,14 @@ def clip_tokenizer() -> CLIPTokenizer:
 def _read_merges() -> list[tuple[str, str]]:
     spec = find_spec("open_clip")
     if spec is None or spec.origin is None:
-        raise TokenizerError("open_clip is not installed; its vocabulary file is needed: pip install open_clip_torch")
+        raise TokenizerError(
+            "open_clip is not installed; its vocabulary file is needed: pip install open_clip_torch"
+        )
     path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
     if not path.is_file():
         raise TokenizerError(f"open_clip's vocabulary file is missing: {path}; reinstall open_clip_torch")
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    # One header line; CLIP uses so many merges that bytes, bytes at a word's end, merges and two specials fill the vocabulary.
+    # After a header line; so many that bytes, bytes at a word's end, merges and two specials fill the vocabulary.
     used = lines[1 : 1 + VOCAB_SIZE - 2 * 256 - 2]
     return [(left, right) for left, right in (line.split() for line in used)]
 
@@ -112,6 +118,10 @@ def _byte_symbols() -> list[str]:
 
     Bytes that print stand for themselves and come first; the others get the code points from 256 on.
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = len(set(range(256)) - set(printable))
     return [chr(code) for code in printable] + [chr(256 + i) for i in range(others)]

@@ -103,7 +103,7 @@ class UNet(nn.Module):
             (B, C_out, H, W).
         """
         features = timestep_embedding(timesteps, self.params.model_channels)  # (B, width)
-        emb = self.time_embed(features.to(self.time_embed[0].weight.dtype))  # (B, 4 width)
+        emb = self.time_embed(features.to(x.dtype))  # (B, 4 width)
         h = x
         skips: list[Tensor] = []
         for block in self.input_blocks:

@@ -1,7 +1,7 @@
 """The two stages of saliency unlearning (Fan et al. 2024), from a config to the files of a run.
 
-    MaskingAlgorithm(saliency_unlearning_generate_mask_emoji_canvas, template_name="Noto").run()
-    SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, template_name="Noto").run()
+MaskingAlgorithm(saliency_unlearning_generate_mask_emoji_canvas, template_name="Noto").run()
+SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, template_name="Noto").run()
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class MaskingAlgorithm:
                 groups = {"kept_fraction": layer_groups(mask)}
                 save_mask(mask, paths[threshold], {**described, "threshold": threshold, **groups})
                 kept[threshold] = sum(int(marked.count_nonzero()) for marked in mask.values())
-                folder.logger.info("threshold %g keeps %d weights: %s", threshold, kept[threshold], paths[threshold])
+                folder.logger.info(
+                    "threshold %g keeps %d weights: %s", threshold, kept[threshold], paths[threshold]
+                )
             result = {
                 "run": folder.path,
                 "masks": paths,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import WandbLogger
 
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
@@ -39,15 +39,20 @@ def fit(
     device = resolve_devices(config.devices)
     history = LossHistory(folder)
     loader = data.train_loader()
+    logger = wandb_logger(config, folder.path)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # The loader cuts the steps itself and serves tensors that are in memory: workers would only copy them.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Unlearning runs without dropout: eval mode is meant.
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # between Lightning and torch
         loop = pl.Trainer(
             accelerator="cpu" if device == "cpu" else "gpu",
             devices=1 if device == "cpu" else [int(device.removeprefix("cuda:"))],
             precision=_PRECISIONS[config.precision],
             max_epochs=1,  # all epochs of the config are one pass of the loader
-            logger=wandb_logger(config, folder.path) or False,
+            logger=logger or False,
             callbacks=[history, TQDMProgressBar(refresh_rate=1)],
             log_every_n_steps=1,
             enable_checkpointing=False,
@@ -55,7 +60,11 @@ def fit(
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
         )
-        loop.fit(trainer, loader)
+        try:
+            loop.fit(trainer, loader)
+        finally:
+            if logger is not None:
+                logger.experiment.finish()  # else the next run of this process would go on in this one
     trainer.model.ldm.to(device)  # Lightning leaves the model on the CPU
     last = history.rows[-data.steps_per_epoch :]
     means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
@@ -75,7 +84,7 @@ class LossHistory(pl.Callback):
         self.folder.metrics_csv.append(trainer.global_step, **dict(zip(_TERMS, row, strict=True)))
 
 
-def wandb_logger(config: TrainConfig, folder: Path) -> Logger | None:
+def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:
     """Lightning's Weights & Biases logger, or None where the config says off.
 
     `online` without a key, or with WANDB_MODE set to something else, is offline, with one warning; so is a run whose
@@ -86,7 +95,12 @@ def wandb_logger(config: TrainConfig, folder: Path) -> Logger | None:
     import wandb
     from wandb.errors import Error as WandbError
 
-    settings = {"project": config.wandb_project, "save_dir": str(folder), "name": folder.name, "config": as_dict(config)}
+    settings: dict[str, Any] = {
+        "project": config.wandb_project,
+        "save_dir": str(folder),
+        "name": folder.name,
+        "config": as_dict(config),
+    }
     online = config.wandb == "online" and os.environ.get("WANDB_MODE", "online") == "online"
     if online and not wandb.api.api_key:
         _log.warning("wandb: no API key on this machine; this run is kept offline in %s", folder / "wandb")

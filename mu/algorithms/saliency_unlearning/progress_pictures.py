@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.sampling import sample_images
+from mu.datasets.images import to_picture
 from mu.datasets.index import ForgetRetain, Row
 from mu.ldm import LatentDiffusion
 from mu.pictures import image_grid
@@ -34,14 +35,16 @@ class ProgressPictures:
             chosen = _spread(rows.forget) + _spread(rows.retain)
         else:
             chosen = list(config.sample_prompts)
-        self.prompts = [(prompt, prompt in forgotten) for prompt in chosen]
+        # Forgotten prompts first, so that one frame marks them all.
+        self.prompts = sorted(chosen, key=lambda prompt: prompt not in forgotten)
+        self._forgotten = sum(prompt in forgotten for prompt in chosen)
         self._taken: dict[str, list[Tensor]] = {}  # moment -> prompts x seeds images, row-major
 
     def take(self, moment: str) -> None:
         """Sample all prompts with all seeds, under the name of a moment such as "before"."""
         if not self.prompts:
             return
-        pairs = [(prompt, seed) for prompt, _ in self.prompts for seed in self.config.sample_seeds]
+        pairs = [(prompt, seed) for prompt in self.prompts for seed in self.config.sample_seeds]
         sampled = sample_images(
             self.model,
             pairs,
@@ -57,18 +60,23 @@ class ProgressPictures:
             return None
         seeds = self.config.sample_seeds
         rows = [
-            [image for images in self._taken.values() for image in images[first : first + len(seeds)]]
+            [
+                to_picture(image)
+                for images in self._taken.values()
+                for image in images[first : first + len(seeds)]
+            ]
             for first in range(0, len(self.prompts) * len(seeds), len(seeds))
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        return image_grid(
+        image_grid(
             rows,
-            path,
-            row_labels=[prompt for prompt, _ in self.prompts],
-            column_labels=[f"{moment}, seed {seed}" for moment in self._taken for seed in seeds],
-            marked_rows=[i for i, (_, forgotten) in enumerate(self.prompts) if forgotten],
-            title=f"{self.config.template} {self.config.template_name} forgotten",
-        )
+            self.prompts,
+            [moment for moment in self._taken for _ in seeds],
+            mark_row=range(self._forgotten),
+            title=f"{self.config.template} {self.config.template_name} forgotten; seeds {', '.join(map(str, seeds))}",
+            cell_px=max(64, min(256, rows[0][0].width)),
+        ).save(path)
+        return path
 
 
 def _spread(rows: Sequence[Row]) -> list[str]:

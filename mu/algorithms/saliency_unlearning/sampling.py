@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.algorithms.saliency_unlearning.utils import model_of
 from mu.config import require_paths
-from mu.datasets.images import save_png
+from mu.datasets.images import save_png, to_picture
 from mu.ldm import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
 from mu.pictures import image_grid
@@ -95,10 +95,10 @@ def run(config: SampleConfig) -> dict[str, Any]:
         result: dict[str, Any] = {"run": folder.path, "images": len(images)}
         if config.grid:
             width = len(config.seeds)
-            rows = [images[first : first + width] for first in range(0, len(images), width)]
+            pictures = [to_picture(image) for image in images]
+            rows = [pictures[first : first + width] for first in range(0, len(pictures), width)]
             result["grid"] = folder.path / "grid.png"
-            image_grid(
-                rows, result["grid"], row_labels=prompts, column_labels=[f"seed {seed}" for seed in config.seeds]
-            )
+            headings = [f"seed {seed}" for seed in config.seeds]
+            image_grid(rows, prompts, headings, cell_px=max(64, pictures[0].width)).save(result["grid"])
         _log.info("wrote %d images to %s", len(images), folder.path / "images")
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -79,7 +79,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         *,
         alpha: float,
         lr: float,
-        target: Literal["current", "frozen"] = "current",
+        target: str = "current",
     ) -> None:
         super().__init__()
         if target not in ("current", "frozen"):

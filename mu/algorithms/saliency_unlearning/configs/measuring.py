@@ -108,6 +108,11 @@ class EvaluateConfig(ModelKeys):
     batch_size: int = setting(
         32, "Images sampled at once; memory and speed, not the images.", ge=1, le=100_000
     )
+    precision: str = setting(
+        "fp32",
+        "Arithmetic of sampling; bf16 is faster, its images differ a little.",
+        choices=("fp32", "bf16"),
+    )
     classifier_path: str = setting(
         SCORE_CLASSIFIER, "Classifier with a style and an object head that scores the images.", kind="path"
     )
@@ -163,9 +168,17 @@ class BenchmarkConfig(Config):
     batch_size: int = setting(
         32, "Images sampled at once; memory and speed, not the images.", ge=1, le=100_000
     )
+    precision: str = setting(
+        "fp32",
+        "Arithmetic of sampling; bf16 is faster, its images differ a little.",
+        choices=("fp32", "bf16"),
+    )
     classifier_path: str = setting(SCORE_CLASSIFIER, "Classifier that scores the images.", kind="path")
     devices: str = setting("0", "CUDA device number such as 0, or cpu.", pattern=DEVICES_PATTERN)
-    resume: bool = setting(True, "Keep the rows that output_dir already has, if made with the same settings.")
+    resume: bool = setting(
+        True,
+        "Keep what output_dir already has and the same settings made; false: unlearn every concept anew.",
+    )
     output_dir: str = setting(f"{OUTPUTS}/benchmark", "Folder of the table and of all its runs.", kind="path")
 
     def conflicts(self) -> Iterator[Problem]:
