@@ -156,7 +156,13 @@ class SaliencyUnlearningAlgorithm:
 
             pictures = ProgressPictures(config, ldm, data.rows)
             pictures.take("before")
-            trainer = SaliencyUnlearnTrainer(model, alpha=config.alpha, lr=config.lr, target=config.target)
+            trainer = SaliencyUnlearnTrainer(
+                model,
+                alpha=config.alpha,
+                lr=config.lr,
+                decay_steps=data.total_steps if config.lr_schedule == "linear" else None,
+                target=config.target,
+            )
             losses = fit(trainer, data, config, folder)
             model.verify_unmasked()
             pictures.take("after")

@@ -67,6 +67,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         model: which weights move.
         alpha: weight of retaining.
         lr: learning rate of Adam.
+        decay_steps: the learning rate falls linearly to 0 over so many steps; None keeps it constant.
         target: which model predicts for the substitute prompt: the current one, or the frozen original.
 
     Raises:
@@ -79,6 +80,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         *,
         alpha: float,
         lr: float,
+        decay_steps: int | None = None,
         target: str = "current",
     ) -> None:
         super().__init__()
@@ -87,10 +89,18 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         self.model = model
         self.alpha = alpha
         self.lr = lr
+        self.decay_steps = decay_steps
         self.target_model = FrozenOriginal(model) if target == "frozen" else None
 
-    def configure_optimizers(self) -> MaskedAdam:
-        return MaskedAdam(self.model.parameters_to_train(), self.model.selected, self.lr)
+    def configure_optimizers(self) -> Any:
+        """The optimizer, with a schedule of its learning rate where there are `decay_steps`."""
+        optimizer = MaskedAdam(self.model.parameters_to_train(), self.model.selected, self.lr)
+        if self.decay_steps is None:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.LinearLR(
+            optimizer, start_factor=1.0, end_factor=0.0, total_iters=self.decay_steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
         loss, forget_term, retain_term = salun_loss(

@@ -92,6 +92,11 @@ class TrainConfig(ConceptKeys):
     )
     epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
     lr: float = setting(1e-5, "Learning rate of Adam.", gt=0, le=1)
+    lr_schedule: str = setting(
+        "constant",
+        "constant, as the paper's; linear: the learning rate falls in equal steps to 0 at the last step.",
+        choices=("constant", "linear"),
+    )
     batch_size: int = setting(8, "Images to forget in a step.", ge=1, le=100_000)
     retain_batch_size: int | None = setting(
         None, "Images to retain in a step; null: as many as batch_size.", ge=1, le=100_000
