@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import PACKAGED, BenchmarkConfig, MaskConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.results_table import SCORES, Row, markdown, mean_of
 from mu.config import as_dict, load_config, override, require_paths, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.generated import SampleSettings
@@ -25,10 +26,6 @@ from mu.evaluation.evaluate import Grid, MeasuredModel, measure
 from mu.evaluation.metrics import table_csv, unlearning_scores
 from mu.ldm import load_model
 from mu.run_folder import environment, write_atomically
-
-SCORES = ("UA", "IRA", "CRA", "own")
-_HEADINGS = ("kind", "forgotten", "UA", "IRA", "base", "CRA", "base", "own", "base", "seconds")
-Row = dict[str, Any]
 
 _log = logging.getLogger(__name__)
 
@@ -186,36 +183,3 @@ class Benchmark:
         ]
         write_atomically(self.folder / "table.csv", table_csv(columns, cells))
         write_atomically(self.folder / "table.md", markdown(rows).encode())
-
-
-def mean_of(rows: Sequence[Row], kind: str) -> dict[str, float]:
-    """Means over the rows of a kind, in percent; of the base's scores too, as `base_UA` and so on."""
-    own = [row for row in rows if row["template"] == kind]
-    if not own:
-        return {}
-    means = {}
-    for moment, prefix in (("after", ""), ("before", "base_")):
-        for key in SCORES:
-            means[prefix + key] = round(100 * sum(row[moment][key]["value"] for row in own) / len(own), 2)
-    means["seconds"] = round(sum(sum(row["seconds"].values()) for row in own) / len(own), 1)
-    return means
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The table as Markdown, percent, with the means of styles and of objects below their rows."""
-    lines = [f"| {' | '.join(_HEADINGS)} |", f"|---|---|{'---:|' * (len(_HEADINGS) - 2)}"]
-    for kind in ("style", "object"):
-        means = mean_of(rows, kind)
-        for row in rows:
-            if row["template"] == kind:
-                lines.append(_line(kind, row["template_name"].replace("_", " "), mean_of([row], kind)))
-        if means:
-            lines.append(_line(f"**{kind}s**", "**mean**", means))
-    return "\n".join(lines) + "\n"
-
-
-def _line(kind: str, name: str, values: Mapping[str, float]) -> str:
-    keys = ("UA", "IRA", "base_IRA", "CRA", "base_CRA", "own", "base_own")
-    return (
-        f"| {kind} | {name} | {' | '.join(f'{values[key]:.1f}' for key in keys)} | {values['seconds']:.0f} |"
-    )
