@@ -90,8 +90,9 @@ def save_checkpoint(
 ) -> None:
     """Write a model as a CompVis checkpoint, each tensor in the dtype it had in the file it was loaded from.
 
-    A weight that was not changed is written bit for bit as it was read. A model that was not loaded from a file is
-    written in its own dtypes. EMA copies are not written: they would still hold the old weights.
+    A weight that was not changed is written bit for bit as it was read, unless the model was loaded into a narrower
+    dtype than the file's, which rounded it. A model that was not loaded from a file is written in its own dtypes.
+    EMA copies are not written: they would still hold the old weights.
 
     Args:
         path: `.safetensors`, `.ckpt`, `.pth` or `.pt`.

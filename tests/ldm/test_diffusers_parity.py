@@ -18,9 +18,9 @@ ModelMaker = Callable[..., LatentDiffusion]
 TOLERANCE = 1e-4
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
+def relative_error(ours: Tensor, theirs: Tensor, *, least_std: float = 1e-2) -> float:
     assert ours.shape == theirs.shape
-    assert theirs.std() > 1e-2  # comparing zeros would show nothing
+    assert theirs.std() > least_std  # comparing zeros would show nothing
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
@@ -87,6 +87,32 @@ def test_autoencoder(make_tiny_model: ModelMaker, options: dict[str, Any]) -> No
     latents = sample_posterior(mean, logvar, unit, model.scale_factor)
     assert relative_error(latents, 0.18215 * (posterior.mean + posterior.std * unit)) <= TOLERANCE
     assert relative_error(model.decode(latents), theirs.decode(latents / 0.18215).sample) <= TOLERANCE
+
+
+def shrink(module: torch.nn.Module) -> None:
+    """Make features so small that the epsilons of the norms (1e-5 and 1e-6) matter."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(0.02)
+        else:
+            parameter.mul_(0.1)
+
+
+@torch.no_grad()
+def test_the_epsilons_of_the_norms(make_tiny_model: ModelMaker) -> None:
+    model = make_tiny_model(unconditional=True)
+    shrink(model)
+    unet = diffusers_unet(model.unet.params, dict(model.unet.state_dict()))
+    vae = diffusers_vae(model.first_stage_model.params, dict(model.first_stage_model.state_dict()))
+    x, context, timesteps = noise(2, 4, 8, 8), noise(2, 7, 32, seed=1), torch.tensor([5, 900])
+    predicted = model.unet(x, timesteps, context)
+    expected = unet(x, timesteps, encoder_hidden_states=context).sample
+    assert relative_error(predicted, expected, least_std=1e-5) <= TOLERANCE
+    images = noise(2, 3, 16, 16)
+    mean = vae.encode(images).latent_dist.mean
+    assert relative_error(model.encode(images)[0], mean, least_std=1e-5) <= TOLERANCE
+    decoded = vae.decode(x / model.scale_factor).sample
+    assert relative_error(model.decode(x), decoded, least_std=1e-5) <= TOLERANCE
 
 
 @torch.no_grad()
