@@ -5,7 +5,9 @@
     python scripts/train_emoji_base.py --data_dir data/emoji-canvas --run_dir outputs/emoji_base --stage diffusion
     python scripts/train_emoji_base.py --data_dir data/emoji-canvas --run_dir outputs/emoji_base --stage package
 
-Each stage writes its state to the run folder at intervals and goes on from there when started again.
+Each stage writes its state to the run folder at intervals and goes on from there when started again. With
+`--start_from mu/assets/emoji_canvas` the diffusion stage begins with the packaged weights (and keeps their
+autoencoder): so better ones are made of the ones that are there.
 """
 
 from __future__ import annotations
@@ -256,14 +258,18 @@ def encode_drawings(model: LatentDiffusion, args: argparse.Namespace) -> tuple[T
 
 def train_diffusion(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    first_stage = torch.load(args.run_dir / "autoencoder.pt", weights_only=True)["ema"]
-    config = parse_model_config(model_yaml()["model"])
-    model = LatentDiffusion(config)
-    model.first_stage_model.load_state_dict(first_stage)
+    if args.start_from is not None:
+        model = load_model(args.start_from / "model_config.yaml", args.start_from / "model.safetensors")
+        if not (args.run_dir / "autoencoder.pt").exists():  # what the package stage takes it from
+            save_state(args.run_dir / "autoencoder.pt", {"ema": model.first_stage_model.state_dict()})
+    else:
+        model = LatentDiffusion(parse_model_config(model_yaml()["model"]))
+        first_stage = torch.load(args.run_dir / "autoencoder.pt", weights_only=True)["ema"]
+        model.first_stage_model.load_state_dict(first_stage)
     model.to(args.device)
     mean, logvar = encode_drawings(model, args)
     total_variance = mean.float().var() + logvar.float().exp().mean()
-    scale_factor = round(1 / total_variance.sqrt().item(), 4)
+    scale_factor = model.scale_factor if args.start_from else round(1 / total_variance.sqrt().item(), 4)
     prompts = [canvas_prompt(obj, style) for style in STYLES for obj in OBJECTS] + [""]
 
     trained = nn.ModuleDict({"unet": model.unet, "text": model.cond_stage_model})
@@ -402,6 +408,7 @@ def main() -> None:
         "--placements", type=int, default=64, help="augmented copies of each drawing to encode"
     )
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the sample grids")
+    parser.add_argument("--start_from", type=Path, help="folder with model.safetensors and model_config.yaml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
     parser.add_argument("--compile", action="store_true", help="compile the UNet")
