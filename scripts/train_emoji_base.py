@@ -241,7 +241,9 @@ def encode_drawings(model: LatentDiffusion, args: argparse.Namespace) -> tuple[T
     moments = []
     for i in range(args.placements):
         for rows in torch.arange(len(drawings)).split(84):
-            images = augment(to_float(drawings[rows]), generator, size=IMAGE_SIZE).to(args.device)
+            images = augment(
+                to_float(drawings[rows]), generator, size=IMAGE_SIZE, strength=args.augmentation
+            ).to(args.device)
             with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16, enabled=args.bf16):
                 mean, logvar = model.encode(images)
             moments.append(torch.stack([mean, logvar]).half().cpu())
@@ -406,6 +408,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="peak learning rate; default: 1e-3")
     parser.add_argument(
         "--placements", type=int, default=64, help="augmented copies of each drawing to encode"
+    )
+    parser.add_argument(
+        "--augmentation",
+        type=float,
+        default=0.5,
+        help="strength of the copies' augmentation; 1: as the classifiers'",
     )
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the sample grids")
     parser.add_argument("--start_from", type=Path, help="folder with model.safetensors and model_config.yaml")

@@ -19,7 +19,7 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
     return torch.rand(count, generator=generator) * (high - low) + low
 
 
-def augment(images: Tensor, generator: torch.Generator, size: int = 64) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator, size: int = 64, *, strength: float = 1.0) -> Tensor:
     """Shift, scale, rotate and flip every image on its own, on white, and average it down to ``size``.
 
     Images larger than ``size`` give an antialiased result, so pass drawings of at least twice the size.
@@ -28,6 +28,7 @@ def augment(images: Tensor, generator: torch.Generator, size: int = 64) -> Tenso
         images: (N, 3, H, W) in [-1, 1], any device, floating point.
         generator: a CPU generator; one call draws the same numbers wherever the images are.
         size: side of the result, in pixels.
+        strength: shrinks the ranges of scale, shift and rotation (0: flips alone).
 
     Returns:
         (N, 3, size, size) in [-1, 1].
@@ -38,9 +39,12 @@ def augment(images: Tensor, generator: torch.Generator, size: int = 64) -> Tenso
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W), not {tuple(images.shape)}")
     count = images.shape[0]
-    zoom = _uniform(count, *SCALE, generator)  # (N,)
-    shift = torch.stack([_uniform(count, -SHIFT, SHIFT, generator) for _ in range(2)], dim=1)  # (N, 2)
-    angle = _uniform(count, -ROTATION_DEGREES, ROTATION_DEGREES, generator) * (math.pi / 180)  # (N,)
+    zoom = 1 + strength * (_uniform(count, *SCALE, generator) - 1)  # (N,)
+    shift = torch.stack(
+        [strength * _uniform(count, -SHIFT, SHIFT, generator) for _ in range(2)], dim=1
+    )  # (N, 2)
+    degrees = strength * _uniform(count, -ROTATION_DEGREES, ROTATION_DEGREES, generator)  # (N,)
+    angle = degrees * (math.pi / 180)  # (N,)
     flip = torch.where(torch.rand(count, generator=generator) < FLIP_PROBABILITY, -1.0, 1.0)  # (N,)
 
     # affine_grid asks where each output pixel comes from, in [-1, 1]: the inverse of what happens to the drawing.
