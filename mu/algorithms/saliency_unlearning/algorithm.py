@@ -96,7 +96,8 @@ class MaskingAlgorithm:
             }
             paths, kept = {}, {}
             for threshold, mask in zip(config.thresholds, masks, strict=True):
-                paths[threshold] = folder.path / f"mask_{threshold:g}.safetensors"
+                # All digits: thresholds that differ must not share a file.
+                paths[threshold] = folder.path / f"mask_{repr(threshold).removesuffix('.0')}.safetensors"
                 groups = {"kept_fraction": layer_groups(mask)}
                 save_mask(mask, paths[threshold], {**described, "threshold": threshold, **groups})
                 kept[threshold] = sum(int(marked.count_nonzero()) for marked in mask.values())
