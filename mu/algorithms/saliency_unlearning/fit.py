@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ def fit(
 
     Raises:
         TrainingError: a loss or gradient was not finite; no weight was changed by it.
+        KeyboardInterrupt: Ctrl-C, after the loggers are closed.
     """
     device = resolve_devices(config.devices)
     history = LossHistory(folder)
@@ -60,8 +62,14 @@ def fit(
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
         )
+        at_ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             loop.fit(trainer, loader)
+        except SystemExit as stopped:  # what Lightning makes of Ctrl-C, which it also switches off for good
+            if not isinstance(stopped.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, at_ctrl_c)
+            raise KeyboardInterrupt from None
         finally:
             if logger is not None:
                 logger.experiment.finish()  # else the next run of this process would go on in this one
