@@ -15,7 +15,7 @@ from mu.algorithms.saliency_unlearning.model import TrainingError
 from mu.config import resolve_path
 from mu.devices import resolve_devices
 from mu.ldm import LatentDiffusion, load_model
-from mu.ldm.checkpoint import fingerprint, read_state_dict
+from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict
 
 UNET_PREFIX = "model.diffusion_model."
 
@@ -60,7 +60,7 @@ def find_mask(config: TrainConfig) -> Path:
         MaskError: the folder has no such mask; names the command that makes it.
     """
     assert config.mask_path is not None
-    path = Path(config.mask_path)
+    path = resolve_path(config.mask_path)
     if path.is_file():
         return path
     wanted = {
@@ -95,17 +95,24 @@ def verify_written(before: Path, after: Path, selected: Mask) -> int:
         The number of entries that do differ.
 
     Raises:
-        TrainingError: another entry differs, or a tensor changed its dtype or is missing.
+        TrainingError: another entry differs, a tensor changed its dtype, a weight of the UNet is missing, or there is
+            one that was not there before.
     """
     old, _ = read_state_dict(before)
     new, _ = read_state_dict(after)
+    lost = [name for name in old if name.startswith(UNET_PREFIX) and name not in new]
+    if lost:
+        raise TrainingError(f"{after}: {len(lost)} tensors of {before} are missing: {', '.join(lost[:5])}")
     changed = 0
     for name, tensor in new.items():
-        original = old.get(name)
-        if original is None:  # a buffer that the input file left out
-            if name.startswith(UNET_PREFIX):
-                raise TrainingError(f"{after}: {name} was not in {before}")
-            continue
+        # Newer releases of transformers name the text encoder's weights without `text_model.`.
+        original = old.get(name, old.get(name.replace(".transformer.text_model.", ".transformer.")))
+        if name in SCHEDULE_KEYS and (original is None or original.dtype.itemsize < 4):
+            continue  # the model's own, exact one, which loading has compared
+        if original is None:
+            if name.endswith(".position_ids"):  # 0, 1, 2, ...; not in every file
+                continue
+            raise TrainingError(f"{after}: {name} was not in {before}")
         if original.dtype != tensor.dtype or original.shape != tensor.shape:
             raise TrainingError(f"{after}: {name} is {tensor.dtype}, in {before} it is {original.dtype}")
         same = _bits(original) == _bits(tensor)  # of the tensor's shape
