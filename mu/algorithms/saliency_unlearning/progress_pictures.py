@@ -82,5 +82,5 @@ class ProgressPictures:
 def _spread(rows: Sequence[Row]) -> list[str]:
     """A few different prompts, evenly over the rows."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
-    step = max(1, len(prompts) // _PROMPTS_OF_EACH_KIND)
-    return prompts[::step][:_PROMPTS_OF_EACH_KIND]
+    count = min(_PROMPTS_OF_EACH_KIND, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
