@@ -15,12 +15,17 @@ from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.algorithms.saliency_unlearning.utils import model_of
 from mu.config import require_paths
 from mu.datasets.images import save_png, to_picture
+from mu.errors import MuError
 from mu.ldm import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
 from mu.pictures import image_grid
 from mu.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
+
+
+class SamplingError(MuError, ArithmeticError):
+    """The model gave an image that is none."""
 
 
 @torch.no_grad()
@@ -64,6 +69,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a path is missing.
         CheckpointError: the checkpoint cannot be read.
+        SamplingError: an image has NaN or Inf; it is not written.
     """
     require_paths(config)
     prompts = config.all_prompts()
@@ -82,7 +88,9 @@ def run(config: SampleConfig) -> dict[str, Any]:
         )
         names = [f"{i:04d}_{seed}.png" for i, _ in enumerate(prompts) for seed in config.seeds]
         with tqdm(total=len(pairs), desc="sampling", unit="image", disable=None) as progress:
-            for name, image in zip(names, sampled, strict=True):
+            for name, image, (prompt, seed) in zip(names, sampled, pairs, strict=True):
+                if not torch.isfinite(image).all():
+                    raise SamplingError(f"the image of {prompt!r} with seed {seed} contains NaN or Inf")
                 save_png(image, folder.path / "images" / name)
                 images.append(image)
                 progress.update()
