@@ -44,6 +44,8 @@ from mu.ldm.sampler import sample_ddim
 TRAINING_SEED_BASE = 1_000_000
 """The first seed of images that a model is unlearned on; seeds below are left to evaluation."""
 
+PRECISIONS = ("fp32", "bf16")
+
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,7 @@ _log = logging.getLogger(__name__)
 class SampleSettings:
     """How images are sampled: DDIM steps, classifier-free guidance scale (1 is none), side in pixels, arithmetic.
 
-    `precision` is "fp32", or "bf16" for bf16 autocast: faster, and images that differ a little.
+    `precision` is one of `PRECISIONS`: "bf16" is bf16 autocast, faster, with images that differ a little.
     """
 
     steps: int
@@ -189,6 +191,7 @@ class GeneratedImages:
             )
         if model.training:
             raise DataError("images are sampled from a model in eval mode: call model.eval() first.")
+        check_choice("precision", settings.precision, PRECISIONS)
         if not 1 <= settings.steps <= model.num_timesteps:
             raise DataError(
                 f"sample_steps = {settings.steps}: allowed are 1 to {model.num_timesteps} (the model's T)."
