@@ -50,6 +50,23 @@ def test_the_marked_row_is_framed_and_no_other() -> None:
     assert labels.max() < top + 16
 
 
+def test_one_frame_goes_round_a_range_of_rows() -> None:
+    picture, layout = draw_grid(
+        plain(4, 3), ["a", "b", "c", "d"], ["1", "2", "3"], mark_row=range(1, 3), cell_px=16
+    )
+    right = layout.left + 3 * layout.pitch
+    lines = marked(picture)[:, layout.left : right - 6].all(axis=1).nonzero()[0]  # across all columns
+    top, bottom = layout.top + layout.pitch, layout.top + 2 * layout.pitch + 16
+    assert lines.tolist() == [top - 3, top - 2, top - 1, bottom, bottom + 1, bottom + 2]
+    for row in range(4):
+        first = layout.top + row * layout.pitch
+        assert marked(picture)[first : first + 16, : layout.left - 5].any() == (row in (1, 2))
+
+
+def test_a_range_of_no_row_marks_nothing() -> None:
+    assert not marked(image_grid(plain(2, 2), ["a", "b"], ["x", "y"], mark_row=range(0))).any()
+
+
 def test_the_marked_column_is_framed_and_no_other() -> None:
     picture, layout = draw_grid(plain(3, 4), ["a", "b", "c"], ["1", "2", "3", "4"], mark_column=2, cell_px=16)
     bottom = layout.top + 3 * layout.pitch
