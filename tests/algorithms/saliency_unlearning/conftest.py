@@ -1,13 +1,19 @@
-"""A model whose losses and gradients can be written down by hand."""
+"""A model whose losses and gradients can be written down by hand; and configs of whole runs of a tiny one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
+from mu.ldm import load_model, save_checkpoint
+from tests.conftest import randomise
 
 CHANNELS, SIDE, WIDTH = 4, 3, 5
 
@@ -65,3 +71,65 @@ def linear_model() -> Any:
 def make_batch() -> Callable[..., tuple[Tensor, ...]]:
     """make_batch(images, (L, L', ...), seed): latents (B, C, H, W), timesteps, noise, a context of each length."""
     return linear_batch
+
+
+@dataclass(frozen=True)
+class TinyRuns:
+    """Configs of runs that take about a second: 2 styles x 2 objects of 16 px, sampled in 2 steps.
+
+    Sampled images and latents are shared by all tests of a session, below `folder`.
+    """
+
+    folder: Path
+    model_config: Path
+
+    def checkpoint(self, name: str = "tiny") -> Path:
+        """`tiny`, `other` (other weights), or `half` (those of `tiny` in fp16)."""
+        return self.folder / f"{name}.safetensors"
+
+    def keys(self, **changes: Any) -> dict[str, Any]:
+        """Keys that mask and training share: the style Noto is forgotten, 4 images; 2 are retained."""
+        return {
+            "ckpt_path": str(self.checkpoint()),
+            "model_config_path": str(self.model_config),
+            "devices": "cpu",
+            "dataset_type": "generated",
+            "template": "style",
+            "template_name": "Noto",
+            "styles": ("Noto", "Blob"),
+            "objects": ("Cats", "Dogs"),
+            "images_per_prompt": 2,
+            "retain_images_per_prompt": 1,
+            "raw_dataset_dir": None,
+            "processed_dataset_dir": str(self.folder / "processed"),
+            "image_size": None,
+            "sample_steps": 2,
+            "guidance_scale": 3.0,
+            **changes,
+        }
+
+    def mask_config(self, **changes: Any) -> MaskConfig:
+        return MaskConfig(**self.keys(**{"output_dir": str(self.folder / "masks"), **changes}))
+
+    def train_config(self, **changes: Any) -> TrainConfig:
+        """2 epochs of 2 steps, of 3 images and of 1; no pictures."""
+        wanted = {
+            "epochs": 2,
+            "batch_size": 3,
+            "lr": 1e-3,
+            "sample_prompts": (),
+            "output_dir": str(self.folder / "finetuned_models"),
+            **changes,
+        }
+        return TrainConfig(**self.keys(**wanted))
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path) -> TinyRuns:
+    runs = TinyRuns(tmp_path_factory.mktemp("tiny_runs"), tiny_yaml)
+    model = load_model(tiny_yaml)
+    for name, seed in (("other", 1), ("tiny", 0)):
+        randomise(model, seed)
+        save_checkpoint(model, runs.checkpoint(name))
+    save_checkpoint(model.cast_weights(torch.float16), runs.checkpoint("half"))
+    return runs

@@ -1,0 +1,199 @@
+"""Lightning's loop as this package sets it up: losses on disk, precision, loggers, Ctrl-C."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from mu.algorithms.saliency_unlearning import fit as fit_module
+from mu.algorithms.saliency_unlearning import trainer as trainer_module
+from mu.algorithms.saliency_unlearning.fit import fit, wandb_logger
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
+from mu.ldm import LatentDiffusion
+from mu.run_folder import RunFolder
+
+TERMS = [(3.0, 1.0, 4.0), (5.0, 2.0, 6.0), (7.0, 3.0, 8.0), (10.0, 4.0, 12.0)]
+"""loss, forget, retain of four steps."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Any:
+    with RunFolder.create(tmp_path, "run") as run:
+        yield run
+
+
+@pytest.fixture
+def train(
+    make_tiny_model: Callable[..., LatentDiffusion], monkeypatch: pytest.MonkeyPatch, folder: RunFolder
+) -> Callable[..., dict[str, float]]:
+    """train(config, look): fits four steps, two an epoch, whose losses are `TERMS`; each calls `look(model)` first."""
+
+    def run(config: Any, look: Callable[[Any], object] = lambda _: None) -> dict[str, float]:
+        model = SaliencyUnlearnModel(make_tiny_model(), "xattn")
+        steps = iter(TERMS)
+
+        def planned(*_: Any) -> tuple[torch.Tensor, ...]:
+            look(model)
+            reached = torch.stack([parameter.sum() for _, parameter in model.parameters_to_train()]).sum()
+            return tuple(value + 0.0 * reached for value in next(steps))
+
+        monkeypatch.setattr(trainer_module, "salun_loss", planned)
+        batches: Any = [{"forget": (torch.zeros(1),), "retain": ()}] * len(TERMS)
+        data: Any = SimpleNamespace(
+            train_loader=lambda: DataLoader(batches, batch_size=None), steps_per_epoch=2, total_steps=4
+        )
+        return fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3), data, config, folder)
+
+    return run
+
+
+def test_the_losses_are_means_of_the_last_epoch_and_every_step_is_on_disk(
+    train: Callable[..., dict[str, float]], tiny_runs: Any, folder: RunFolder
+) -> None:
+    assert train(tiny_runs.train_config()) == {"loss": 8.5, "forget_loss": 3.5, "retain_loss": 10.0}
+    with open(folder.path / "metrics.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["step", "loss", "forget", "retain"]
+    assert [[float(cell) for cell in row] for row in rows[1:]] == [
+        [step, *terms] for step, terms in enumerate(TERMS, start=1)
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_precision_is_of_the_arithmetic_and_not_of_the_weights(
+    train: Callable[..., dict[str, float]], tiny_runs: Any, precision: str
+) -> None:
+    seen = set()
+
+    def look(model: SaliencyUnlearnModel) -> None:
+        dtypes = {p.dtype for p in model.ldm.parameters()}
+        seen.add((torch.is_autocast_enabled("cpu"), *dtypes))
+
+    train(tiny_runs.train_config(precision=precision), look)
+    assert seen == {(precision == "bf16-mixed", torch.float32)}
+
+
+def test_ctrl_c_ends_the_run_as_ctrl_c_and_stays_switched_on(
+    train: Callable[..., dict[str, float]], tiny_runs: Any
+) -> None:
+    """Lightning alone would exit with code 1, and have the rest of the process ignore Ctrl-C."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def press(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_runs.train_config(), press)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+# ---- Weights & Biases
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """What `WandbLogger` is made with, on a machine without a key."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    calls: list[dict[str, Any]] = []
+
+    class Recorder:
+        def __init__(self, **settings: Any) -> None:
+            calls.append(settings)
+            self.experiment = None
+
+    monkeypatch.setattr(fit_module, "WandbLogger", Recorder)
+    return calls
+
+
+@pytest.mark.parametrize(("wandb", "mode"), [("off", None), ("online", "disabled"), ("offline", "disabled")])
+def test_wandb_can_be_off(
+    made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tiny_runs: Any, wandb: str, mode: str | None
+) -> None:
+    if mode is not None:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    assert wandb_logger(tiny_runs.train_config(wandb=wandb), Path("run")) is None
+    assert made == []
+
+
+def test_wandb_without_a_key_is_offline_and_says_so_once(
+    made: list[dict[str, Any]], tiny_runs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_runs.train_config(wandb="online", wandb_project="forgetting")
+    with caplog.at_level(logging.INFO):
+        assert wandb_logger(config, tmp_path / "style-Noto-1") is not None
+    (settings,) = made
+    assert settings["offline"] is True
+    assert settings["project"] == "forgetting"
+    assert settings["name"] == "style-Noto-1"
+    assert settings["save_dir"] == str(tmp_path / "style-Noto-1")
+    assert settings["config"]["template_name"] == "Noto"
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "no API key" in warning.getMessage()
+
+
+def test_wandb_with_a_key_is_online_unless_the_environment_says_offline(
+    made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tiny_runs: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    wandb_logger(tiny_runs.train_config(wandb="online"), tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb_logger(tiny_runs.train_config(wandb="online"), tmp_path)
+    monkeypatch.delenv("WANDB_MODE")
+    wandb_logger(tiny_runs.train_config(wandb="offline"), tmp_path)
+    assert [settings.get("offline", False) for settings in made] == [False, True, True]
+
+
+def test_a_connection_that_cannot_be_made_leaves_the_run_offline(
+    made: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_runs: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from wandb.errors import CommError
+
+    class Unreachable(fit_module.WandbLogger):  # type: ignore[misc]
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            if not settings.get("offline"):
+                raise CommError("timed out\nand more lines")
+
+    monkeypatch.setattr(fit_module, "WandbLogger", Unreachable)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    wandb_logger(tiny_runs.train_config(wandb="online"), tmp_path)
+    assert [settings.get("offline", False) for settings in made] == [False, True]
+    assert caplog.messages == [f"wandb: timed out; this run is kept offline in {tmp_path / 'wandb'}"]
+
+
+@pytest.mark.slow
+def test_an_offline_run_is_kept_in_the_run_folder(
+    train: Callable[..., dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_runs: Any,
+    folder: RunFolder,
+    tmp_path: Path,
+) -> None:
+    """The real thing, which starts a process of its own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    losses = train(tiny_runs.train_config(wandb="online"))
+    assert losses["loss"] == 8.5
+    (kept,) = (folder.path / "wandb").glob("offline-run-*")
+    assert list(kept.glob("*.wandb"))
+    import wandb
+
+    assert wandb.run is None  # the next run of this process begins its own

@@ -1,0 +1,191 @@
+"""The mask of a concept is found, the model recognised, and a changed byte in a written file noticed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mu.algorithms.saliency_unlearning.configs import MaskConfig
+from mu.algorithms.saliency_unlearning.mask_file import MaskError, save_mask
+from mu.algorithms.saliency_unlearning.model import TrainingError
+from mu.algorithms.saliency_unlearning.utils import (
+    find_mask,
+    layer_groups,
+    unet_fingerprint,
+    verify_written,
+)
+from mu.cli import parse_cli
+from mu.ldm import load_model
+from mu.ldm.checkpoint import write_state_dict
+
+UNET = "model.diffusion_model."
+
+# ---- which model
+
+
+def test_the_fingerprint_is_that_of_the_file(tiny_runs: Any) -> None:
+    """Whatever dtype the weights are held in; and of the UNet alone."""
+    half, whole = tiny_runs.checkpoint("half"), tiny_runs.checkpoint()
+    found = {
+        dtype: unet_fingerprint(load_model(tiny_runs.model_config, half, dtype=dtype))
+        for dtype in (torch.float32, torch.float16, torch.float64)
+    }
+    assert len(set(found.values())) == 1
+    assert found[torch.float32].startswith("sha256:")
+
+    model = load_model(tiny_runs.model_config, whole)
+    fingerprint = unet_fingerprint(model)
+    assert fingerprint not in found.values()
+    with torch.no_grad():
+        model.get_parameter("first_stage_model.quant_conv.weight").add_(1)
+        assert unet_fingerprint(model) == fingerprint
+        model.unet.get_parameter("out.2.bias")[0] += 1e-3
+    assert unet_fingerprint(model) != fingerprint
+
+
+def test_the_kept_fraction_of_each_block() -> None:
+    def marked(kept: int, size: int) -> Tensor:
+        return torch.arange(size) < kept
+
+    mask = {
+        "time_embed.0.weight": marked(1, 4),
+        "time_embed.2.weight": marked(2, 4),
+        "input_blocks.1.0.in_layers.2.weight": marked(0, 10),
+        "input_blocks.1.1.proj_in.weight": marked(5, 10),
+        "input_blocks.10.0.weight": marked(1, 1),
+        "middle_block.0.weight": marked(0, 3),
+        "out.2.weight": marked(3, 4),
+    }
+    assert layer_groups(mask) == {
+        "time_embed": 3 / 8,
+        "input_blocks.1": 0.25,
+        "input_blocks.10": 1.0,
+        "middle_block.0": 0.0,
+        "out": 0.75,
+    }
+
+
+# ---- which mask
+
+
+def put_mask(path: Path, *, age_s: int, **metadata: Any) -> Path:
+    """A mask file that was written `age_s` seconds before the newest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    described = {"template": "style", "template_name": "Noto", "threshold": 0.5, **metadata}
+    save_mask({"weight": torch.tensor([True, False])}, path, described)
+    os.utime(path, (2_000_000_000 - age_s,) * 2)
+    return path
+
+
+def test_a_folder_gives_the_newest_mask_of_the_concept(tiny_runs: Any, tmp_path: Path) -> None:
+    put_mask(tmp_path / "z" / "mask_0.5.safetensors", age_s=300)
+    wanted = put_mask(tmp_path / "deep" / "er" / "mask_0.5.safetensors", age_s=200)
+    sparse = put_mask(tmp_path / "b" / "mask_0.2.safetensors", age_s=100, threshold=0.2)
+    put_mask(tmp_path / "c" / "mask_0.5.safetensors", age_s=50, template_name="Blob")
+    put_mask(tmp_path / "d" / "mask_0.5.safetensors", age_s=0, template="object")
+    (tmp_path / "d" / "model.safetensors").write_bytes(b"not a mask")
+    config = tiny_runs.train_config(mask_path=str(tmp_path))
+    assert find_mask(config) == wanted
+    assert find_mask(tiny_runs.train_config(mask_path=str(tmp_path), threshold=0.2)) == sparse
+    named = tiny_runs.train_config(mask_path=str(sparse))  # a file is taken as it is
+    assert find_mask(named) == sparse
+
+
+def test_without_a_fitting_mask_the_command_that_makes_it_is_named(tiny_runs: Any, tmp_path: Path) -> None:
+    put_mask(tmp_path / "mask_0.5.safetensors", age_s=0, template_name="Blob")
+    config = tiny_runs.train_config(mask_path=str(tmp_path), threshold=0.25)
+    with pytest.raises(MaskError, match=r"style Noto with threshold 0\.25") as raised:
+        find_mask(config)
+    words = shlex.split(str(raised.value).partition("make it: ")[2])
+    assert words[:3] == ["python", "-m", "mu.algorithms.saliency_unlearning.scripts.generate_mask"]
+    named = parse_cli(MaskConfig, words[3:])
+    assert named == tiny_runs.mask_config(threshold=0.25, output_dir=str(tmp_path))
+
+
+# ---- what was written
+
+
+def tensors(**changes: Tensor) -> dict[str, Tensor]:
+    """A checkpoint in miniature."""
+    return {
+        f"{UNET}weight": torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float16),
+        f"{UNET}bias": torch.tensor([0.0, 1.0]),
+        "first_stage_model.weight": torch.tensor([5.0, 6.0]),
+        "cond_stage_model.transformer.text_model.weight": torch.tensor([7.0]),
+        "betas": torch.tensor([0.1, 0.2]),
+        **changes,
+    }
+
+
+SELECTED = {"weight": torch.tensor([True, True, False, False])}
+
+
+def compared(folder: Path, before: dict[str, Tensor], after: dict[str, Tensor]) -> int:
+    write_state_dict(before, folder / "before.ckpt")
+    write_state_dict(after, folder / "after.safetensors")
+    return verify_written(folder / "before.ckpt", folder / "after.safetensors", SELECTED)
+
+
+def test_entries_that_changed_in_the_mask_are_counted(tmp_path: Path) -> None:
+    assert compared(tmp_path, tensors(), tensors()) == 0
+    moved = torch.tensor([1.5, 2.5, 3.0, 4.0], dtype=torch.float16)
+    assert compared(tmp_path, tensors(), tensors(**{f"{UNET}weight": moved})) == 2
+    moved[1] = 2.0
+    assert compared(tmp_path, tensors(), tensors(**{f"{UNET}weight": moved})) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        (f"{UNET}weight", torch.tensor([1.5, 2.0, 3.0, 4.5], dtype=torch.float16)),  # one in, one out
+        (f"{UNET}bias", torch.tensor([-0.0, 1.0])),  # equal as a number, not as bits
+        ("first_stage_model.weight", torch.tensor([5.0, 6.0000005])),
+        ("cond_stage_model.transformer.text_model.weight", torch.tensor([7.5])),
+        ("betas", torch.tensor([0.1, 0.3])),
+    ],
+)
+def test_an_entry_that_changed_outside_the_mask_is_named(tmp_path: Path, name: str, values: Tensor) -> None:
+    with pytest.raises(TrainingError, match=f"{name} differs from .* outside the mask"):
+        compared(tmp_path, tensors(), tensors(**{name: values}))
+
+
+def test_a_changed_dtype_or_shape_is_named(tmp_path: Path) -> None:
+    name = f"{UNET}weight"
+    with pytest.raises(TrainingError, match=r"weight is torch.float32, in .* it is torch.float16"):
+        compared(tmp_path, tensors(), tensors(**{name: tensors()[name].float()}))
+    with pytest.raises(TrainingError, match="bias"):
+        compared(tmp_path, tensors(), tensors(**{f"{UNET}bias": torch.zeros(3)}))
+
+
+def test_tensors_that_came_or_went_are_named(tmp_path: Path) -> None:
+    less = tensors()
+    del less[f"{UNET}bias"]
+    with pytest.raises(TrainingError, match=r"1 tensors of .* are missing: model\.diffusion_model\.bias"):
+        compared(tmp_path, tensors(), less)
+    for name in (f"{UNET}extra", "first_stage_model.extra"):
+        with pytest.raises(TrainingError, match=f"{name} was not in"):
+            compared(tmp_path, tensors(), tensors(**{name: torch.zeros(1)}))
+
+
+def test_what_loading_ignores_or_renames_is_no_difference(tmp_path: Path) -> None:
+    """EMA copies go; the schedule may come, and be exact where it was half; the text encoder has two spellings."""
+    before = tensors(**{"model_ema.weight": torch.ones(2), "logit_scale": torch.ones(())})
+    assert compared(tmp_path, before, tensors()) == 0
+    without_schedule = tensors()
+    del without_schedule["betas"]
+    assert compared(tmp_path, without_schedule, tensors()) == 0
+    rounded = tensors(betas=torch.tensor([0.1001, 0.2], dtype=torch.float16))
+    assert compared(tmp_path, rounded, tensors(betas=torch.tensor([0.1, 0.2], dtype=torch.float16))) == 0
+
+    name = "cond_stage_model.transformer.text_model.weight"
+    newer = tensors()
+    newer[name.replace("text_model.", "")] = newer.pop(name)
+    assert compared(tmp_path, newer, tensors()) == 0
+    with pytest.raises(TrainingError, match=f"{name} differs"):
+        compared(tmp_path, newer, tensors(**{name: torch.tensor([8.0])}))
