@@ -1,0 +1,1 @@
+"""What fetches data and models and makes environments: download_data, download_model, create_env. No torch here."""

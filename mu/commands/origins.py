@@ -1,0 +1,137 @@
+"""What a command was asked for, and where it is fetched from: the hub, Drive, a URL, a mirror, or this machine."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mu.commands.archive import Limits
+from mu.commands.drive import drive_link, fetch_drive, fetch_drive_file
+from mu.commands.fetch import fetch
+from mu.commands.files import DownloadError, sha256_of, shown_url
+from mu.commands.hub import fetch_hub
+from mu.commands.record import Pin
+from mu.commands.sources import MIRROR_VARIABLE, Drive, Hub, Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a command was asked for. `folder` None is the source's own; `url` None its own origin, or the mirror."""
+
+    source: Source
+    folder: Path | None = None
+    url: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    force: bool = False
+    limits: Limits = field(default_factory=Limits)
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Files that have been fetched, with their names, and what they are known by."""
+
+    files: list[tuple[Path, str]]
+    pin: Pin
+    listing: bool = False
+    """A whole folder of files, which keep their names; otherwise one archive, or one checkpoint."""
+    keep: bool = False
+    """The file is the user's own: it is copied, and stays when it is damaged."""
+
+
+def mirrored(source: Source) -> str | None:
+    mirror = os.environ.get(MIRROR_VARIABLE, "").strip()
+    return f"{mirror.rstrip('/')}/{source.mirror_name}" if mirror else None
+
+
+def source_text(source: Source, url: str | None) -> str:
+    if url is None:
+        return source.origin.text
+    path = local_file(url)
+    return shown_url(url) if path is None else f"file:{path.absolute()}"
+
+
+def local_file(url: str) -> Path | None:
+    """The path that a `file:` URL or a plain path means; None for http and https. Raises DownloadError."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme in ("http", "https"):
+        return None
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise DownloadError(f"--url: {url} names another machine; write file:///path")
+        return Path(urllib.request.url2pathname(parts.path))
+    if "://" in url:
+        raise DownloadError(f"--url: {parts.scheme}: is not supported; give http, https, file or a path")
+    return Path(url).expanduser()
+
+
+def fetch_payload(wish: Wish, staging: Path, url: str | None, pin: Pin) -> Payload:
+    """Gets the files, from wherever they are to come, and holds them against their pin."""
+    if url is not None:
+        return _fetch_url(wish, staging, url, pin)
+    origin = wish.source.origin
+    if isinstance(origin, Hub):
+        commit, files = fetch_hub(origin, wish.revision or pin.revision, staging, progress=wish.progress)
+        payload = Payload(files, Pin(commit, _hashes(files) if origin.file else {}), listing=not origin.file)
+        return _held_against(wish, payload, Pin())  # the hub's own hashes have been compared
+    return _held_against(wish, _listing(fetch_drive(origin, staging, progress=wish.progress)), pin)
+
+
+def _fetch_url(wish: Wish, staging: Path, url: str, pin: Pin) -> Payload:
+    if wish.revision is not None:
+        raise DownloadError(
+            "--revision belongs to sources on the Hugging Face hub; with --url, give --sha256"
+        )
+    path, link = local_file(url), drive_link(url)
+    if path is not None:
+        if not path.is_file():
+            raise DownloadError(
+                f"--url: {path} is not a file on this machine; give an archive, or an http(s) URL"
+            )
+        payload = Payload([(path, path.name)], Pin(None, _hashes([(path, path.name)])), keep=True)
+    elif link is not None and link[1]:
+        payload = _listing(fetch_drive(Drive(link[0]), staging, progress=wish.progress))
+    elif link is not None:
+        files = [fetch_drive_file(link[0], staging, progress=wish.progress)]
+        payload = Payload(files, Pin(None, _hashes(files)))
+    else:
+        name = _file_name(url, wish.source)
+        fetched = fetch(url, staging / name, sha256=wish.sha256, progress=wish.progress)
+        payload = Payload([(fetched.path, name)], Pin(None, {name: fetched.sha256}))
+    return _held_against(wish, payload, pin)
+
+
+def _listing(files: list[tuple[Path, str]]) -> Payload:
+    return Payload(files, Pin(None, _hashes(files)), listing=True)
+
+
+def _hashes(files: list[tuple[Path, str]]) -> dict[str, str]:
+    return {name: sha256_of(path) for path, name in files}
+
+
+def _held_against(wish: Wish, payload: Payload, pin: Pin) -> Payload:
+    """The payload, if its hashes are those asked for, or else those of the first time. Raises DownloadError."""
+    found, expected = payload.pin.sha256, pin.sha256
+    advice = "If the new one is meant, give it with --sha256."
+    if payload.listing:
+        advice = "If the new files are meant, delete the record (.download.json) beside the folder."
+    if wish.sha256 is not None:
+        if len(found) != 1 or payload.listing:
+            raise DownloadError(f"--sha256 belongs to one file; {wish.source.name} comes as several there")
+        expected, advice = {name: wish.sha256.lower() for name in found}, ""
+    for name, sha256 in expected.items():
+        if name in found and found[name] != sha256:
+            seen = "asked for" if wish.sha256 else "seen the first time"
+            raise DownloadError(
+                f"{name}: its SHA-256 is {found[name]}; {seen} was {sha256}. Nothing was changed. {advice}".rstrip()
+            )
+    return payload
+
+
+def _file_name(url: str, source: Source) -> str:
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    return name if name and not name.startswith(".") else f"{source.folder.name}.download"
