@@ -177,12 +177,14 @@ def test_state_dict_keys_of_the_model_itself_stay_those_of_compvis(tiny_model: L
     assert list(model.ldm.state_dict()) == keys
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "masked"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)]
+)
 def test_the_frozen_original_stands_in_and_leaves_no_trace(
-    make_tiny_model: Callable[..., LatentDiffusion], dtype: torch.dtype
+    make_tiny_model: Callable[..., LatentDiffusion], dtype: torch.dtype, masked: bool
 ) -> None:
     ldm, reference = make_tiny_model(dtype=dtype), make_tiny_model(dtype=dtype)
-    model = SaliencyUnlearnModel(ldm, "full", half_mask(ldm.unet))
+    model = SaliencyUnlearnModel(ldm, "full", half_mask(ldm.unet) if masked else None)
     original = FrozenOriginal(model)
     with torch.no_grad():
         for name, parameter in model.parameters_to_train():
