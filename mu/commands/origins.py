@@ -57,8 +57,15 @@ def source_text(source: Source, url: str | None) -> str:
 
 def local_file(url: str) -> Path | None:
     """The path that a `file:` URL or a plain path means; None for http and https. Raises DownloadError."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise DownloadError(f"--url: {url!r} is no URL ({error})") from error
     if parts.scheme in ("http", "https"):
+        if not parts.hostname or not url.isprintable() or " " in url:
+            raise DownloadError(
+                f"--url: {url!r} is no URL: a host is missing, or a space is to be written as %20"
+            )
         return None
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):

@@ -91,6 +91,15 @@ def test_a_local_archive_is_taken_and_stays(tmp_path: Path, canvas_zip: bytes) -
         download(wish("none.zip", folder=Path("data/none")))
 
 
+@pytest.mark.parametrize(
+    "url", ["http:///x.zip", "http://[::1/x.zip", "https://host.test/a b.zip", "ftp://host.test/x"]
+)
+def test_what_is_no_url_is_told_at_once(url: str) -> None:
+    with pytest.raises(DownloadError, match=r"is no URL|ftp: is not supported"):
+        download(wish(url))
+    assert not Path("data").exists()
+
+
 def test_a_mirror_replaces_the_source(
     server: Any, canvas_zip: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
