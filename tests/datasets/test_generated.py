@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,26 @@ def test_other_weights_and_settings_have_folders_of_their_own(
         paths.append(GeneratedImages(model, tmp_path, settings).path)
     assert len(set(paths)) == 5
     assert GeneratedImages(model, tmp_path, SampleSettings(4, 3, 16)).path == paths[0]  # 3 is 3.0
+
+
+def test_bf16_images_are_nearly_those_of_fp32_and_lie_apart(model: LatentDiffusion, tmp_path: Path) -> None:
+    exact = GeneratedImages(model, tmp_path, SETTINGS)
+    rough = GeneratedImages(model, tmp_path, replace(SETTINGS, precision="bf16"))
+    assert rough.path != exact.path
+    assert rough.manifest["precision"] == "bf16"
+    pictures = []
+    for images in (exact, rough):
+        rows = plan(images.path).forget
+        images.sample_missing(rows, batch_size=4)
+        pictures.append(torch.stack([to_uint8(load_image(row.image, 16)) for row in rows]).int())
+    difference = (pictures[0] - pictures[1]).abs().float()
+    assert 0 < difference.mean() < 3  # of 255 grey levels
+    assert pictures[0].float().std() > 5
+
+
+def test_an_unknown_precision_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="precision: 'bf16-mixed' is not one of: fp32, bf16"):
+        GeneratedImages(model, tmp_path, replace(SETTINGS, precision="bf16-mixed"))
 
 
 def test_the_manifest_notes_the_settings_and_guards_the_folder(

@@ -278,3 +278,33 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_written(
 def test_an_unknown_target_is_refused(tiny_model: LatentDiffusion) -> None:
     with pytest.raises(ValueError, match="known: current, frozen"):
         SaliencyUnlearnTrainer(SaliencyUnlearnModel(tiny_model, "full"), alpha=0.5, lr=1e-3, target="ema")  # type: ignore[arg-type]
+
+
+def test_the_learning_rate_falls_in_equal_steps(make_tiny_model: Callable[..., LatentDiffusion]) -> None:
+    """As dense Adam whose learning rate is set by hand: lr, 2/3 lr, 1/3 lr; without decay_steps it stays."""
+    batches = [tiny_batch(k) for k in range(3)]
+    for decay_steps, expected in ((3, [1e-3, 2e-3 / 3, 1e-3 / 3]), (None, [1e-3] * 3)):
+        ldm, plain = make_tiny_model(), make_tiny_model()
+        used: list[float] = []
+
+        class Look(pl.Callback):
+            def on_before_optimizer_step(
+                self, _: pl.Trainer, __: pl.LightningModule, optimizer: torch.optim.Optimizer
+            ) -> None:
+                used.append(optimizer.param_groups[0]["lr"])  # noqa: B023
+
+        trainer = SaliencyUnlearnTrainer(
+            SaliencyUnlearnModel(ldm, "xattn"), alpha=0.5, lr=1e-3, decay_steps=decay_steps
+        )
+        fit(trainer, batches, callbacks=[Look()])
+        assert used == pytest.approx(expected, rel=1e-6)
+
+        named = {name: p for name, p in plain.unet.named_parameters() if "attn2" in name}
+        optimizer = torch.optim.Adam(named.values(), lr=1e-3)
+        for batch, lr in zip(batches, expected, strict=True):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            salun_loss(plain, batch["forget"], batch["retain"], 0.5)[0].backward()
+            optimizer.step()
+        for name, parameter in named.items():
+            torch.testing.assert_close(ldm.unet.get_parameter(name), parameter, rtol=0.0, atol=1e-5)

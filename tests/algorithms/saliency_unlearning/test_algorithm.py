@@ -1,0 +1,466 @@
+"""Both stages from a config to the files of a run, on a tiny model that lies on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mu.algorithms.saliency_unlearning import algorithm
+from mu.algorithms.saliency_unlearning.algorithm import (
+    MaskingAlgorithm,
+    SaliencyUnlearnAlgorithm,
+    SaliencyUnlearningAlgorithm,
+)
+from mu.algorithms.saliency_unlearning.configs import (
+    PACKAGED,
+    MaskConfig,
+    TrainConfig,
+    saliency_unlearning_generate_mask_emoji_canvas,
+    saliency_unlearning_train_emoji_canvas,
+)
+from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.algorithms.saliency_unlearning.masking import (
+    MaskError,
+    accumulate_saliency,
+    load_mask,
+    load_mask_metadata,
+    threshold_mask,
+)
+from mu.algorithms.saliency_unlearning.model import TrainingError, names_of
+from mu.algorithms.saliency_unlearning.trainer import salun_loss
+from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, unet_fingerprint
+from mu.config import ConfigError, load_config
+from mu.ldm import LatentDiffusion, load_model, save_checkpoint
+from mu.ldm.checkpoint import read_state_dict
+
+Result = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def mask_run(tiny_runs: Any) -> Result:
+    return MaskingAlgorithm(tiny_runs.mask_config(threshold=(0.2, 0.5))).run()
+
+
+@pytest.fixture(scope="module")
+def train_run(tiny_runs: Any, mask_run: Result) -> Result:
+    config = tiny_runs.train_config(mask_path=str(mask_run["masks"][0.5]))
+    return SaliencyUnlearningAlgorithm(config, sample_prompts=None, sample_seeds=(3,)).run()
+
+
+@pytest.fixture
+def model(tiny_runs: Any) -> LatentDiffusion:
+    """As it was before unlearning."""
+    return load_model(tiny_runs.model_config, tiny_runs.checkpoint())
+
+
+def trained(tiny_runs: Any, folder: Path, **changes: Any) -> Result:
+    """A training run of its own, with a random mask unless `changes` say otherwise."""
+    wanted = {"masking": "random", "output_dir": str(folder / "runs"), **changes}
+    return SaliencyUnlearningAlgorithm(tiny_runs.train_config(**wanted)).run()
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [{name: float(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
+
+
+def changed_entries(before: Path, after: Path) -> dict[str, Tensor]:
+    """CompVis name -> where a tensor of the file `after` differs from that in `before`, if it does anywhere."""
+    old, new = read_state_dict(before)[0], read_state_dict(after)[0]
+    assert old.keys() == new.keys()
+    assert {name: tensor.dtype for name, tensor in old.items()} == {
+        name: tensor.dtype for name, tensor in new.items()
+    }
+    return {name: old[name] != new[name] for name in old if bits(old[name]) != bits(new[name])}
+
+
+# ---- the mask
+
+
+def test_a_mask_run_leaves_its_files(mask_run: Result, tiny_runs: Any) -> None:
+    run = mask_run["run"]
+    assert run.parent == tiny_runs.folder / "masks"
+    assert run.name.startswith("style-Noto-")
+    assert files_in(run) == {
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+        "mask_0.2.safetensors",
+        "mask_0.5.safetensors",
+        "metrics.json",
+    }
+    assert load_config(MaskConfig, config_path=run / "config.yaml") == tiny_runs.mask_config(
+        threshold=(0.2, 0.5)
+    )
+    assert str(mask_run["masks"][0.5]) in (run / "log.txt").read_text()
+    noted = json.loads((run / "metrics.json").read_text())
+    assert noted == {
+        **{key: mask_run[key] for key in ("images", "seconds", "total")},
+        "run": str(run),
+        "masks": {"0.2": str(run / "mask_0.2.safetensors"), "0.5": str(run / "mask_0.5.safetensors")},
+        "kept": {"0.2": mask_run["kept"][0.2], "0.5": mask_run["kept"][0.5]},
+    }
+
+
+def test_the_masks_mark_the_most_salient_weights(
+    mask_run: Result, tiny_runs: Any, model: LatentDiffusion
+) -> None:
+    """Against both steps written out; several thresholds of one pass are nested."""
+    data = SaliencyUnlearnDataHandler(tiny_runs.mask_config(), model)
+    assert {row.style for row in data.rows.forget} == {"Noto"}
+    assert mask_run["images"] == 4
+    saliency = accumulate_saliency(model, data.mask_batches(), c_guidance=7.5)
+    total = sum(parameter.numel() for parameter in model.unet.parameters())
+    assert mask_run["total"] == total
+    masks = {}
+    for threshold in (0.2, 0.5):
+        mask = masks[threshold] = load_mask(mask_run["masks"][threshold])
+        expected = threshold_mask(saliency, threshold)
+        assert list(mask) == list(expected)
+        assert all(torch.equal(mask[name], expected[name]) for name in expected)
+        kept = sum(int(marked.sum()) for marked in mask.values())
+        assert kept == mask_run["kept"][threshold] == int(threshold * total)
+    assert not any((masks[0.2][name] & ~masks[0.5][name]).any() for name in saliency)
+
+
+def test_a_mask_says_what_it_was_made_from(mask_run: Result, model: LatentDiffusion) -> None:
+    metadata = load_mask_metadata(mask_run["masks"][0.2])
+    blocks = metadata.pop("kept_fraction")
+    assert metadata == {
+        "concept": "Noto",
+        "template": "style",
+        "template_name": "Noto",
+        "threshold": 0.2,
+        "kept": mask_run["kept"][0.2],
+        "total": mask_run["total"],
+        "pool": "unet",
+        "train_method": "full",
+        "model_fingerprint": unet_fingerprint(model),
+        "c_guidance": 7.5,
+        "images": 4,
+        "draws_per_image": 1,
+        "seed": 0,
+    }
+    assert {"time_embed", "middle_block.1", "out"} < blocks.keys()
+    assert all(0 <= part <= 1 for part in blocks.values())
+
+
+def test_a_pool_is_ranked_by_itself(tiny_runs: Any, model: LatentDiffusion, tmp_path: Path) -> None:
+    config = tiny_runs.mask_config(output_dir=str(tmp_path), threshold=0.1)
+    result = MaskingAlgorithm(config, pool="train_method", train_method="xattn").run()
+    pool = names_of(model.unet, "xattn")
+    size = sum(model.unet.get_parameter(name).numel() for name in pool)
+    mask = load_mask(result["masks"][0.1])
+    assert {name for name, marked in mask.items() if marked.any()} <= set(pool)
+    assert sum(int(mask[name].sum()) for name in pool) == result["kept"][0.1] == int(0.1 * size)
+    assert mask.keys() == dict(model.unet.named_parameters()).keys()
+    metadata = load_mask_metadata(result["masks"][0.1])
+    assert (metadata["pool"], metadata["train_method"]) == ("train_method", "xattn")
+
+
+def test_thresholds_that_nearly_agree_have_files_of_their_own(tiny_runs: Any, tmp_path: Path) -> None:
+    near = 0.50001, 0.500011, 1.0
+    result = MaskingAlgorithm(tiny_runs.mask_config(output_dir=str(tmp_path), threshold=near)).run()
+    names = ["mask_0.50001.safetensors", "mask_0.500011.safetensors", "mask_1.safetensors"]
+    assert [path.name for path in result["masks"].values()] == names
+    assert [load_mask_metadata(path)["threshold"] for path in result["masks"].values()] == list(near)
+    assert result["kept"][1.0] == result["total"]
+
+
+def test_a_run_changes_neither_its_config_nor_an_earlier_run(tiny_runs: Any, tmp_path: Path) -> None:
+    ready = saliency_unlearning_generate_mask_emoji_canvas
+    overrides = tiny_runs.keys(output_dir=str(tmp_path), threshold=0.3)
+    first = MaskingAlgorithm(ready, **overrides).run()
+    path = first["masks"][0.3]
+    content = path.read_bytes()
+    second = MaskingAlgorithm(ready, **overrides).run()
+    assert first["run"] != second["run"]
+    assert path.read_bytes() == content
+    one, other = load_mask(path), load_mask(second["masks"][0.3])
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert ready == load_config(MaskConfig, config_path="emoji_canvas/mask_style.yaml", packaged=PACKAGED)
+
+
+# ---- training
+
+
+def test_a_training_run_leaves_its_files(train_run: Result, mask_run: Result, tiny_runs: Any) -> None:
+    run = train_run["run"]
+    assert run.parent == tiny_runs.folder / "finetuned_models"
+    assert files_in(run) == {
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+        "metrics.csv",
+        "metrics.json",
+        "model.safetensors",
+        "pictures/before_after.png",
+    }
+    assert train_run["checkpoint"] == run / "model.safetensors"
+    assert train_run["pictures"] == run / "pictures" / "before_after.png"
+    assert train_run["mask"] == mask_run["masks"][0.5]
+    assert train_run["weights_selected"] == mask_run["kept"][0.5]
+    assert train_run["weights_total"] == mask_run["total"]
+    saved = load_config(TrainConfig, config_path=run / "config.yaml")
+    assert (saved.mask_path, saved.sample_seeds) == (str(train_run["mask"]), (3,))
+    noted = json.loads((run / "metrics.json").read_text())
+    assert noted == {
+        key: str(value) if isinstance(value, Path) else value for key, value in train_run.items()
+    }
+
+
+def test_every_step_is_in_the_metrics(train_run: Result) -> None:
+    rows = losses(train_run["run"])
+    assert [row.pop("step") for row in rows] == [1, 2, 3, 4]  # 4 images in batches of 3, twice
+    assert train_run["steps"] == 4
+    for row in rows:
+        assert row.keys() == {"loss", "forget", "retain"}
+        assert row["loss"] == pytest.approx(row["forget"] + 0.5 * row["retain"], rel=1e-5)
+    for key, name in (("loss", "loss"), ("forget_loss", "forget"), ("retain_loss", "retain")):
+        assert train_run[key] == pytest.approx((rows[2][name] + rows[3][name]) / 2, rel=1e-6)
+
+
+def test_the_first_loss_is_that_of_the_first_batch(
+    train_run: Result, tiny_runs: Any, model: LatentDiffusion
+) -> None:
+    batch = next(iter(SaliencyUnlearnDataHandler(tiny_runs.train_config(), model).train_loader()))
+    with torch.no_grad():
+        terms = salun_loss(model, batch["forget"], batch["retain"], 0.5)
+    first = losses(train_run["run"])[0]
+    assert [first["loss"], first["forget"], first["retain"]] == pytest.approx(
+        [float(term) for term in terms], rel=1e-4
+    )
+
+
+def test_only_weights_in_the_mask_changed_in_the_file(train_run: Result, tiny_runs: Any) -> None:
+    """Bit for bit against the file that training started from."""
+    changed = changed_entries(tiny_runs.checkpoint(), train_run["checkpoint"])
+    mask = load_mask(train_run["mask"])
+    for name, differs in changed.items():
+        assert name.startswith(UNET_PREFIX)
+        assert not (differs & ~mask[name.removeprefix(UNET_PREFIX)]).any()
+    count = sum(int(differs.sum()) for differs in changed.values())
+    assert count == train_run["weights_changed"]
+    assert count > 0.9 * train_run["weights_selected"]
+    load_model(tiny_runs.model_config, train_run["checkpoint"])
+
+
+def test_the_same_config_gives_the_same_weights(train_run: Result) -> None:
+    config = load_config(TrainConfig, config_path=train_run["run"] / "config.yaml")
+    again = SaliencyUnlearnAlgorithm(config, sample_prompts=()).run()
+    assert again["run"] != train_run["run"]
+    assert again["pictures"] is None
+    assert not changed_entries(train_run["checkpoint"], again["checkpoint"])
+    other = SaliencyUnlearnAlgorithm(config, sample_prompts=(), seed=1).run()
+    assert changed_entries(train_run["checkpoint"], other["checkpoint"])
+
+
+def test_two_names_of_one_class() -> None:
+    assert SaliencyUnlearnAlgorithm is SaliencyUnlearningAlgorithm
+
+
+def test_an_fp16_file_stays_fp16(tiny_runs: Any, tmp_path: Path) -> None:
+    """Here with a random mask, and written as .ckpt."""
+    half = tiny_runs.checkpoint("half")
+    result = trained(tiny_runs, tmp_path, ckpt_path=str(half), threshold=0.25, output_format="ckpt")
+    assert result["checkpoint"].name == "model.ckpt"
+    assert read_state_dict(half)[0][f"{UNET_PREFIX}out.2.weight"].dtype == torch.float16
+    changed = changed_entries(half, result["checkpoint"])
+    assert all(name.startswith(UNET_PREFIX) for name in changed)
+    count = sum(int(differs.sum()) for differs in changed.values())
+    selected = int(0.25 * result["weights_total"])
+    assert result["weights_selected"] == selected
+    assert 0.5 * selected < count <= selected
+    assert count == result["weights_changed"]
+
+
+def test_a_random_mask_is_that_of_its_seed(tiny_runs: Any, tmp_path: Path) -> None:
+    def moved(mask_seed: int) -> dict[str, Tensor]:
+        result = trained(tiny_runs, tmp_path, threshold=0.25, epochs=1, mask_seed=mask_seed)
+        return changed_entries(tiny_runs.checkpoint(), result["checkpoint"])
+
+    first, second = moved(0), moved(1)
+    common = sum(int((first[name] & second[name]).sum()) for name in first.keys() & second.keys())
+    count = sum(int(differs.sum()) for differs in first.values())
+    assert common == pytest.approx(0.25 * count, rel=0.05)  # as two independent quarters have
+
+
+def test_without_a_mask_the_train_method_alone_decides(
+    tiny_runs: Any, model: LatentDiffusion, tmp_path: Path
+) -> None:
+    result = trained(tiny_runs, tmp_path, masking="none", train_method="xattn", epochs=1)
+    names = {UNET_PREFIX + name for name in names_of(model.unet, "xattn")}
+    assert result["mask"] is None
+    assert result["weights_selected"] == sum(model.get_parameter(name).numel() for name in names)
+    changed = changed_entries(tiny_runs.checkpoint(), result["checkpoint"])
+    assert changed.keys() <= names
+    assert len(changed) > 0.8 * len(names)
+
+
+@pytest.mark.parametrize(
+    ("change", "same_rows"),
+    [({"target": "frozen"}, 1), ({"lr_schedule": "linear"}, 2), ({"alpha": 2.0}, 0)],
+)
+def test_settings_of_the_loss_reach_the_training(
+    train_run: Result, tiny_runs: Any, tmp_path: Path, change: dict[str, Any], same_rows: int
+) -> None:
+    """A frozen target differs once weights have moved, a falling learning rate once it has fallen."""
+    result = trained(tiny_runs, tmp_path, masking="saliency", mask_path=str(train_run["mask"]), **change)
+    rows, others = losses(train_run["run"]), losses(result["run"])
+    term = "loss" if "alpha" in change else "forget"
+    same = [
+        row[term] == pytest.approx(other[term], rel=1e-6) for row, other in zip(rows, others, strict=True)
+    ]
+    assert same == [True] * same_rows + [False] * (4 - same_rows)
+
+
+def test_a_folder_of_masks_gives_the_one_of_the_threshold(
+    mask_run: Result, tiny_runs: Any, tmp_path: Path
+) -> None:
+    folder = str(mask_run["run"])
+    result = trained(tiny_runs, tmp_path, masking="saliency", mask_path=folder, threshold=0.2, epochs=1)
+    assert result["mask"] == mask_run["masks"][0.2]
+    assert result["weights_selected"] == mask_run["kept"][0.2]
+    assert str(result["mask"]) in (result["run"] / "log.txt").read_text()
+
+
+# ---- what is refused
+
+
+def test_the_mask_of_another_model_is_refused_before_anything_is_made(
+    mask_run: Result, tiny_runs: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(MaskError, match="the mask was made from a model with fingerprint sha256:"):
+        trained(
+            tiny_runs,
+            tmp_path,
+            masking="saliency",
+            mask_path=str(mask_run["masks"][0.5]),
+            ckpt_path=str(tiny_runs.checkpoint("other")),
+            processed_dataset_dir=str(tmp_path / "processed"),
+        )
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"config.yaml", "log.txt"}
+    assert logging.getLogger("mu").handlers == []  # a failed run's log is closed
+
+
+def test_a_missing_mask_names_the_command_that_makes_it(tiny_runs: Any, tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(ConfigError, match=r"mask_path: .*scripts\.generate_mask .*--template_name Noto"):
+        trained(tiny_runs, tmp_path, masking="saliency", mask_path=str(tmp_path / "masks"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("make", [MaskingAlgorithm, SaliencyUnlearningAlgorithm])
+def test_a_missing_checkpoint_names_the_command_that_fetches_it(
+    tiny_runs: Any, tmp_path: Path, make: Any
+) -> None:
+    wanted = {"ckpt_path": str(tmp_path / "absent.ckpt"), "output_dir": str(tmp_path / "runs")}
+    if make is MaskingAlgorithm:
+        config = tiny_runs.mask_config(**wanted)
+    else:
+        config = tiny_runs.train_config(masking="none", **wanted)
+    with pytest.raises(ConfigError, match=r"absent\.ckpt; `download_model compvis`"):
+        make(config).run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_override_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'alpha'"):
+        SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, alhpa=0.1)
+    with pytest.raises(ConfigError, match="threshold"):
+        MaskingAlgorithm(saliency_unlearning_generate_mask_emoji_canvas, threshold=float("nan"))
+
+
+def test_a_weight_that_moves_outside_the_mask_stops_the_run(
+    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory after training, or on the way to the file: the run does not say that it succeeded."""
+
+    def spoil(model: LatentDiffusion) -> None:
+        with torch.no_grad():
+            model.get_parameter("first_stage_model.quant_conv.bias")[0] += 1e-3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(algorithm, "fit", lambda trainer, *_: spoil(trainer.model.ldm))
+        with pytest.raises(TrainingError, match="1 tensors changed outside the mask: first_stage_model"):
+            trained(tiny_runs, tmp_path / "memory")
+    assert not list((tmp_path / "memory").rglob("model.*"))
+
+    def save_spoilt(model: LatentDiffusion, path: Path) -> None:
+        spoil(model)
+        save_checkpoint(model, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(algorithm, "fit", lambda *_: {})
+        patch.setattr(algorithm, "save_checkpoint", save_spoilt)
+        with pytest.raises(TrainingError, match=r"quant_conv\.bias differs from .* outside the mask"):
+            trained(tiny_runs, tmp_path / "file")
+    assert not list((tmp_path / "file").rglob("metrics.json"))
+
+
+# ---- folders of images
+
+
+def test_both_stages_on_a_folder_of_images(tiny_runs: Any, tmp_path: Path) -> None:
+    generator = numpy.random.default_rng(0)
+    for style, count in (("Abstractionism", 1), ("Van_Gogh", 2), ("Seed_Images", 1)):
+        for name in ("Cats", "Dogs"):
+            (tmp_path / "canvas" / style / name).mkdir(parents=True)
+            for number in range(1, count + 1):
+                pixels = generator.integers(0, 256, (20, 24, 3), dtype=numpy.uint8)
+                Image.fromarray(pixels).save(tmp_path / "canvas" / style / name / f"{number}.png")
+    folder = {
+        "dataset_type": "unlearncanvas",
+        "raw_dataset_dir": str(tmp_path / "canvas"),
+        "processed_dataset_dir": str(tmp_path / "processed"),
+        "template_name": "Van_Gogh",
+        "image_size": 16,
+    }
+    masks = tmp_path / "masks"
+    mask_run = MaskingAlgorithm(tiny_runs.mask_config(**folder, output_dir=str(masks))).run()
+    assert mask_run["images"] == 4
+    result = trained(tiny_runs, tmp_path, masking="saliency", mask_path=str(masks), **folder)
+    assert result["mask"] == mask_run["masks"][0.5]
+    assert result["steps"] == 4
+    assert result["weights_changed"] > 0.9 * result["weights_selected"]
+
+    listed = tmp_path / "processed" / "index" / "unlearncanvas" / "style-Van_Gogh"
+    assert (listed / "forget" / "prompts.txt").read_text().split("\n")[:2] == [
+        "A Cats image in Van Gogh style."
+    ] * 2
+    assert set((listed / "forget" / "substitutes.txt").read_text().splitlines()) == {
+        "A Cats image in Photo style.",
+        "A Dogs image in Photo style.",
+    }
+    assert set((listed / "retain" / "prompts.txt").read_text().splitlines()) == {
+        f"A {name} image in {style} style."
+        for name in ("Cats", "Dogs")
+        for style in ("Abstractionism", "Photo")
+    }
+    assert not (tmp_path / "processed" / "generated").exists()
+
+
+def test_a_ready_made_training_config_is_not_changed_by_overrides() -> None:
+    ready = saliency_unlearning_train_emoji_canvas
+    assert SaliencyUnlearningAlgorithm(ready, template_name="Blob").config == replace(
+        ready, template_name="Blob"
+    )
+    assert ready == load_config(TrainConfig, config_path="emoji_canvas/train_style.yaml", packaged=PACKAGED)
