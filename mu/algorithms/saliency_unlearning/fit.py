@@ -121,4 +121,5 @@ def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:
         except WandbError as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             _log.warning("wandb: %s; this run is kept offline in %s", reason, folder / "wandb")
-    return WandbLogger(**settings, offline=True)
+    # The mode is said twice: once wandb has looked for a key, it no longer heeds the variable that Lightning sets.
+    return WandbLogger(**settings, offline=True, mode="offline")
