@@ -95,8 +95,8 @@ class LossHistory(pl.Callback):
 def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:
     """Lightning's Weights & Biases logger, or None where the config says off.
 
-    `online` without a key, or with WANDB_MODE set to something else, is offline, with one warning; so is a run whose
-    connection cannot be made. The environment variable WANDB_MODE=disabled turns it off.
+    `online` without a key is offline, with one warning; so is a run whose connection cannot be made. The environment
+    variable WANDB_MODE=offline makes it offline as asked, WANDB_MODE=disabled turns it off.
     """
     if config.wandb == "off" or os.environ.get("WANDB_MODE") == "disabled":
         return None

@@ -76,8 +76,8 @@ class TrainConfig(ConceptKeys):
     )
     mask_path: str | None = setting(
         MASKS,
-        "masking saliency: a mask file, or a folder, of which the newest mask of this concept (and threshold, if "
-        "there are several) is taken.",
+        "masking saliency: a mask file, or a folder, of which the newest mask of this concept and threshold is "
+        "taken.",
         kind="path",
     )
     mask_seed: int = setting(0, "masking random: seed of the mask.", ge=0, lt=2**32)
@@ -94,7 +94,7 @@ class TrainConfig(ConceptKeys):
     lr: float = setting(1e-5, "Learning rate of Adam.", gt=0, le=1)
     lr_schedule: str = setting(
         "constant",
-        "constant, as the paper's; linear: the learning rate falls in equal steps to 0 at the last step.",
+        "constant, as the paper's; linear: the learning rate falls in equal steps, and would be 0 after the last.",
         choices=("constant", "linear"),
     )
     batch_size: int = setting(8, "Images to forget in a step.", ge=1, le=100_000)
