@@ -6,10 +6,9 @@ python scripts/readme_keys.py --check    # exit code 1 when README.md says somet
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+
+import readme_section
 
 from mu.algorithms.saliency_unlearning.configs import (
     BenchmarkConfig,
@@ -22,9 +21,6 @@ from mu.algorithms.saliency_unlearning.configs import (
 )
 from mu.config import Config, keys_of
 from mu.config_values import Key
-
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- keys:begin -->", "<!-- keys:end -->"
 
 
 def tables() -> str:
@@ -67,29 +63,14 @@ def _escaped(text: str) -> str:
     return text
 
 
-def with_tables(page: str) -> str:
-    """The page with its tables made anew. Raises ValueError when the markers are not there, once and in order."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"{README.name} must have {BEGIN} and {END}, once each")
-    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    return readme_section.run(
+        "keys",
+        tables,
+        description=__doc__,
+        advice="what the config classes say; run: make readme-keys",
+        arguments=arguments,
     )
-    parser.add_argument("--check", action="store_true", help="write nothing, tell whether the page is right")
-    check = parser.parse_args(arguments).check
-    old = README.read_text(encoding="utf-8")
-    new = with_tables(old)
-    if check and new != old:
-        print(f"{README.name} is not what the config classes say; run: make readme-keys", file=sys.stderr)
-        return 1
-    if not check:
-        README.write_text(new, encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
