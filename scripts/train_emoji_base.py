@@ -6,8 +6,8 @@
     python scripts/train_emoji_base.py --data_dir data/emoji-canvas --run_dir outputs/emoji_base --stage package
 
 Each stage writes its state to the run folder at intervals and goes on from there when started again. With
-`--start_from mu/assets/emoji_canvas` the diffusion stage begins with the packaged weights (and keeps their
-autoencoder): so better ones are made of the ones that are there.
+`--start_from mu/assets/emoji_canvas` a stage begins with the packaged weights: so better ones are made of the ones that
+are there. The diffusion stage takes the autoencoder of the run folder, if there is one, else the packaged one.
 """
 
 from __future__ import annotations
@@ -167,20 +167,33 @@ class Clock:
 
 
 def image_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 of the pixels and of their differences along both axes, at full and at half size: edges stay sharp."""
+    """L1 of the pixels, of their differences along both axes (edges stay sharp) and of the differences between
+    colour channels (hues stay apart), at full, half, quarter and eighth size."""
     total = torch.zeros((), device=output.device)
-    for _ in range(2):
+    for _ in range(4):
         total = total + F.l1_loss(output, target)
         for dim in (2, 3):
             total = total + F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
+        total = total + F.l1_loss(output - output.roll(1, dims=1), target - target.roll(1, dims=1))
         output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
-    return total
+    return total / 2
+
+
+def swap_colours(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Permute the colour channels of half of the images (N, 3, H, W): rare hues become as common as others."""
+    for i in range(0, len(images), 2):
+        images[i] = images[i][torch.randperm(3, generator=generator)]
+    return images
 
 
 def train_autoencoder(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     drawings = load_drawings(args.data_dir).flatten(0, 2)
-    model = LatentDiffusion(parse_model_config(model_yaml()["model"])).first_stage_model.to(args.device)
+    if args.start_from is not None:
+        model = load_model(args.start_from / "model_config.yaml", args.start_from / "model.safetensors")
+    else:
+        model = LatentDiffusion(parse_model_config(model_yaml()["model"]))
+    model = model.first_stage_model.to(args.device)
     ema = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr or 1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     path, start = args.run_dir / "autoencoder.pt", 0
@@ -194,7 +207,8 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rows = torch.randint(len(drawings), (args.batch_size or 16,), generator=generator)
-        images = augment(to_float(drawings[rows]), generator, size=IMAGE_SIZE).to(args.device)
+        images = swap_colours(augment(to_float(drawings[rows]), generator, size=IMAGE_SIZE), generator)
+        images = images.to(args.device)
         noise = torch.randn((2, len(images), *latent_shape(model)), generator=generator).to(args.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr or 1e-3, 100)
@@ -262,16 +276,17 @@ def train_diffusion(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     if args.start_from is not None:
         model = load_model(args.start_from / "model_config.yaml", args.start_from / "model.safetensors")
-        if not (args.run_dir / "autoencoder.pt").exists():  # what the package stage takes it from
-            save_state(args.run_dir / "autoencoder.pt", {"ema": model.first_stage_model.state_dict()})
     else:
         model = LatentDiffusion(parse_model_config(model_yaml()["model"]))
-        first_stage = torch.load(args.run_dir / "autoencoder.pt", weights_only=True)["ema"]
-        model.first_stage_model.load_state_dict(first_stage)
+    autoencoder = args.run_dir / "autoencoder.pt"
+    packaged_autoencoder = args.start_from is not None and not autoencoder.exists()
+    if packaged_autoencoder:  # written out: the package stage takes it from there
+        save_state(autoencoder, {"ema": model.first_stage_model.state_dict()})
+    model.first_stage_model.load_state_dict(torch.load(autoencoder, weights_only=True)["ema"])
     model.to(args.device)
     mean, logvar = encode_drawings(model, args)
     total_variance = mean.float().var() + logvar.float().exp().mean()
-    scale_factor = model.scale_factor if args.start_from else round(1 / total_variance.sqrt().item(), 4)
+    scale_factor = model.scale_factor if packaged_autoencoder else round(1 / total_variance.sqrt().item(), 4)
     prompts = [canvas_prompt(obj, style) for style in STYLES for obj in OBJECTS] + [""]
 
     trained = nn.ModuleDict({"unet": model.unet, "text": model.cond_stage_model})
