@@ -203,7 +203,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    steps, clock = args.steps or 2500, Clock(50)
+    steps, clock = args.steps or 5000, Clock(50)
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rows = torch.randint(len(drawings), (args.batch_size or 16,), generator=generator)
@@ -310,7 +310,7 @@ def train_diffusion(args: argparse.Namespace) -> None:
     snr = model.alphas_cumprod / (1 - model.alphas_cumprod)
     weights = snr.clamp(max=MIN_SNR_GAMMA) / snr  # Hang et al. 2023, equation 6 for noise prediction
     weights = weights / weights.mean()
-    steps, peak, clock = args.steps or 4000, args.lr or 1e-3, Clock(50)
+    steps, peak, clock = args.steps or 6500, args.lr or 1e-3, Clock(50)
     batch_size = args.batch_size or 64
     network = torch.compile(model.unet) if args.compile else model.unet
     for step in range(start, steps):
@@ -415,7 +415,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--steps", type=int, help="default: 2500 for the autoencoder, 4000 for the diffusion model"
+        "--steps", type=int, help="default: 5000 for the autoencoder, 6500 for the diffusion model"
     )
     parser.add_argument(
         "--batch_size", type=int, help="default: 16 for the autoencoder, 64 for the diffusion model"
@@ -427,7 +427,7 @@ def main() -> None:
     parser.add_argument(
         "--augmentation",
         type=float,
-        default=0.5,
+        default=0.3,
         help="strength of the copies' augmentation; 1: as the classifiers'",
     )
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the sample grids")
