@@ -45,6 +45,8 @@ class LatentDiffusion(nn.Module):
         self.params = params
         self.file_dtypes: dict[str, torch.dtype] = {}
         """key -> dtype in the file that was loaded: `save_checkpoint` writes each tensor back in it."""
+        self.file_has_ema = False
+        """Whether the file that was loaded has an EMA copy of the UNet."""
         self.carried: dict[str, Tensor] = {}
         """Tensors of the file that belong to the model but are not run: written back as they were, on the CPU."""
         device = torch.device(device)
@@ -218,4 +220,5 @@ def load_model(
     _log.info("%s is a %s", ckpt_path, checkpoint.description)
     model = LatentDiffusion(params, initialise=False).cast_weights(dtype)
     load_state_dict(model, checkpoint.tensors, source=ckpt_path)
+    model.file_has_ema = checkpoint.description.ema
     return model.to(device).eval()
