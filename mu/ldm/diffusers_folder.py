@@ -19,9 +19,10 @@ from mu.ldm.params import LatentDiffusionParams, OpenClipParams
 from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dict
 
 INDEX = "model_index.json"
+# Names of the weights without their suffix: as safetensors, and pickled.
 _STEMS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
+    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "text_encoder": ("model", "pytorch_model"),
 }
 _CONFIGS = {
@@ -106,8 +107,7 @@ def write_diffusers_folder(
     components = to_diffusers(tensors, params)
     with _written_beside(folder, overwrite=overwrite) as temporary:
         for component, found in components.items():
-            stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-            write_state_dict(found, temporary / component / f"{stem}.safetensors")
+            write_state_dict(found, temporary / component / f"{_STEMS[component][0]}.safetensors")
         for component, file in _CONFIGS.items():
             _write_json(temporary / component / file, configs[component])
         _write_tokenizer(temporary / "tokenizer", params)
@@ -116,8 +116,7 @@ def write_diffusers_folder(
 
 def _weights(folder: Path) -> list[Path]:
     """The files with the weights of one component."""
-    stem = _STEMS[folder.name]
-    safe, pickled = (stem, stem) if isinstance(stem, str) else stem
+    safe, pickled = _STEMS[folder.name]
     for variant in ("", ".fp16"):
         for name, suffix in ((safe, ".safetensors"), (pickled, ".bin")):
             if (single := folder / f"{name}{variant}{suffix}").is_file():

@@ -74,7 +74,9 @@ class OpenClipNetwork(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token_embedding(tokens) + self.positional_embedding  # (B, L, D)
-        for block in self.transformer["resblocks"]:  # type: ignore[union-attr]  # a ModuleList
+        blocks = self.transformer["resblocks"]
+        assert isinstance(blocks, nn.ModuleList)
+        for block in blocks:
             x = block(x)  # (B, L, D)
         return self.ln_final(x)
 
