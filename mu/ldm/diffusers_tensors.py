@@ -52,7 +52,18 @@ def to_diffusers(
 
     Args:
         tensors: those of a whole checkpoint that `mu.ldm.checkpoint.check_state_dict` has found to be the model's.
+
+    Raises:
+        CheckpointError: diffusers has no such network: its first level must be as wide as its first convolution.
     """
+    for key, mult in (
+        ("channel_mult", params.unet.channel_mult[0]),
+        ("ch_mult", params.first_stage.ch_mult[0]),
+    ):
+        if mult != 1:
+            raise CheckpointError(
+                f"{key} begins with {mult}: diffusers has no such network, there it always begins with 1"
+            )
     unet, vae = unet_modules(params.unet), vae_modules(params.first_stage)
     components: dict[str, dict[str, Tensor]] = {"unet": {}, "vae": {}}
     if params.cond_stage is not None:

@@ -64,7 +64,7 @@ def test_the_pipeline_gives_our_images(
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.safety_checker is None
-    noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     theirs = {}
     for kind in ("latent", "np"):
         theirs[kind] = pipeline(
@@ -91,7 +91,7 @@ def test_the_pipeline_gives_our_images(
     assert theirs["np"].std() > 0.05
     assert np.abs(images - theirs["np"]).max() <= 1e-3
     # the prompt matters, or the text encoder could be any
-    assert np.abs(images[0] - images[1]).max() > 0.1
+    assert np.abs(images[0] - images[1]).max() > 0.05
 
 
 @pytest.mark.parametrize("sections", [{}, TINY_V2], ids=["as SD v1", "as SD v2"])

@@ -29,7 +29,7 @@ TINY: dict[str, dict[str, Any]] = {
         "autoencoder": {"ch_mult": [1, 2, 4], "num_res_blocks": 2, "attn_resolutions": [8]},
     },
     "no attention but in the middle": {"unet": {"attention_resolutions": [], "num_res_blocks": 2}},
-    "one level": {"unet": {"channel_mult": [2]}, "autoencoder": {"ch_mult": [2]}},
+    "one level": {"unet": {"channel_mult": [1]}, "autoencoder": {"ch_mult": [1]}},
 }
 
 
@@ -133,6 +133,19 @@ def test_tensors_without_a_place_are_listed(make_tiny_model: ModelMaker) -> None
             CheckpointError, match=r"f: .*2 unexpected \(unet: add_embedding.*vae: encoder\.extra"
         ):
             from_diffusers(parts, model.params, source="f:")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"unet": {"channel_mult": [2, 2]}}, {"autoencoder": {"ch_mult": [2, 2]}}],
+    ids=["UNet", "VAE"],
+)
+def test_a_network_that_diffusers_does_not_have_is_refused(
+    make_tiny_model: ModelMaker, sections: dict[str, Any]
+) -> None:
+    model = make_tiny_model(**sections)
+    with pytest.raises(CheckpointError, match="mult begins with 2: diffusers has no such network"):
+        to_diffusers(model.state_dict(), model.params)
 
 
 def test_a_piece_of_query_key_and_value_that_is_missing_is_named(make_tiny_model: ModelMaker) -> None:

@@ -151,7 +151,7 @@ def test_the_ema_copy_is_unlearned_too(tiny_runs: Any, tmp_path: Path, use_ema: 
         copy = after[ema_name(key)]
         assert torch.equal(copy[moved], after[key][moved])  # the new values, so nobody gets the old ones back
         assert torch.equal(copy[~moved], before[ema_name(key)][~moved])
-    assert count == result["weights_changed"] > 0.2 * result["weights_total"]
+    assert count == result["weights_changed"] > 0.1 * result["weights_total"]
 
 
 def test_an_ema_copy_with_old_values_is_noticed(tmp_path: Path) -> None:
