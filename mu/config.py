@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 _PACKAGE_FOLDER = Path(__file__).parent
+_MODEL_YAMLS = ("model_config.yaml", "sd_v2_base.yaml", "sd_v2_v.yaml")
+"""Packaged YAML files that describe a model, and are no settings of a command."""
 
 
 class ConfigError(MuError, ValueError):
@@ -157,7 +159,7 @@ def resolve_path(path: str) -> Path:
 def packaged_configs(folder: Path) -> list[str]:
     """Names of the YAML configs below a folder, as `--config_path` takes them."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
-    return [name for name in paths if Path(name).name != "model_config.yaml"]
+    return [name for name in paths if Path(name).name not in _MODEL_YAMLS]
 
 
 def find_config(path: str | os.PathLike[str], packaged: Path | None) -> Path:

@@ -43,6 +43,8 @@ class EvaluationSettings(Protocol):
     @property
     def model_config_path(self) -> str: ...
     @property
+    def use_ema(self) -> bool: ...
+    @property
     def devices(self) -> str: ...
     @property
     def template(self) -> str: ...
@@ -97,7 +99,9 @@ def run(config: EvaluationSettings) -> dict[str, object]:
         measured: dict[str, MeasuredModel] = {}
         for name, path in checkpoints.items():
             run.logger.info("%s unlearning: %s", name, path)
-            model = load_model(resolve_path(config.model_config_path), path, device=device)
+            model = load_model(
+                resolve_path(config.model_config_path), path, device=device, use_ema=config.use_ema
+            )
             measured[name] = measure(
                 model,
                 classifier,

@@ -123,6 +123,28 @@ def write_state_dict(
             torch.save({"state_dict": tensors, **described}, temporary)
 
 
+def write_bare_state_dict(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write tensors and nothing else, as programs expect that load a file straight into a network.
+
+    A `.pt`, `.pth` or `.bin` file holds the dictionary itself, a `.safetensors` file no metadata but its format.
+
+    Raises:
+        CheckpointError: as `write_state_dict`.
+    """
+    path = Path(path)
+    suffixes = (".pt", ".pth", ".bin", ".safetensors")
+    if path.suffix not in suffixes:
+        raise CheckpointError(
+            f"{path}: the suffix {path.suffix!r} is not known; known: {', '.join(suffixes)}"
+        )
+    tensors = _own_storages(state_dict, path)
+    with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, temporary)
+
+
 @contextmanager
 def written_beside(path: Path, needed_bytes: int) -> Iterator[Path]:
     """Yield a temporary path to write to; afterwards sync it and rename it over `path`, or remove it on any failure.

@@ -34,9 +34,10 @@ from mu.algorithms.saliency_unlearning.utils import (
     model_of,
     unet_fingerprint,
     verify_written,
+    write_unlearned,
 )
 from mu.config import override, require_paths
-from mu.ldm import LatentDiffusion, save_checkpoint
+from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 
 Result = dict[str, Any]
@@ -168,9 +169,10 @@ class SaliencyUnlearningAlgorithm:
             model.verify_unmasked()
             pictures.take("after")
 
-            checkpoint = folder.path / f"model.{config.output_format}"
-            save_checkpoint(ldm, checkpoint)
-            changed = verify_written(config.checkpoint(), checkpoint, model.selected)
+            checkpoint = write_unlearned(ldm, config, folder.path)
+            changed = verify_written(
+                config.checkpoint(), checkpoint, model.selected, params=ldm.params, use_ema=config.use_ema
+            )
             folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
             result = {
                 "run": folder.path,

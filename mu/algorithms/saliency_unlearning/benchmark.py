@@ -125,11 +125,13 @@ class Benchmark:
         """The recipe's model before unlearning, measured once."""
         checkpoint = train.checkpoint()
         if checkpoint not in self._bases:
-            self._bases[checkpoint] = self._measure(train, checkpoint)
+            self._bases[checkpoint] = self._measure(train, checkpoint, use_ema=train.use_ema)
         return self._bases[checkpoint]
 
-    def _measure(self, train: TrainConfig, checkpoint: Path) -> MeasuredModel:
-        model = load_model(resolve_path(train.model_config_path), checkpoint, device=self.device)
+    def _measure(self, train: TrainConfig, checkpoint: Path, *, use_ema: bool = False) -> MeasuredModel:
+        model = load_model(
+            resolve_path(train.model_config_path), checkpoint, device=self.device, use_ema=use_ema
+        )
         settings = SampleSettings(
             self.config.sample_steps, self.config.guidance_scale, model.image_size, self.config.precision
         )
@@ -151,6 +153,7 @@ class Benchmark:
             "mask_path",
             "ckpt_path",
             "model_config_path",
+            "use_ema",
             "devices",
         }
         configs = [{k: v for k, v in as_dict(c).items() if k not in places} for c in (mask, train)]

@@ -14,6 +14,7 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
     ModelKeys,
     checkpoint_file,
 )
+from mu.algorithms.saliency_unlearning.configs.converting import ConvertConfig
 from mu.algorithms.saliency_unlearning.configs.measuring import BenchmarkConfig, EvaluateConfig, SampleConfig
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig, mask_command
 from mu.config import Config, load_config, override
@@ -22,6 +23,7 @@ __all__ = [
     "PACKAGED",
     "BenchmarkConfig",
     "ConceptKeys",
+    "ConvertConfig",
     "EvaluateConfig",
     "MaskConfig",
     "ModelKeys",

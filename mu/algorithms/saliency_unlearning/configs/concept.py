@@ -25,6 +25,8 @@ SD_MODEL_CONFIG = "package:algorithms/saliency_unlearning/configs/model_config.y
 EMOJI_CHECKPOINT = "package:assets/emoji_canvas/model.safetensors"
 EMOJI_MODEL_CONFIG = "package:assets/emoji_canvas/model_config.yaml"
 _MODEL_NAMES = ("model.safetensors", "model.ckpt", "model.pth")
+DIFFUSERS_NAME = "diffusers"
+"""Folder of the model in the folder of a training run with output_format diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +35,19 @@ class ModelKeys(Config):
 
     ckpt_path: str = setting(
         SD_CHECKPOINT,
-        "CompVis checkpoint (.ckpt, .pth, .safetensors), or the folder of a training run, or a folder of runs, whose "
-        "newest is taken. `package:` before a path means a file of the installed package.",
+        "CompVis checkpoint (.ckpt, .pth, .safetensors), a diffusers folder or file, the folder of a training run, or "
+        "a folder of runs, whose newest is taken. `package:` before a path means a file of the installed package.",
         kind="path",
     )
     model_config_path: str = setting(
-        SD_MODEL_CONFIG, "CompVis YAML with the structure of that model.", kind="path"
+        SD_MODEL_CONFIG,
+        "CompVis YAML with the structure of that model; the default is SD v1's. Packaged beside it: sd_v2_base.yaml "
+        "(512 px) and sd_v2_v.yaml (768 px).",
+        kind="path",
+    )
+    use_ema: bool = setting(
+        False,
+        "Take the EMA copy of the UNet in the checkpoint, not its raw weights; an error where it has none.",
     )
     devices: str = setting(
         "0",
@@ -169,7 +178,7 @@ def checkpoint_file(path: str, *, template: str | None = None, template_name: st
     existence; see `checkpoint_problems`.
     """
     resolved = resolve_path(path)
-    if not resolved.is_dir():
+    if not resolved.is_dir() or _is_diffusers_folder(resolved):
         return resolved
     if inside := _models_in(resolved):
         return inside[0]
@@ -185,17 +194,39 @@ def checkpoint_problems(
     key: str, path: str, *, template: str | None = None, template_name: str | None = None
 ) -> Iterator[Problem]:
     """Why `checkpoint_file` leads to no checkpoint."""
-    if checkpoint_file(path, template=template, template_name=template_name).is_file():
+    if is_checkpoint(checkpoint_file(path, template=template, template_name=template_name)):
         return
     if resolve_path(path).is_dir():
         concept = f" that forgot {template} {template_name}" if template_name is not None else ""
         yield (
             (key, "template", "template_name"),
-            f"the folder {path} holds neither {', '.join(_MODEL_NAMES)} nor a finished run{concept}; "
-            "`python -m mu.algorithms.saliency_unlearning.scripts.train` makes one",
+            f"the folder {path} holds neither {', '.join(_MODEL_NAMES)}, a diffusers model nor a finished run"
+            f"{concept}; `python -m mu.algorithms.saliency_unlearning.scripts.train` makes one",
         )
     else:
         yield from file_problems(key, path, advice=f"`download_model compvis` puts one at {SD_CHECKPOINT}")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a file, or a diffusers folder."""
+    return path.is_file() or _is_diffusers_folder(path)
+
+
+def checkpoint_bytes(path: Path) -> int:
+    """Size of a checkpoint: of a diffusers folder, the weights of its networks."""
+    if not path.is_dir():
+        return path.stat().st_size
+    weights = [
+        file for part in ("unet", "vae", "text_encoder") for file in (path / part).glob("*.safetensors")
+    ]
+    weights = weights or [
+        file for part in ("unet", "vae", "text_encoder") for file in (path / part).glob("*.bin")
+    ]
+    return sum(file.stat().st_size for file in weights)
+
+
+def _is_diffusers_folder(path: Path) -> bool:
+    return (path / "model_index.json").is_file()
 
 
 def file_problems(key: str, path: str, *, advice: str) -> Iterator[Problem]:
@@ -210,7 +241,7 @@ def file_problems(key: str, path: str, *, advice: str) -> Iterator[Problem]:
 
 
 def _models_in(folder: Path) -> list[Path]:
-    return [folder / name for name in _MODEL_NAMES if (folder / name).is_file()]
+    return [folder / name for name in (*_MODEL_NAMES, DIFFUSERS_NAME) if is_checkpoint(folder / name)]
 
 
 def _run_matches(run: Path, wanted: dict[str, str | None]) -> bool:

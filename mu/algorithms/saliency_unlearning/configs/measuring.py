@@ -16,6 +16,7 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
     checkpoint_file,
     checkpoint_problems,
     file_problems,
+    is_checkpoint,
 )
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig
 from mu.config import Config, ConfigError, load_config, nearest, resolve_path, setting
@@ -138,7 +139,7 @@ class EvaluateConfig(ModelKeys):
 
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
-        if self.base_ckpt_path is not None:
+        if self.base_ckpt_path is not None and not is_checkpoint(resolve_path(self.base_ckpt_path)):
             yield from file_problems(
                 "base_ckpt_path", self.base_ckpt_path, advice="give the model before training"
             )

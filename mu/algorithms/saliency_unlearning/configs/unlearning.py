@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mu.algorithms.saliency_unlearning.configs.concept import OUTPUTS, ConceptKeys, Problem, checkpoint_file
+from mu.algorithms.saliency_unlearning.configs.concept import (
+    OUTPUTS,
+    ConceptKeys,
+    Problem,
+    checkpoint_bytes,
+    checkpoint_file,
+    is_checkpoint,
+)
 from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
 from mu.run_folder import space_problem, writable_problem
@@ -107,7 +114,9 @@ class TrainConfig(ConceptKeys):
         choices=("fp32", "bf16-mixed"),
     )
     output_format: str = setting(
-        "safetensors", "Suffix of the unlearned checkpoint.", choices=("safetensors", "ckpt", "pth")
+        "safetensors",
+        "Form of the unlearned checkpoint: CompVis' by its suffix, or a diffusers folder.",
+        choices=("safetensors", "ckpt", "pth", "diffusers"),
     )
     sample_prompts: tuple[str, ...] | None = setting(
         None,
@@ -147,8 +156,10 @@ class TrainConfig(ConceptKeys):
             )
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
-        elif (checkpoint := checkpoint_file(self.ckpt_path)).is_file():
-            needed = checkpoint.stat().st_size + 50_000_000  # the unlearned checkpoint, and what goes with it
+        elif is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
+            needed = (
+                checkpoint_bytes(checkpoint) + 50_000_000
+            )  # the unlearned checkpoint, and what goes with it
             if (problem := space_problem(self.output_dir, needed)) is not None:
                 yield ("output_dir", "ckpt_path"), problem
 
