@@ -64,8 +64,7 @@ class RunFolder:
 
         Raises RunFolderError when the folder cannot be made, ValueError for a name that is not one folder's.
         """
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise ValueError(f"{name!r} cannot be part of a run folder's name")
+        _check_name(name)
         stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -77,11 +76,22 @@ class RunFolder:
                 except FileExistsError:
                     continue
         except OSError as error:
-            raise RunFolderError(
-                f"output_dir: no run folder can be made in {output_dir} ({error.strerror})"
-            ) from error
+            raise _not_made(output_dir, error) from error
         run = cls(path)
         run._open_log()
+        return run
+
+    @classmethod
+    def go_on(cls, output_dir: str | Path, name: str) -> RunFolder:
+        """The folder `<output_dir>/<name>`, made where there is none; its log is continued. Raises as `create`."""
+        _check_name(name)
+        path = Path(output_dir) / name
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path)
+            run._open_log()
+        except OSError as error:
+            raise _not_made(output_dir, error) from error
         return run
 
     def save_config(self, config: Config) -> Path:
@@ -208,6 +218,15 @@ def write_atomically(path: Path, content: bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def _check_name(name: str) -> None:
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} cannot be part of a run folder's name")
+
+
+def _not_made(output_dir: str | Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"output_dir: no run folder can be made in {output_dir} ({error.strerror})")
 
 
 def writable_problem(folder: str | Path) -> str | None:

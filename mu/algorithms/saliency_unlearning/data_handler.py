@@ -123,7 +123,10 @@ class SaliencyUnlearnDataHandler:
         self._generated: generated.GeneratedImages | None = None
         if config.dataset_type == "generated":
             settings = generated.SampleSettings(
-                steps=config.sample_steps, guidance_scale=config.guidance_scale, image_size=self.image_size
+                steps=config.sample_steps,
+                guidance_scale=config.guidance_scale,
+                image_size=self.image_size,
+                precision=config.sample_precision,
             )
             self._generated = generated.GeneratedImages(model, config.processed_dataset_dir, settings)
         self.rows = self._read_rows()
