@@ -1,13 +1,11 @@
 """One folder per run, never overwritten: config, log, metrics and the machine's environment.
 
-Files are written beside their final name, synced and renamed, so that a reader finds the old file or the whole new
-one. Nothing here imports torch.
+Files are written whole or not at all (`mu.atomic`). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import csv
-import errno
 import itertools
 import json
 import logging
@@ -21,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 
+from mu.atomic import write_atomically
 from mu.config import Config, dump
 from mu.errors import MuError
 
@@ -39,7 +38,7 @@ _LINE = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%
 
 
 class RunFolderError(MuError, OSError):
-    """A run folder cannot be made or written."""
+    """A run folder cannot be made."""
 
 
 class RunFolder:
@@ -199,25 +198,6 @@ def environment() -> dict[str, object]:
             "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         }
     return result
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Writes beside `path`, syncs and renames. Raises RunFolderError, with the bytes needed, when the disk is full."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        full = f"; {len(content)} bytes are needed" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise RunFolderError(f"{path}: cannot be written ({error.strerror}){full}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
 
 
 def _check_name(name: str) -> None:

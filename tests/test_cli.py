@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,6 +143,25 @@ def test_exit_codes(capsys):
         door(fail(OSError(errno.EACCES, "permission denied")))
     with pytest.raises(ZeroDivisionError):
         door(fail(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--lr", "0.5"], 141)])
+def test_a_reader_that_has_gone_ends_a_door_quietly(argv, code):
+    """As in `--help | head`: the pipe has no reader any more when the door prints."""
+    program = (
+        "import sys; from tests.test_cli import door, Toy\n"
+        "sys.stdin.read(); sys.exit(door(lambda _: print('the run began', file=sys.stderr), *sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *argv],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )
+    process.stdout.close()
+    _, said = process.communicate()
+    assert (said, process.returncode) == (b"", code)
 
 
 def test_a_printed_command_gives_the_same_config():

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ from mu.run_folder import (
     RunFolderError,
     space_problem,
     writable_problem,
-    write_atomically,
 )
 
 
@@ -110,32 +108,6 @@ def test_json_is_json(tmp_path):
         with pytest.raises(ValueError, match="NaN or Inf cannot"):
             run.save_json("metrics.json", {"UA": float("nan")})
         assert json.loads(path.read_text(encoding="utf-8"))["UA"] == 0.5
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    write_atomically(path, b"old")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        RunFolderError, match=r"a.json: cannot be written \(No space left on device\); 5 bytes are needed"
-    ):
-        write_atomically(path, b"newer")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_real_full_device_is_told(tmp_path):
-    # The temporary name lies on /dev/full, which takes nothing.
-    target = tmp_path / "a.json"
-    (tmp_path / f".a.json.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(RunFolderError, match="bytes are needed"):
-        write_atomically(target, b"x" * 100_000)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_environment_names_versions_but_neither_host_nor_variables(tmp_path, monkeypatch):

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mu.algorithms.saliency_unlearning.configs import SampleConfig
+from mu.atomic import write_atomically
 from mu.config import ConfigError
-from mu.run_folder import RunFolder, write_atomically
+from mu.run_folder import RunFolder
 
 PLAN = "plan.json"
 COLUMNS = ("case_number", "prompt", "evaluation_seed", "evaluation_guidance", "file")

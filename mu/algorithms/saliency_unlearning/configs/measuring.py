@@ -153,9 +153,15 @@ class ScoringKeys(Config):
             advice="leave the key out for EmojiCanvas' own classifier",
         )
 
-    def _left_out_problems(self, grid: Sequence[str], forgotten: Sequence[str]) -> Iterator[Problem]:
+    def _left_out_problems(
+        self, styles: Sequence[str], objects: Sequence[str], *, forgotten: Sequence[str]
+    ) -> Iterator[Problem]:
         """Names that are not on the grid, or without which a concept could not be scored."""
         keys = ("left_out", "styles", "objects", "concepts", "template_name")
+        grid = (*styles, *objects)
+        for kind, names in (("style", styles), ("object", objects)):
+            if self.left_out and len(set(names) - set(self.left_out)) < 2:
+                yield keys, f"fewer than two {kind}s would be counted; leave out fewer"
         for name in self.left_out:
             if name not in grid:
                 message = f"{name!r} is not on the grid, which has: {', '.join(grid)}.{nearest(name, grid)}"
@@ -191,8 +197,9 @@ class EvaluateConfig(ScoringKeys, ModelKeys):
     output_dir: str = setting(f"{OUTPUTS}/evaluations", "The run's folder is made in it.", kind="path")
 
     def conflicts(self) -> Iterator[Problem]:
-        grid = (*(self.styles or STYLES), *(self.objects or OBJECTS))
-        yield from self._left_out_problems(grid, [self.template_name])
+        yield from self._left_out_problems(
+            self.styles or STYLES, self.objects or OBJECTS, forgotten=[self.template_name]
+        )
         names = (self.styles or STYLES) if self.template == "style" else (self.objects or OBJECTS)
         if self.template_name not in names:
             message = f"there is no {self.template} {self.template_name!r}; the grid has: {', '.join(names)}."
@@ -243,7 +250,7 @@ class BenchmarkConfig(ScoringKeys):
     output_dir: str = setting(f"{OUTPUTS}/benchmark", "Folder of the table and of all its runs.", kind="path")
 
     def conflicts(self) -> Iterator[Problem]:
-        yield from self._left_out_problems(STYLES + OBJECTS, self.concepts or STYLES + OBJECTS)
+        yield from self._left_out_problems(STYLES, OBJECTS, forgotten=self.concepts or STYLES + OBJECTS)
         for name in self.concepts or ():
             if name not in STYLES + OBJECTS:
                 known = ", ".join(STYLES + OBJECTS)
