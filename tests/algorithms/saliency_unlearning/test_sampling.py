@@ -285,4 +285,5 @@ def test_a_tall_grid_goes_on_in_another_picture(
 
 def test_half_precision_images_are_near(tiny_model: LatentDiffusion) -> None:
     exact, half = (grey_levels(tiny_model, precision=precision) for precision in ("fp32", "bf16"))
-    assert 0 < (exact - half).float().abs().mean() < 5
+    other_seed = (exact[0] - exact[1]).float().abs().mean()
+    assert 0 < (exact - half).float().abs().mean() < other_seed / 2
