@@ -43,9 +43,9 @@ def written_beside(path: str | Path, needed_bytes: int) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _set_mode(temporary, target)
-        _sync(temporary, os.O_RDWR)
+        _sync(temporary)
         os.replace(temporary, target)
-        _sync(target.parent, os.O_RDONLY)
+        _sync(target.parent)
     except OSError as error:
         raise WriteError(
             f"{path} could not be written ({error.strerror or error}): {needed_bytes:,} bytes are needed, "
@@ -76,8 +76,8 @@ def _set_mode(temporary: Path, target: Path) -> None:
     temporary.chmod(mode)
 
 
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,6 +6,7 @@ because nobody reads its output any more.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -14,7 +15,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mu.config import (
     Config,
@@ -124,6 +125,17 @@ def say(text: str) -> None:
         # Python flushes once more when it ends: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputClosed from None
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's own, whose `--help` ends quietly when nobody reads it any more."""
+
+    def print_help(self, file: Any = None) -> None:
+        if file is not None:
+            super().print_help(file)
+            return
+        with contextlib.suppress(OutputClosed):
+            say(self.format_help().removesuffix("\n"))
 
 
 def help_text(cls: type[Config], *, module: str, summary: str, packaged: Path | None = None) -> str:

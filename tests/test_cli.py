@@ -145,13 +145,17 @@ def test_exit_codes(capsys):
         door(fail(ZeroDivisionError()))
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--lr", "0.5"], 141)])
-def test_a_reader_that_has_gone_ends_a_door_quietly(argv, code):
+DOOR = "from tests.test_cli import door; sys.exit(door(lambda _: print('begun', file=sys.stderr), *sys.argv[1:]))"
+PARSER = "from mu.cli import ArgumentParser; ArgumentParser(epilog='x ' * 90_000).parse_args()"
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "code"),
+    [(DOOR, ["--help"], 0), (DOOR, ["--lr", "0.5"], 141), (PARSER, ["--help"], 0)],
+)
+def test_a_reader_that_has_gone_ends_a_door_quietly(program, argv, code):
     """As in `--help | head`: the pipe has no reader any more when the door prints."""
-    program = (
-        "import sys; from tests.test_cli import door, Toy\n"
-        "sys.stdin.read(); sys.exit(door(lambda _: print('the run began', file=sys.stderr), *sys.argv[1:]))"
-    )
+    program = f"import sys; sys.stdin.read(); {program}"
     process = subprocess.Popen(
         [sys.executable, "-c", program, *argv],
         stdin=subprocess.PIPE,

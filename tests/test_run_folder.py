@@ -110,6 +110,24 @@ def test_json_is_json(tmp_path):
         assert json.loads(path.read_text(encoding="utf-8"))["UA"] == 0.5
 
 
+def test_a_named_folder_is_gone_on_with(tmp_path):
+    with RunFolder.go_on(tmp_path / "runs", "mine") as run:
+        run.logger.info("first")
+    with RunFolder.go_on(tmp_path / "runs", "mine") as again:
+        again.logger.info("second")
+    assert run.path == again.path == tmp_path / "runs" / "mine"
+    assert [line.rpartition(" ")[2] for line in (run.path / "log.txt").read_text().splitlines()] == [
+        "first",
+        "second",
+    ]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="no run folder can be made"):
+        RunFolder.go_on(tmp_path, "file")
+    for wrong in ("../up", "a/b", ""):
+        with pytest.raises(ValueError, match="cannot be part of a run folder's name"):
+            RunFolder.go_on(tmp_path, wrong)
+
+
 def test_the_environment_names_versions_but_neither_host_nor_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "secret-0123456789")
     with RunFolder.create(tmp_path, "x") as run:

@@ -128,7 +128,7 @@ def _named(options: dict[str, Any]) -> dict[str, Any]:
 def _seeds(prompts: Sequence[str], seed: int | Sequence[int] | None) -> tuple[int, ...]:
     if seed is None:
         return tuple(secrets.randbelow(_SEED_LIMIT) for _ in prompts)
-    if isinstance(seed, Integral):
+    if isinstance(seed, (int, Integral)):
         before: Counter[str] = Counter()
         seeds = []
         for prompt in prompts:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.algorithms.saliency_unlearning.sampling_plan import Plan, PlannedImage, plan_images
 from mu.algorithms.saliency_unlearning.utils import model_of
+from mu.atomic import write_atomically
 from mu.config import require_paths
 from mu.datasets.images import save_png
 from mu.errors import MuError
@@ -157,7 +160,7 @@ def _sample(
                 progress.update()
 
 
-def _write_grids(images: Sequence[PlannedImage], plan: Plan) -> Any:
+def _write_grids(images: Sequence[PlannedImage], plan: Plan) -> Path:
     """grid.png, a row a case; grid_2.png and so on where one would be too tall. Returns the path of the first."""
     cases: dict[str, list[PlannedImage]] = {}
     for image in images:
@@ -176,7 +179,9 @@ def _write_grids(images: Sequence[PlannedImage], plan: Plan) -> Any:
         pictures = [[_opened(plan, image) for image in row] + [blank] * (width - len(row)) for row in page]
         path = plan.folder.path / ("grid.png" if number == 0 else f"grid_{number + 1}.png")
         labels = [row[0].prompt for row in page]
-        image_grid(pictures, labels, headings, cell_px=cell_px).save(path)
+        content = io.BytesIO()
+        image_grid(pictures, labels, headings, cell_px=cell_px).save(content, format="PNG")
+        write_atomically(path, content.getvalue())
         paths.append(path)
     return paths[0]
 
