@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mu.atomic import write_atomically
 from mu.datasets.images import save_png
 from mu.datasets.index import (
     TEMPLATES,
@@ -33,7 +34,6 @@ from mu.datasets.index import (
     check_substitutes,
     choose_substitute,
     fill_substitute,
-    write_atomically,
 )
 from mu.datasets.prompts import canvas_prompt, style_words
 from mu.datasets.streams import initial_noise

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mu.datasets.index import DataError, write_atomically
+from mu.atomic import write_atomically
+from mu.datasets.index import DataError
 
 # What Pillow raises for files that are not whole images; a broken PNG chunk is a SyntaxError.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)

@@ -6,15 +6,14 @@ imports torch.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
 import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mu.atomic import write_atomically
 from mu.errors import MuError
 
 TEMPLATES = ("style", "object")
@@ -164,27 +163,6 @@ def raise_problems(problems: Sequence[str], *, what: str, advice: str) -> None:
     more = len(problems) - LISTED_PROBLEMS
     rest = f"\n  and {more} more" if more > 0 else ""
     raise DataError(f"{len(problems)} {what}:{listed}{rest}\n{advice}")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path`, syncs and renames: at `path` there is the old file or the whole new one.
-
-    Raises DataError, naming path and bytes, when the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        raise DataError(f"cannot write {path} ({len(content):,} bytes): {error.strerror or error}") from error
 
 
 def write_index_files(rows: Sequence[Row], folder: Path) -> None:

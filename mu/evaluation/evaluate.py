@@ -11,6 +11,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from mu.atomic import write_atomically
 from mu.config import Config, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.generated import SampleSettings
@@ -28,7 +29,7 @@ from mu.evaluation.metrics import (
 from mu.evaluation.pictures import before_after_grid
 from mu.ldm import load_model
 from mu.ldm.checkpoint import fingerprint
-from mu.run_folder import RunFolder, write_atomically
+from mu.run_folder import RunFolder
 
 __all__ = ["EvaluationError", "EvaluationSettings", "Grid", "MeasuredModel", "measure", "run"]
 
@@ -64,6 +65,10 @@ class EvaluationSettings(Protocol):
     def batch_size(self) -> int: ...
     @property
     def precision(self) -> str: ...
+    @property
+    def cra_prompts(self) -> str: ...
+    @property
+    def left_out(self) -> tuple[str, ...]: ...
     @property
     def classifier_path(self) -> str: ...
     @property
@@ -118,7 +123,11 @@ def run(config: EvaluationSettings) -> dict[str, object]:
             )
         scores = {
             name: unlearning_scores(
-                found.predictions, template=config.template, template_name=config.template_name
+                found.predictions,
+                template=config.template,
+                template_name=config.template_name,
+                cra_prompts=config.cra_prompts,
+                left_out=config.left_out,
             )
             for name, found in measured.items()
         }
@@ -129,6 +138,8 @@ def run(config: EvaluationSettings) -> dict[str, object]:
         _draw(picture, config, grid, measured)
         return {
             **_summary(scores),
+            "cra_prompts": config.cra_prompts,
+            "left_out": ", ".join(config.left_out) or "none",
             "scored by": Path(config.classifier_path).name,
             "images of each model": len(grid.styles) * len(grid.objects) * len(grid.seeds),
             "checkpoint": str(checkpoints["after"]),

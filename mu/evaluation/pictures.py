@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mu.datasets.index import check_choice, write_atomically
+from mu.atomic import write_atomically
+from mu.datasets.index import check_choice
 from mu.pictures import beside, image_grid
 
 __all__ = ["before_after_grid", "image_grid"]
@@ -39,7 +40,8 @@ def before_after_grid(
         `path`, where the file was written whole.
 
     Raises:
-        DataError: there is no such row or column, or the file cannot be written.
+        DataError: there is no such row or column.
+        WriteError: the file cannot be written.
     """
     check_choice("template_name", template_name, styles if template == "style" else objects)
     pictures = [

@@ -16,7 +16,6 @@ from mu.datasets.index import (
     fill_substitute,
     natural_key,
     suggestion,
-    write_atomically,
     write_index_files,
 )
 from mu.errors import MuError
@@ -127,38 +126,6 @@ def test_index_files_hold_one_entry_a_line_in_order(tmp_path: Path) -> None:
 def test_an_entry_with_a_line_break_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line break"):
         write_index_files([replace(ROW, image=Path("/a/x\ny.png"))], tmp_path)
-
-
-def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "not bytes")  # type: ignore[arg-type]
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    write_atomically(path, b"old")
-    # The limit on file sizes makes the write itself fail, as a full disk would.
-    script = (
-        "import resource, signal; from pathlib import Path; from mu.datasets.index import write_atomically\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        f"write_atomically(Path({str(path)!r}), b'x' * 5000)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert f"DataError: cannot write {path} (5,000 bytes): File too large" in ended.stderr
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match=r"cannot write .*list\.txt \(3 bytes\)"):
-        write_atomically(tmp_path / "file" / "sub" / "list.txt", b"abc")
 
 
 def test_the_error_is_of_the_package_and_a_value_error() -> None:

@@ -7,6 +7,7 @@ SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, template_nam
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHa
 from mu.algorithms.saliency_unlearning.fit import fit
 from mu.algorithms.saliency_unlearning.masking import (
     Mask,
+    MaskError,
+    MaskLossError,
     accumulate_saliency,
     check_mask,
     load_mask,
@@ -36,7 +39,7 @@ from mu.algorithms.saliency_unlearning.utils import (
     verify_written,
     write_unlearned,
 )
-from mu.config import override, require_paths
+from mu.config import config_of, require_paths
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 
@@ -47,15 +50,15 @@ class MaskingAlgorithm:
     """Stage 1: which weights of the UNet are salient for a concept.
 
     Args:
-        config: a MaskConfig; it is not changed.
+        config: a MaskConfig, or a mapping of some of its keys (an OmegaConf DictConfig too); it is not changed.
         overrides: keys of the config with other values.
 
     Raises:
         ConfigError: a key is unknown, or a value wrong.
     """
 
-    def __init__(self, config: MaskConfig, **overrides: Any) -> None:
-        self.config = override(config, **overrides)
+    def __init__(self, config: MaskConfig | Mapping[str, Any], **overrides: Any) -> None:
+        self.config = config_of(MaskConfig, config, **overrides)
 
     def run(self) -> Result:
         """Make one mask for each threshold, from one pass of gradients.
@@ -80,7 +83,10 @@ class MaskingAlgorithm:
             batches = tqdm(
                 data.mask_batches(), total=data.mask_batch_count, desc="saliency", unit="batch", disable=None
             )
-            saliency = accumulate_saliency(model, batches, c_guidance=config.c_guidance)
+            try:
+                saliency = accumulate_saliency(model, batches, c_guidance=config.c_guidance)
+            except MaskLossError as error:
+                raise MaskError(f"{error}; its images: {', '.join(data.mask_images(error.batch))}") from error
             masks = threshold_masks(saliency, config.thresholds, pool=pool)
 
             described = {
@@ -121,15 +127,15 @@ class SaliencyUnlearningAlgorithm:
     """Stage 2: make the model forget the concept, moving only the weights in its mask.
 
     Args:
-        config: a TrainConfig; it is not changed.
+        config: a TrainConfig, or a mapping of some of its keys (an OmegaConf DictConfig too); it is not changed.
         overrides: keys of the config with other values.
 
     Raises:
         ConfigError: a key is unknown, or a value wrong.
     """
 
-    def __init__(self, config: TrainConfig, **overrides: Any) -> None:
-        self.config = override(config, **overrides)
+    def __init__(self, config: TrainConfig | Mapping[str, Any], **overrides: Any) -> None:
+        self.config = config_of(TrainConfig, config, **overrides)
 
     def run(self) -> Result:
         """Fine-tune under the mask, check that nothing else moved, and write the unlearned checkpoint.

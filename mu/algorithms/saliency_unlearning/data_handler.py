@@ -41,6 +41,8 @@ class TrainBatch(TypedDict):
     """latents, timesteps, noise, context, substitute_context."""
     retain: tuple[Tensor, Tensor, Tensor, Tensor]
     """latents, timesteps, noise, context."""
+    images: dict[str, list[str]]
+    """"forget" and "retain" -> the image files of that part, for messages."""
 
 
 class TrainSteps(Dataset[TrainBatch]):
@@ -96,6 +98,10 @@ class TrainSteps(Dataset[TrainBatch]):
                 *self.retain.batch(retain, seed=self.seed, stage="retain", num_timesteps=self.num_timesteps),
                 self.retain.context(retain),
             ),
+            "images": {
+                "forget": [str(self.forget.rows[place].image) for _, place in forget],
+                "retain": [str(self.retain.rows[place].image) for _, place in retain],
+            },
         }
 
 
@@ -123,7 +129,10 @@ class SaliencyUnlearnDataHandler:
         self._generated: generated.GeneratedImages | None = None
         if config.dataset_type == "generated":
             settings = generated.SampleSettings(
-                steps=config.sample_steps, guidance_scale=config.guidance_scale, image_size=self.image_size
+                steps=config.sample_steps,
+                guidance_scale=config.guidance_scale,
+                image_size=self.image_size,
+                precision=config.sample_precision,
             )
             self._generated = generated.GeneratedImages(model, config.processed_dataset_dir, settings)
         self.rows = self._read_rows()
@@ -152,14 +161,8 @@ class SaliencyUnlearnDataHandler:
         forget = self._forget
         device = next(self.model.parameters()).device
         empty = forget.contexts[""]  # (L, D)
-        wanted = [
-            (number, place)
-            for number in range(self.config.draws_per_image)
-            for place in range(len(forget.rows))
-        ]
         num_timesteps = min(self.config.num_timesteps, self.model.num_timesteps)
-        for first in range(0, len(wanted), self.config.batch_size):
-            batch = wanted[first : first + self.config.batch_size]
+        for batch in self._mask_draws():
             latents, timesteps, noise = forget.batch(
                 batch, seed=self.config.seed, stage="mask", num_timesteps=num_timesteps
             )
@@ -171,6 +174,17 @@ class SaliencyUnlearnDataHandler:
                 context,
                 empty.to(device).expand_as(context),
             )
+
+    def mask_images(self, batch_index: int) -> list[str]:
+        """The image files of that batch of `mask_batches`, for messages."""
+        return [str(self.rows.forget[place].image) for _, place in self._mask_draws()[batch_index]]
+
+    def _mask_draws(self) -> list[list[tuple[int, int]]]:
+        """(number of the draw, place of the row) of each batch for the mask."""
+        places = range(len(self.rows.forget))
+        wanted = [(number, place) for number in range(self.config.draws_per_image) for place in places]
+        size = self.config.batch_size
+        return [wanted[first : first + size] for first in range(0, len(wanted), size)]
 
     def train_loader(self, *, start_step: int = 0) -> DataLoader[TrainBatch]:
         """A loader of the batches of steps start_step..total_steps-1 (all epochs in one pass), fp32 on the CPU.

@@ -149,9 +149,11 @@ def test_every_key_has_a_whole_sentence_of_help(cls):
 def test_names_here_are_those_of_the_modules_that_use_them():
     from mu.algorithms.saliency_unlearning.data_handler import DATASET_TYPES
     from mu.algorithms.saliency_unlearning.model import TRAIN_METHODS
+    from mu.datasets.generated import PRECISIONS
 
     choices = {key.name: key.rule.choices for key in keys_of(TrainConfig)}
     assert choices["train_method"] == TRAIN_METHODS
+    assert choices["sample_precision"] == PRECISIONS
     assert set(DATASET_TYPES) | {"i2p"} == set(choices["dataset_type"])
 
 
@@ -236,6 +238,16 @@ def test_the_command_for_a_missing_mask_makes_the_mask_of_this_concept():
     for key in keys_of(configs.ConceptKeys):
         assert getattr(mask, key.name) == getattr(config, key.name)
     assert (mask.output_dir, mask.threshold) == ("my masks", 0.3)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    ("mask_path", "folder"),
+    [("masks.v2", "masks.v2"), ("runs/1.5", "runs/1.5"), ("a/mask_0.5.safetensors", None)],
+)
+def test_a_folder_of_masks_may_have_a_dot_in_its_name(mask_path, folder):
+    mask = parse_cli(MaskConfig, shlex.split(mask_command(TrainConfig(mask_path=mask_path)))[3:])
+    assert mask.output_dir == (folder or MaskConfig().output_dir)
 
 
 def test_no_mask_is_asked_for_where_none_is_used(world):
@@ -332,6 +344,45 @@ def test_a_mask_is_not_asked_for_under_a_wrong_name(tmp_path, monkeypatch):
 def test_a_concept_outside_the_grid_is_not_evaluated():
     assert "Did you mean 'Noto'?" in mistakes_of(EvaluateConfig, template_name="Nto")[0]
     assert EvaluateConfig(template="object", template_name="Cats").template_name == "Cats"
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "expected"),
+    [
+        (EvaluateConfig, {"left_out": ["Notto"]}, "'Notto' is not on the grid"),
+        (EvaluateConfig, {"left_out": ["Noto"]}, "'Noto' is forgotten and must be counted"),
+        (EvaluateConfig, {"left_out": OBJECTS[1:]}, "fewer than two objects would be counted"),
+        (BenchmarkConfig, {"left_out": ["Blob"]}, "'Blob' is forgotten and must be counted"),
+        (EvaluateConfig, {"cra_prompts": "own"}, "is not one of: retained, all"),
+    ],
+)
+def test_readings_that_leave_nothing_to_count_are_refused(cls, values, expected):
+    assert expected in mistakes_of(cls, **values)[0]
+
+
+def test_readings_of_the_scores_are_taken():
+    from mu.evaluation.metrics import CRA_PROMPTS
+
+    for cls in (EvaluateConfig, BenchmarkConfig):
+        assert (cls().cra_prompts, cls().left_out) == ("retained", ())
+        choices = {key.name: key.rule.choices for key in keys_of(cls)}
+        assert choices["cra_prompts"] == CRA_PROMPTS
+    assert EvaluateConfig(left_out="Blob").left_out == ("Blob",)
+    assert (
+        BenchmarkConfig(concepts=["Noto"], left_out=["Blob", "Cats"], cra_prompts="all").cra_prompts == "all"
+    )
+
+
+def test_prompts_may_come_from_a_table(tmp_path):
+    path = tmp_path / "cases.CSV"
+    path.write_text("case_number,prompt,sd_seed\n4,a cat,9\n4,a cat,8\n7,a dog,9\n")
+    config = SampleConfig(prompts_path=path)
+    assert [(case.case_number, case.seed) for case in config.cases()] == [("4", 9), ("4", 8), ("7", 9)]
+    plain = override(config, use_row_settings=False).cases()
+    assert [(case.case_number, case.seed) for case in plain] == [("4", None), ("7", None)]
+    path.write_text("case_number,promt\n4,a cat\n")
+    problems = check_paths(config)
+    assert any(problem.startswith(f"prompts_path: {path} has no column `prompt`") for problem in problems)
 
 
 def test_the_recipes_of_the_table_are_checked_before_it_starts(tmp_path):

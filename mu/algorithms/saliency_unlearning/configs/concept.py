@@ -24,6 +24,7 @@ SD_CHECKPOINT = "models/compvis/style50/compvis.ckpt"
 SD_MODEL_CONFIG = "package:algorithms/saliency_unlearning/configs/model_config.yaml"
 EMOJI_CHECKPOINT = "package:assets/emoji_canvas/model.safetensors"
 EMOJI_MODEL_CONFIG = "package:assets/emoji_canvas/model_config.yaml"
+SAMPLE_PRECISIONS = ("fp32", "bf16")
 _MODEL_NAMES = ("model.safetensors", "model.ckpt", "model.pth")
 DIFFUSERS_NAME = "diffusers"
 """Folder of the model in the folder of a training run with output_format diffusers."""
@@ -121,6 +122,11 @@ class ConceptKeys(ModelKeys):
     sample_steps: int = setting(50, "generated: DDIM steps of an image.", ge=1, le=1000)
     guidance_scale: float = setting(
         7.5, "generated: classifier-free guidance of sampling; 1 is none.", ge=0, le=100
+    )
+    sample_precision: str = setting(
+        "fp32",
+        "generated: arithmetic of sampling; bf16 is faster, its images differ a little and are kept beside the others.",
+        choices=SAMPLE_PRECISIONS,
     )
     seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)
 

@@ -20,6 +20,7 @@ from mu.run_folder import space_problem, writable_problem
 
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
+_MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
 _TRAIN_METHOD_HELP = (
     "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
@@ -168,7 +169,7 @@ def mask_command(config: TrainConfig) -> str:
     """The command that makes the mask of this concept, where `config` looks for it."""
     shared = {key.name for key in keys_of(ConceptKeys)} | {"threshold"}
     values: dict[str, object] = {key: value for key, value in as_dict(config).items() if key in shared}
-    if config.mask_path is not None and not Path(config.mask_path).suffix:
+    if config.mask_path is not None and Path(config.mask_path).suffix not in _MASK_SUFFIXES:
         values["output_dir"] = config.mask_path
     return command_line(MASK_MODULE, MaskConfig, values)
 
