@@ -123,7 +123,7 @@ def test_a_packaged_config_is_right_and_opens_with_its_command(name):
     assert not re.search(r"(: |^)[/~]", text, re.MULTILINE), "a path of some machine"
 
 
-@pytest.mark.parametrize("folder", ["emoji_canvas", "unlearn_canvas"])
+@pytest.mark.parametrize("folder", ["emoji_canvas", "i2p", "unlearn_canvas"])
 def test_the_recipes_of_the_repository_are_the_packaged_ones(folder):
     assert os.path.samefile(ROOT / "configs" / folder, PACKAGED / folder)
 
@@ -152,7 +152,7 @@ def test_names_here_are_those_of_the_modules_that_use_them():
 
     choices = {key.name: key.rule.choices for key in keys_of(TrainConfig)}
     assert choices["train_method"] == TRAIN_METHODS
-    assert set(DATASET_TYPES) | {"i2p"} == set(choices["dataset_type"])
+    assert choices["dataset_type"] == DATASET_TYPES
 
 
 def test_the_seeds_of_evaluation_are_not_those_of_training():
@@ -252,14 +252,6 @@ def test_a_concept_that_the_folder_has_not_is_found_with_the_nearest():
     assert "Did you mean 'Abstractionism'?" in problem
     (problem,) = check_paths(MaskConfig(template="object", template_name="Birds"))
     assert "it has: Cats, Dogs" in problem
-
-
-@pytest.mark.usefixtures("world")
-def test_i2p_is_refused_by_name_and_not_half_done():
-    problems = check_paths(configs.saliency_unlearning_generate_mask_i2p)
-    assert [
-        problem for problem in problems if problem.startswith("dataset_type: i2p is not read in this version")
-    ]
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_run(world, monkeypatch):
