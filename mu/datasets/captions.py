@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def _from_table(table: Path, folder: Path, images: Sequence[Path]) -> dict[Path,
 
 def _csv_lines(table: Path) -> Iterator[tuple[int, str, str]]:
     """(line, file name, text) of each row."""
-    reader = csv.DictReader(_read(table).splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(_read(table), newline=""))
     columns = {(name or "").strip(): name for name in reader.fieldnames or ()}
     absent = [name for name in (_FILE, _TEXT) if name not in columns]
     if absent:
@@ -93,7 +94,7 @@ def _csv_lines(table: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _json_lines(table: Path) -> Iterator[tuple[int, str, str]]:
-    for number, line in enumerate(_read(table).splitlines(), start=1):
+    for number, line in enumerate(_read(table).split("\n"), start=1):
         if not line.strip():
             continue
         try:

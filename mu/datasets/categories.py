@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mu.datasets.captions import captions
+from mu.datasets.category_table import PromptRow, categories_of
 from mu.datasets.image_files import check_folder, entries, find_images, image_problems, is_image
 from mu.datasets.index import (
     DataError,
@@ -24,7 +25,6 @@ from mu.datasets.index import (
     same_words,
     suggestion,
 )
-from mu.datasets.prompt_table import PromptRow, categories_of
 from mu.datasets.prompts import SEED_STYLE
 
 Stems = Mapping[tuple[int, str], str]

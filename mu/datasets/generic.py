@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mu.datasets.categories import Stems, rows_of_categories
+from mu.datasets.category_table import read_category_table
 from mu.datasets.image_files import check_folder, is_image
 from mu.datasets.index import DataError, ForgetRetain, concept_names, natural_key
-from mu.datasets.prompt_table import read_prompt_table
 
 
 def index(
@@ -38,7 +38,7 @@ def index(
     if not tables:
         raise DataError(f"raw_dataset_dir: there is no prompts/*.csv in {root}. {advice}")
     table = tables[0]
-    prompts = read_prompt_table(table)
+    prompts = read_category_table(table)
 
     def stems(folders: Mapping[str, Path]) -> Stems:
         count = {

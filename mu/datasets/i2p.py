@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mu.datasets.categories import Stems, check_categories, rows_of_categories
+from mu.datasets.category_table import read_category_table
 from mu.datasets.image_files import check_folder
 from mu.datasets.index import DataError, ForgetRetain, concept_names
-from mu.datasets.prompt_table import read_prompt_table
 
 TABLE = "prompts/i2p.csv"
 SUBSTITUTES: Mapping[str, str] = MappingProxyType(
@@ -55,7 +55,7 @@ def index(
         raise DataError(
             f"raw_dataset_dir: there is no {TABLE} in {root}; `download_data sample i2p` makes such a folder."
         )
-    prompts = read_prompt_table(table)
+    prompts = read_category_table(table)
     check_categories(concept_names(template_name), prompts, table)
 
     def stems(_: Mapping[str, Path]) -> Stems:

@@ -107,22 +107,31 @@ def test_all_images_that_cannot_be_used_are_listed_together(tmp_path: Path) -> N
     (images / "Seed_Images/5.jpg").symlink_to(tmp_path.parent / f"{tmp_path.name}.jpg")
     with pytest.raises(DataError, match="6 files") as raised:
         index(root, template_name="self-harm")
-    for part in ("0.jpg: missing", "200 x 7 px is too small", "unreadable", "an empty file", "is too large", "leaves"):
+    for part in (
+        "0.jpg: missing",
+        "200 x 7 px is too small",
+        "unreadable",
+        "an empty file",
+        "is too large",
+        "leaves",
+    ):
         assert part in str(raised.value)
 
 
 def test_an_unknown_category_lists_what_is_there_and_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="it has: hate, self-harm, shocking, violence. Did you mean 'self-harm'"):
+    with pytest.raises(
+        DataError, match=r"it has: hate, self-harm, shocking, violence\. Did you mean 'self-harm'"
+    ):
         index(draw_i2p(tmp_path), template_name="selfharm")
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder .*`download_data sample i2p`"):
+    with pytest.raises(DataError, match=r"there is no folder .*`download_data sample i2p`"):
         index(tmp_path / "nowhere", template_name="hate")
     with pytest.raises(DataError, match=r"there is no prompts/i2p\.csv in .*`download_data sample i2p`"):
         index(tmp_path, template_name="hate")
     root = draw_i2p(tmp_path, seeds=0)
-    with pytest.raises(DataError, match="retain_set: there is no folder .*Seed_Images.*generated"):
+    with pytest.raises(DataError, match=r"retain_set: there is no folder .*Seed_Images.*generated"):
         index(root, template_name="hate")
 
 
@@ -142,5 +151,5 @@ def test_a_substitute_that_cannot_be_is_refused(tmp_path: Path, substitute: str)
 
 
 def test_a_retained_prompt_that_is_to_be_forgotten_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is a prompt to forget and, of .*Seed_Images/0.jpg, one to retain"):
+    with pytest.raises(DataError, match=r"is a prompt to forget and, of .*Seed_Images/0\.jpg, one to retain"):
         index(draw_i2p(tmp_path), template_name="self-harm", retain_prompt=PROMPTS[0][0])

@@ -1,8 +1,13 @@
-"""CSV tables of prompts with their categories: I2P's own, in both variants, and tables like it."""
+"""CSV tables of prompts with their categories: I2P's own, in both variants, and tables like it.
+
+The variants differ in the names of their seed and guidance columns, which say how an image is sampled; unlearning
+needs neither, so these and all other columns are left alone.
+"""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +15,6 @@ from pathlib import Path
 
 from mu.datasets.index import DataError, raise_problems, suggestion
 
-SEED_COLUMNS = ("sd_seed", "evaluation_seed")
-GUIDANCE_COLUMNS = ("sd_guidance_scale", "evaluation_guidance")
 _INDEX_COLUMNS = ("", "unnamed: 0")
 """What pandas writes, and reads back, for an index without a name."""
 
@@ -20,22 +23,18 @@ _INDEX_COLUMNS = ("", "unnamed: 0")
 class PromptRow:
     """One prompt.
 
-    `number` is what the table's unnamed first column says, or, without that column, the row's place from 0. `seed`
-    and `guidance` are those with which the prompt is known to give its image; None where the table has no such column.
+    `number` is what the table's unnamed first column says, or, without that column, the row's place from 0.
     """
 
     number: int
     prompt: str
     categories: tuple[str, ...]
-    seed: int | None = None
-    guidance: float | None = None
 
 
-def read_prompt_table(path: Path) -> tuple[PromptRow, ...]:
+def read_category_table(path: Path) -> tuple[PromptRow, ...]:
     """Reads a table with the columns `prompt` and `categories` (several labels are separated by commas).
 
-    A seed is read from `sd_seed` or `evaluation_seed`, a guidance scale from `sd_guidance_scale` or
-    `evaluation_guidance`; other columns are left alone. Blanks and line breaks within a prompt become single blanks.
+    Blanks and line breaks within a prompt become single blanks.
 
     Raises:
         DataError: the file cannot be read, lacks a column or has no rows, or rows are wrong (all of them, by line).
@@ -93,32 +92,15 @@ def _row(cells: Mapping[str, str | None], columns: Mapping[str, str], place: int
     if not categories:
         raise ValueError("the row has no category")
     number = cell(*_INDEX_COLUMNS)
-    seed, guidance = cell(*SEED_COLUMNS), cell(*GUIDANCE_COLUMNS)
     return PromptRow(
-        number=place if number is None else _whole(number, "the index"),
+        number=place if number is None else _whole(number),
         prompt=" ".join(prompt.split()),
         categories=tuple(dict.fromkeys(categories)),
-        seed=None if seed is None else _whole(seed, "the seed"),
-        guidance=None if guidance is None else _number(guidance),
     )
 
 
-def _whole(text: str, what: str) -> int:
-    """A whole number, also as a table of floating point numbers writes it (`3.0`)."""
-    try:
-        number = float(text)
-        if number >= 0 and number.is_integer():
-            return int(text) if text.isdecimal() else int(number)
-    except ValueError:
-        pass
-    raise ValueError(f"{what} {text!r} is not a whole number from 0")
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"the guidance {text!r} is not a number from 0")
-    return number
+def _whole(text: str) -> int:
+    """A whole number, also as a column of floating point numbers writes it (`3.0`)."""
+    if not re.fullmatch(r"[0-9]{1,18}(\.0*)?", text):
+        raise ValueError(f"the index {text!r} is not a whole number from 0")
+    return int(text.partition(".")[0])
