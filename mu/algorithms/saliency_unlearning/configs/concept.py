@@ -8,10 +8,10 @@ from pathlib import Path
 
 from mu.algorithms.saliency_unlearning.configs.data_sets import (
     DATASET_TYPES,
-    Problem,
     folder_problems,
     key_problems,
 )
+from mu.algorithms.saliency_unlearning.configs.data_sets import Problem as Problem
 from mu.config import Config, resolve_path, setting
 from mu.config_file import ConfigFileError, Value, read_flat_file
 from mu.config_values import PACKAGE_PREFIX
