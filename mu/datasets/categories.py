@@ -6,6 +6,7 @@ under the forgotten categories first.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from mu.datasets.index import (
     suggestion,
 )
 from mu.datasets.prompts import SEED_STYLE
+
+_log = logging.getLogger(__name__)
 
 Stems = Mapping[tuple[int, str], str]
 """(a row's place in the table, one of its categories) -> its image's name there, without the suffix."""
@@ -76,6 +79,7 @@ def rows_of_categories(
 
     forget: list[Row] = []
     retain: list[Row] = []
+    without_image = 0
     for place, row in enumerate(prompts):
         own = [target for target in targets if target in row.categories]
         if not own and (retain_set != "others" or same_words(row.prompt) in forgotten):
@@ -90,6 +94,7 @@ def rows_of_categories(
             None,
         )
         if file is None:
+            without_image += 1
             if not use_sample:
                 problems.append(f"{root / 'images' / order[0] / names[place, order[0]]}.jpg: missing")
             continue
@@ -104,6 +109,8 @@ def rows_of_categories(
                 substitute_prompt=substitutes[own[0]] if own else None,
             )
         )
+    if without_image and use_sample:
+        _log.info("use_sample: %d rows of %s have no image and are passed over", without_image, table)
     if retain_set == "seed_images":
         retain = _seed_rows(root, inside, problems, retain_prompt, default=substitutes[targets[0]])
     problems += image_problems(row.image for row in (*forget, *retain))

@@ -153,12 +153,7 @@ class Benchmark:
             "model_config_path",
             "devices",
         }
-        # Without effect when null, and younger than tables that are to stay valid.
-        younger = {"retain_dataset_dir", "retain_set", "forget_prompts", "retain_prompts"}
-        configs = [
-            {k: v for k, v in as_dict(c).items() if k not in places and not (k in younger and v is None)}
-            for c in (mask, train)
-        ]
+        configs = [{k: v for k, v in as_dict(c).items() if k not in places} for c in (mask, train)]
         decides = [configs, base.manifest["model"]]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

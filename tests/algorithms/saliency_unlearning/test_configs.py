@@ -19,10 +19,11 @@ from mu.algorithms.saliency_unlearning.configs import (
     checkpoint_file,
     mask_command,
 )
-from mu.cli import parse_cli
+from mu.cli import _flag_value, parse_cli
 from mu.config import (
     Config,
     ConfigError,
+    assemble,
     check_paths,
     dump,
     keys_of,
@@ -265,12 +266,15 @@ def test_keys_that_go_together_are_kept_by_file_and_command(values, tmp_path):
     config = MaskConfig(**values)
     (tmp_path / "mask.yaml").write_text(dump(config), encoding="utf-8")
     assert load_config(MaskConfig, config_path=tmp_path / "mask.yaml") == config
-    train = TrainConfig(**values, masking="none")
-    words = shlex.split(mask_command(train))
-    flags = dict(zip(words[3::2], words[4::2], strict=True))
-    for name, value in values.items():
-        default = next(key.default for key in keys_of(MaskConfig) if key.name == name)
-        assert (f"--{name}" in flags) == (getattr(config, name) != default), value
+    words = shlex.split(mask_command(TrainConfig(**values, mask_path="masks")))
+    assert assemble(MaskConfig, parsed(words[3:])) == override(config, output_dir="masks")
+
+
+def parsed(words):
+    """The flags of a command line as entries, without looking at what is on disk."""
+    flags, keys = dict(zip(words[::2], words[1::2], strict=True)), keys_of(MaskConfig)
+    by_flag = {f"--{key.name}": key for key in keys}
+    return [(by_flag[flag].name, _flag_value(by_flag[flag], text), flag) for flag, text in flags.items()]
 
 
 def test_one_name_or_several():
