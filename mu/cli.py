@@ -169,7 +169,7 @@ def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -
     words = ["python", "-m", module]
     for key in keys_of(cls):
         if key.name in values and values[key.name] != key.default:
-            words += [f"--{key.name}", as_text(values[key.name])]
+            words += [f"--{key.name}", as_text(values[key.name], split=key.rule.split)]
     return shlex.join(words)
 
 

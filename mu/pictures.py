@@ -39,7 +39,7 @@ def image_grid(
     *,
     title: str = "",
     mark_row: int | range | None = None,
-    mark_column: int | None = None,
+    mark_column: int | range | None = None,
     cell_px: int = 64,
 ) -> Image.Image:
     """One picture of images in rows and columns.
@@ -48,7 +48,7 @@ def image_grid(
         images: rows of equally many images; each is fitted into a square cell.
         row_labels, column_labels: one for each; long ones are wrapped or made smaller.
         title: a line above.
-        mark_row, mark_column: the row (or a range of rows), the column with a coloured frame and label.
+        mark_row, mark_column: the row, the column (or a range of them) with a coloured frame and label.
         cell_px: side of a cell.
 
     Raises:
@@ -80,14 +80,14 @@ def image_grid(
             corner = (layout.left + c * pitch, layout.top + r * pitch)
             picture.paste(_in_cell(image, cell_px), corner)
     for c, (lines, font) in enumerate(_fitted([label], _heading_px(cell_px)) for label in column_labels):
-        fill = MARK if c == mark_column else _TEXT
+        fill = MARK if c in _as_range(mark_column) else _TEXT
         position = (layout.left + c * pitch + cell_px / 2, layout.top - 10)
         pen.text(position, lines[0], fill=fill, font=font, anchor="ms")  # one baseline for all
 
     if marked:
         _frame(pen, layout, rows=(marked[0], marked[-1]), columns=(0, len(column_labels) - 1))
-    if mark_column is not None:
-        _frame(pen, layout, rows=(0, len(row_labels) - 1), columns=(mark_column, mark_column))
+    if framed := _as_range(mark_column):
+        _frame(pen, layout, rows=(0, len(row_labels) - 1), columns=(framed[0], framed[-1]))
     return picture
 
 

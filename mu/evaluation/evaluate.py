@@ -15,6 +15,7 @@ from mu.atomic import write_atomically
 from mu.config import Config, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.generated import SampleSettings
+from mu.datasets.index import concept_label
 from mu.devices import resolve_devices
 from mu.evaluation.classifier import load_classifier
 from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, measure
@@ -50,7 +51,7 @@ class EvaluationSettings(Protocol):
     @property
     def template(self) -> str: ...
     @property
-    def template_name(self) -> str: ...
+    def template_name(self) -> str | tuple[str, ...]: ...
     @property
     def styles(self) -> tuple[str, ...] | None: ...
     @property
@@ -97,7 +98,7 @@ def run(config: EvaluationSettings) -> dict[str, object]:
     if config.base_ckpt_path is not None:
         checkpoints = {"before": resolve_path(config.base_ckpt_path), **checkpoints}
 
-    with RunFolder.create(config.output_dir, config.template_name) as run:
+    with RunFolder.create(config.output_dir, concept_label(config.template_name)) as run:
         if isinstance(config, Config):
             run.save_config(config)
         run.save_environment()
@@ -220,7 +221,7 @@ def _write_metrics(
         "metrics.json",
         {
             "template": config.template,
-            "template_name": config.template_name,
+            "template_name": scores["after"].template_name,
             "classifier": Path(config.classifier_path).name,
             "classifier_fingerprint": classifier_fingerprint,
             "styles": list(grid.styles),
@@ -236,7 +237,7 @@ def _write_metrics(
     for name, score in scores.items():
         shares: list[Share] = [getattr(score, column) for column in columns]
         numbers = [cell for share in shares for cell in (share.value, share.n)]
-        rows.append([name, config.template, config.template_name, *numbers])
+        rows.append([name, config.template, score.template_name, *numbers])
     write_atomically(run.path / "metrics.csv", table_csv(header, rows))
 
 
@@ -255,6 +256,7 @@ def _draw(path: Path, config: EvaluationSettings, grid: Grid, measured: Mapping[
         objects=grid.objects,
         template=config.template,
         template_name=config.template_name,
-        title=f"{config.template.capitalize()} {config.template_name} forgotten (framed): same prompts, seed {seed}",
+        title=f"{config.template.capitalize()} {concept_label(config.template_name)} forgotten (framed): "
+        f"same prompts, seed {seed}",
         path=path,
     )

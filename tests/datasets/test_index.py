@@ -9,12 +9,16 @@ import pytest
 
 from mu.datasets.index import (
     DataError,
+    ForgetRetain,
     Row,
+    check_apart,
     check_folder_names,
     check_substitutes,
     choose_substitute,
+    concept_label,
     fill_substitute,
     natural_key,
+    next_kept,
     suggestion,
     write_index_files,
 )
@@ -96,6 +100,36 @@ def test_the_only_concept_has_no_default_substitute() -> None:
         choose(None, default="Noto")
 
 
+def test_of_several_concepts_none_stands_in_for_another() -> None:
+    wanted = {"template": "style", "target": ("Noto", "Fluent"), "allowed": STYLES}
+    assert next_kept("Noto", STYLES, ("Noto", "Fluent")) == "Fluent_Flat"
+    assert next_kept("Fluent_Flat", STYLES, ("Fluent_Flat", "Noto")) == "Fluent"
+    assert next_kept("Noto", STYLES, STYLES) is None
+    assert choose_substitute("Fluent Flat", **wanted, default=None) == ("Fluent_Flat", None)
+    with pytest.raises(DataError, match="'fluent' is one of the styles to forget"):
+        choose_substitute("fluent", **wanted, default=None)
+    with pytest.raises(DataError, match="'Noto', 'Fluent' are all styles here"):
+        choose_substitute(None, **wanted, default="Noto")
+
+
+def test_a_label_names_one_concept_or_several() -> None:
+    assert concept_label("Noto") == concept_label(("Noto",)) == "Noto"
+    assert concept_label(("Noto", "Blob")) == "Noto+Blob"
+    long = [f"{'x' * 30}{number}" for number in range(9)]
+    assert concept_label(long).startswith(f"{long[0]}+8_more-")
+    assert len(concept_label(long)) < 60
+    assert concept_label(long) != concept_label(long[::-1]) != concept_label(long[:-1])
+
+
+def test_an_image_or_a_prompt_is_forgotten_or_retained_but_not_both() -> None:
+    kept = replace(ROW, image=Path("/a/Blob/Cats/1.png"), prompt="A Cats image in Blob style.")
+    check_apart(ForgetRetain((ROW,), (kept,)))
+    with pytest.raises(DataError, match=r"/a/Noto/Cats/1\.png: this image"):
+        check_apart(ForgetRetain((ROW,), (replace(kept, image=ROW.image),)))
+    with pytest.raises(DataError, match="give them different prompts"):
+        check_apart(ForgetRetain((ROW,), (replace(kept, prompt="a cats  image in noto style."),)))
+
+
 def test_a_filled_substitute_says_names_in_words() -> None:
     assert (
         fill_substitute("{object} as {style}", style="Fluent_Flat", object="Sea_Lions")
@@ -134,6 +168,8 @@ def test_the_error_is_of_the_package_and_a_value_error() -> None:
 
 
 def test_indexing_folders_needs_no_torch() -> None:
-    script = "import sys, mu.datasets.unlearn_canvas, mu.datasets.index; print('torch' in sys.modules)"
+    modules = ("unlearn_canvas", "i2p", "generic", "image_folder", "generated_prompts")
+    imports = ", ".join(f"mu.datasets.{name}" for name in modules)
+    script = f"import sys, {imports}; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "False"

@@ -35,11 +35,13 @@ from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
     layer_groups,
     model_of,
+    run_name,
     unet_fingerprint,
     verify_written,
     write_unlearned,
 )
 from mu.config import config_of, require_paths
+from mu.datasets.index import concept_label
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 
@@ -74,7 +76,7 @@ class MaskingAlgorithm:
         config = self.config
         require_paths(config)
         started = time.monotonic()
-        with RunFolder.create(config.output_dir, f"{config.template}-{config.template_name}") as folder:
+        with RunFolder.create(config.output_dir, run_name(config)) as folder:
             folder.save_config(config)
             model = model_of(config)
             pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
@@ -90,9 +92,9 @@ class MaskingAlgorithm:
             masks = threshold_masks(saliency, config.thresholds, pool=pool)
 
             described = {
-                "concept": config.template_name,
+                "concept": concept_label(config.concepts),
                 "template": config.template,
-                "template_name": config.template_name,
+                "template_name": config.concepts[0] if len(config.concepts) == 1 else list(config.concepts),
                 "pool": config.pool,
                 "train_method": config.train_method if pool is not None else "full",
                 "model_fingerprint": unet_fingerprint(model),
@@ -153,7 +155,7 @@ class SaliencyUnlearningAlgorithm:
         config = self.config
         require_paths(config)
         started = time.monotonic()
-        with RunFolder.create(config.output_dir, f"{config.template}-{config.template_name}") as folder:
+        with RunFolder.create(config.output_dir, run_name(config)) as folder:
             folder.save_config(config)
             mask_path = find_mask(config) if config.masking == "saliency" else None
             ldm = model_of(config)

@@ -30,9 +30,15 @@ from mu.run_folder import environment
 
 _log = logging.getLogger(__name__)
 
-_PLACES = """
-output_dir processed_dataset_dir mask_path ckpt_path model_config_path use_ema devices
-""".split()
+_PLACES = [
+    "output_dir",
+    "processed_dataset_dir",
+    "mask_path",
+    "ckpt_path",
+    "model_config_path",
+    "use_ema",
+    "devices",
+]
 """Keys that do not decide what a concept becomes, or (of the model) decide it through the model's fingerprint."""
 _FIRST_KEYS = """
 alpha batch_size c_guidance dataset_type draws_per_image epochs guidance_scale image_size images_per_prompt lr

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning.configs import ModelKeys, TrainConfig, mask_command
+from mu.algorithms.saliency_unlearning.configs import ConceptKeys, ModelKeys, TrainConfig, mask_command
 from mu.algorithms.saliency_unlearning.configs.concept import DIFFUSERS_NAME
 from mu.algorithms.saliency_unlearning.mask_file import Mask, MaskError, load_mask_metadata
 from mu.algorithms.saliency_unlearning.model import TrainingError
 from mu.config import resolve_path
+from mu.datasets.index import concept_label, concept_names
 from mu.devices import resolve_devices
 from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model, save_checkpoint
 from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict, tensors_of
@@ -46,6 +47,11 @@ def unet_fingerprint(model: LatentDiffusion) -> str:
     return fingerprint(parameters, dtypes=dtypes)
 
 
+def run_name(config: ConceptKeys) -> str:
+    """What a run's folder is called, before its date: `style-Noto`, `style-Noto+Blob`."""
+    return f"{config.template}-{concept_label(config.concepts)}"
+
+
 def layer_groups(mask: Mapping[str, Tensor]) -> dict[str, float]:
     """Kept fraction of each block of the UNet: `input_blocks.1`, `middle_block.0`, `time_embed`, ..."""
     kept: dict[str, int] = {}
@@ -68,20 +74,17 @@ def find_mask(config: TrainConfig) -> Path:
     path = resolve_path(config.mask_path)
     if path.is_file():
         return path
-    wanted = {
-        "template": config.template,
-        "template_name": config.template_name,
-        "threshold": config.threshold,
-    }
+    wanted = {"template": config.template, "threshold": config.threshold}
     fitting = []
     for candidate in path.rglob("mask_*.safetensors"):
         metadata = load_mask_metadata(candidate)
-        if all(metadata.get(key) == value for key, value in wanted.items()):
+        forgotten = concept_names(metadata.get("template_name", ()))
+        if set(forgotten) == set(config.concepts) and wanted.items() <= metadata.items():
             fitting.append(candidate)
     if not fitting:
         raise MaskError(
-            f"mask_path: no mask of {config.template} {config.template_name} with threshold {config.threshold} below "
-            f"{path}; make it: {mask_command(config)}"
+            f"mask_path: no mask of {config.template} {concept_label(config.concepts)} with threshold "
+            f"{config.threshold} below {path}; make it: {mask_command(config)}"
         )
     newest = max(fitting, key=lambda candidate: (candidate.stat().st_mtime_ns, str(candidate)))
     _log.info("mask_path: taking %s, the newest of %d", newest, len(fitting))

@@ -22,7 +22,7 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig
 from mu.config import Config, ConfigError, load_config, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.datasets.index import DataError
+from mu.datasets.index import DataError, concept_names
 from mu.datasets.prompt_table import Case, read_prompt_table
 from mu.devices import DEVICES_PATTERN
 from mu.run_folder import writable_problem
@@ -188,7 +188,9 @@ class EvaluateConfig(ScoringKeys, ModelKeys):
         EMOJI_MODEL_CONFIG, "CompVis YAML with the structure of both models.", kind="path"
     )
     template: str = setting("style", "Kind of the forgotten concept.", choices=("style", "object"))
-    template_name: str = setting("Noto", "Name of the forgotten concept.", kind="name")
+    template_name: str | tuple[str, ...] = setting(
+        "Noto", "Name of the forgotten concept, or of several that were forgotten together.", kind="name"
+    )
     styles: tuple[str, ...] | None = setting(
         None, "Styles of the grid; null: EmojiCanvas' seven.", kind="name"
     )
@@ -202,12 +204,10 @@ class EvaluateConfig(ScoringKeys, ModelKeys):
             self.styles or STYLES, self.objects or OBJECTS, forgotten=[self.template_name]
         )
         names = (self.styles or STYLES) if self.template == "style" else (self.objects or OBJECTS)
-        if self.template_name not in names:
-            message = f"there is no {self.template} {self.template_name!r}; the grid has: {', '.join(names)}."
-            yield (
-                ("template_name", "template", "styles", "objects"),
-                message + nearest(self.template_name, names),
-            )
+        unknown = [name for name in concept_names(self.template_name) if name not in names]
+        for name in unknown[:1]:
+            message = f"there is no {self.template} {name!r}; the grid has: {', '.join(names)}."
+            yield ("template_name", "template", "styles", "objects"), message + nearest(name, names)
 
     def checkpoint(self) -> Path:
         """The file that `ckpt_path` leads to."""
