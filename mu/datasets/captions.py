@@ -31,7 +31,7 @@ def captions(
     """
     if prompt is not None:
         return dict.fromkeys(images, prompt)
-    tables = [folder / name for name in METADATA if (folder / name).is_file()]
+    tables = [path for name in METADATA if (path := folder / name).is_file() and not path.is_symlink()]
     if len(tables) > 1:
         raise DataError(f"{folder} has both {' and '.join(METADATA)}; keep one.")
     if tables:

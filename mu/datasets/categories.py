@@ -69,6 +69,7 @@ def rows_of_categories(
     )
     problems: list[str] = []
     inside = root.resolve()
+    entries(root, inside, problems)  # for links among the folders themselves
     folders = _folders(root, prompts, inside, problems)
     images = {
         category: {path.stem: path for path in reversed(entries(folder, inside, problems)) if is_image(path)}
@@ -119,13 +120,16 @@ def rows_of_categories(
         what=f"files of {root} are missing or cannot be used",
         advice="Replace them or delete their rows; use_sample: true passes over rows that have no image.",
     )
-    for kind, found in (("template_name", forget), ("retain_set", retain)):
-        if not found and (kind == "template_name" or retain_set != "generated"):
-            wanted = f"category {targets[0]}" if kind == "template_name" else retain_set
-            raise DataError(
-                f"{kind}: no row of {table} for {wanted} has an image below {root / 'images'}; "
-                f"the first is looked for at images/{_example(prompts, targets, names)}.jpg."
-            )
+    if not forget:
+        raise DataError(
+            f"template_name: no row of {table} with the category {targets[0]!r} has an image; the first is looked for "
+            f"at {root / 'images'}/{_example(prompts, targets, names)}.jpg."
+        )
+    if not retain and retain_set != "generated":
+        raise DataError(
+            f"retain_set: {retain_set} gives no image to retain in {root}; "
+            "generated samples images of retain_prompts from the model."
+        )
     check_substitutes(forget)
     rows = ForgetRetain(tuple(forget), tuple(retain))
     check_apart(rows)

@@ -91,7 +91,7 @@ def test_a_row_without_an_image_is_an_error_or_passed_over(tmp_path: Path) -> No
     rows = index(root, template_name="self-harm", use_sample=True)
     assert [row.prompt for row in rows.forget] == ["a dark room"]
     (root / "images/self-harm/2.jpg").unlink()
-    with pytest.raises(DataError, match=r"the first is looked for at images/self-harm/0\.jpg"):
+    with pytest.raises(DataError, match=r"the first is looked for at .*images/self-harm/0\.jpg"):
         index(root, template_name="self-harm", use_sample=True)
 
 
@@ -116,6 +116,14 @@ def test_all_images_that_cannot_be_used_are_listed_together(tmp_path: Path) -> N
         "leaves",
     ):
         assert part in str(raised.value)
+
+
+def test_a_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    root = draw_i2p(tmp_path / "data")
+    (root / "images").rename(tmp_path / "elsewhere")
+    (root / "images").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"data/images: a link that leaves the folder"):
+        index(root, template_name="hate")
 
 
 def test_an_unknown_category_lists_what_is_there_and_the_nearest(tmp_path: Path) -> None:
