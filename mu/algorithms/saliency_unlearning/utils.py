@@ -18,6 +18,7 @@ from mu.datasets.index import concept_label, concept_names
 from mu.devices import resolve_devices
 from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model, save_checkpoint
 from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict, tensors_of
+from mu.ldm.convert import model_spec
 from mu.ldm.diffusers_folder import write_diffusers_folder
 from mu.ldm.diffusers_tensors import UNET_PREFIX
 from mu.ldm.ema import EMA_PREFIX, ema_name, updated_ema, with_ema_weights
@@ -110,7 +111,8 @@ def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path) -> 
         source = config.checkpoint()
         before = read_checkpoint(source, ldm.params).tensors
         ema = updated_ema(tensors_of(ldm, path), before, use_ema=config.use_ema, source=source)
-    save_checkpoint(ldm, path, ema=ema)
+    spec = model_spec(ldm.params, title=f"{config.template_name} unlearned")
+    save_checkpoint(ldm, path, metadata=spec if path.suffix == ".safetensors" else None, ema=ema)
     return path
 
 

@@ -123,6 +123,8 @@ def test_from_a_diffusers_folder_to_a_diffusers_folder(tiny_runs: Any, tmp_path:
     result = unlearned(
         tiny_runs, tmp_path / "runs", ckpt_path=str(tmp_path / "folder"), output_format="diffusers"
     )
+    metadata = read_state_dict(plain["checkpoint"])[1]
+    assert metadata["modelspec.title"] == "Noto unlearned"
     assert result["checkpoint"] == result["run"] / "diffusers"
     assert checkpoint_file(str(tmp_path / "runs")) == result["checkpoint"]
     assert result["weights_changed"] == plain["weights_changed"] > 0
