@@ -1,17 +1,21 @@
 """Command lines from config classes: `--config_path X.yaml --key value ...`, `--help`, exit codes.
 
-Exit codes: 0 done, 1 a run that failed with a message, 2 a mistake in the settings, 130 interrupted.
+Exit codes: 0 done, 1 a run that failed with a message, 2 a mistake in the settings, 130 interrupted, 141 not begun
+because nobody reads its output any more.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
+import os
 import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mu.config import (
     Config,
@@ -34,6 +38,10 @@ C = TypeVar("C", bound=Config)
 _WIDTH = 110
 
 
+class OutputClosed(Exception):
+    """Who read the output has gone, as in `--help | head`."""
+
+
 class HelpAsked(Exception):
     """`--help` stood among the arguments."""
 
@@ -52,10 +60,7 @@ def parse_cli(cls: type[C], argv: Sequence[str], *, packaged: Path | None = None
     if config_path is not None:
         entries += file_entries(config_path, packaged=packaged, mistakes=mistakes)
         if entries and not Path(config_path).exists():
-            print(
-                f"config_path: {config_path} is not on disk; using {find_config(config_path, packaged)}",
-                flush=True,
-            )
+            say(f"config_path: {config_path} is not on disk; using {find_config(config_path, packaged)}")
     keys = {key.name: key for key in keys_of(cls)}
     for name, text in flags.items():
         try:
@@ -84,11 +89,14 @@ def run_door(
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = parse_cli(cls, arguments, packaged=packaged)
-        print(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}", flush=True)
+        say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
         result = run(config)
     except HelpAsked:
-        print(help_text(cls, module=module, summary=summary, packaged=packaged))
+        with contextlib.suppress(OutputClosed):
+            say(help_text(cls, module=module, summary=summary, packaged=packaged))
         return 0
+    except OutputClosed:
+        return 141
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -104,8 +112,30 @@ def run_door(
         print("interrupted", file=sys.stderr)
         return 130
     if isinstance(result, Mapping):
-        print("\n".join(_result_lines(result)), flush=True)
+        with contextlib.suppress(OutputClosed):
+            say("\n".join(_result_lines(result)))
     return 0
+
+
+def say(text: str) -> None:
+    """Print a text. Raises OutputClosed, once and quietly, when nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more when it ends: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputClosed from None
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's own, whose `--help` ends quietly when nobody reads it any more."""
+
+    def print_help(self, file: Any = None) -> None:
+        if file is not None:
+            super().print_help(file)
+            return
+        with contextlib.suppress(OutputClosed):
+            say(self.format_help().removesuffix("\n"))
 
 
 def help_text(cls: type[Config], *, module: str, summary: str, packaged: Path | None = None) -> str:
@@ -139,7 +169,7 @@ def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -
     words = ["python", "-m", module]
     for key in keys_of(cls):
         if key.name in values and values[key.name] != key.default:
-            words += [f"--{key.name}", as_text(values[key.name])]
+            words += [f"--{key.name}", as_text(values[key.name], split=key.rule.split)]
     return shlex.join(words)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,18 +31,22 @@ __all__ = [
     "as_text",
     "assemble",
     "check_paths",
+    "config_of",
     "dump",
     "find_config",
     "keys_of",
     "load_config",
     "nearest",
     "override",
+    "plain",
     "require_paths",
     "resolve_path",
     "setting",
 ]
 
 _PACKAGE_FOLDER = Path(__file__).parent
+_MODEL_YAMLS = ("model_config.yaml", "sd_v2_base.yaml", "sd_v2_v.yaml")
+"""Packaged YAML files that describe a model, and are no settings of a command."""
 
 
 class ConfigError(MuError, ValueError):
@@ -103,6 +108,7 @@ def load_config(
     """A checked config: defaults < `base` < the YAML file < `overrides`.
 
     Args:
+        base, overrides: OmegaConf's containers are taken too, see `plain`.
         config_path: a YAML file, or the name of one in the folder `packaged`.
         on_disk: also check that the files and folders it names are there.
     Raises ConfigError with all mistakes.
@@ -110,12 +116,40 @@ def load_config(
     entries: list[Entry] = []
     mistakes: list[str] = []
     if base is not None:
-        values = as_dict(base) if isinstance(base, Config) else base
+        values = as_dict(base) if isinstance(base, Config) else plain(base)
+        if not isinstance(values, Mapping):
+            raise ConfigError([f"the config must be a mapping of keys to values, got {values!r}"])
         entries += [(str(key), value, "") for key, value in values.items()]
     if config_path is not None:
         entries += file_entries(config_path, packaged=packaged, mistakes=mistakes)
-    entries += [(str(key), value, "") for key, value in (overrides or {}).items()]
+    entries += [(str(key), value, "") for key, value in plain(overrides or {}).items()]
     return assemble(cls, entries, mistakes=mistakes, on_disk=on_disk)
+
+
+def config_of(cls: type[C], given: Config | Mapping[str, object], **overrides: object) -> C:
+    """A `cls` with some keys changed, from one, or from a mapping of keys over the defaults. Raises ConfigError."""
+    if isinstance(given, cls):
+        return override(given, **overrides)
+    return load_config(cls, base=given, overrides=overrides)
+
+
+def plain(value: Any) -> Any:
+    """An OmegaConf DictConfig or ListConfig as the dict or list of what is written in it; other values as they are.
+
+    Nothing is interpolated: `${...}` stays that text, which no key takes, so that a config cannot reach outside itself.
+
+    Raises ConfigError for a value that is still missing (`???`).
+    """
+    if "omegaconf" not in sys.modules:  # then there is no such object, and no need to load the package
+        return value
+    from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
+
+    if not isinstance(value, (DictConfig, ListConfig)):
+        return value
+    try:
+        return OmegaConf.to_container(value, resolve=False, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError([f"{error.full_key}: the value is missing ('???')"]) from error
 
 
 def override(config: C, **overrides: object) -> C:
@@ -157,7 +191,7 @@ def resolve_path(path: str) -> Path:
 def packaged_configs(folder: Path) -> list[str]:
     """Names of the YAML configs below a folder, as `--config_path` takes them."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
-    return [name for name in paths if Path(name).name != "model_config.yaml"]
+    return [name for name in paths if Path(name).name not in _MODEL_YAMLS]
 
 
 def find_config(path: str | os.PathLike[str], packaged: Path | None) -> Path:
@@ -203,7 +237,7 @@ def assemble(
     given: dict[str, tuple[object, str]] = {}
     for name, value, where in entries:
         if name in known:
-            given[name] = (value, where)
+            given[name] = (plain(value), where)
         else:
             found.append(f"{name}: there is no such key.{nearest(name, known)}{_at(where)}")
     config = object.__new__(cls)

@@ -205,11 +205,18 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def as_text(value: object) -> str:
-    """A value as a flag takes it: `null`, `true`, `0.5`, `a,b`, or a YAML list where an item has a comma."""
+def as_text(value: object, *, split: bool = True) -> str:
+    """A value as a flag takes it: `null`, `true`, `0.5`, `a,b`, or a YAML list where an item has a comma.
+
+    A key whose text is not cut at commas (`split` false) always takes a list as a YAML list.
+    """
     if isinstance(value, tuple):
         items = [as_text(item) for item in value]
-        if items and not any("," in item or item.startswith("[") or item in _NULLS for item in items):
+        if (
+            split
+            and items
+            and not any("," in item or item.startswith("[") or item in _NULLS for item in items)
+        ):
             return ",".join(items)
         return yaml.safe_dump(
             list(value), default_flow_style=True, allow_unicode=True, width=math.inf

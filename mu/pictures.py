@@ -39,7 +39,7 @@ def image_grid(
     *,
     title: str = "",
     mark_row: int | range | None = None,
-    mark_column: int | None = None,
+    mark_column: int | range | None = None,
     cell_px: int = 64,
 ) -> Image.Image:
     """One picture of images in rows and columns.
@@ -48,50 +48,20 @@ def image_grid(
         images: rows of equally many images; each is fitted into a square cell.
         row_labels, column_labels: one for each; long ones are wrapped or made smaller.
         title: a line above.
-        mark_row, mark_column: the row (or a range of rows), the column with a coloured frame and label.
+        mark_row, mark_column: the row, the column (or a range of them) with a coloured frame and label.
         cell_px: side of a cell.
 
     Raises:
         ValueError: the numbers of labels and images do not fit.
     """
-    return draw_grid(
-        images,
-        row_labels,
-        column_labels,
-        title=title,
-        mark_row=mark_row,
-        mark_column=mark_column,
-        cell_px=cell_px,
-    )[0]
-
-
-def draw_grid(
-    images: Sequence[Sequence[Image.Image]],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    *,
-    title: str = "",
-    mark_row: int | range | None = None,
-    mark_column: int | None = None,
-    cell_px: int = 64,
-) -> tuple[Image.Image, GridLayout]:
-    """`image_grid`, and where its cells lie."""
     if not images or len(images) != len(row_labels) or any(len(row) != len(column_labels) for row in images):
         raise ValueError(
             f"{len(row_labels)} row labels and {len(column_labels)} column labels do not fit rows of "
             f"{sorted({len(row) for row in images})} images, {len(images)} rows"
         )
     marked = _as_range(mark_row)
-    pitch = cell_px + _GAP_PX
-    columns = [_fitted([label], cell_px + _GAP_PX - 2) for label in column_labels]
-    rows = [_wrapped(label, cell_px) for label in row_labels]
-    title_height = _line_height(_font(_FONT_PX + 4)) + 6 if title else 0
-    layout = GridLayout(
-        left=_MARGIN_PX + max(_width(line, font) for lines, font in rows for line in lines) + 8,
-        top=_MARGIN_PX + title_height + max(_line_height(font) for _, font in columns) + 6,
-        pitch=pitch,
-        cell=cell_px,
-    )
+    layout = grid_layout(row_labels, column_labels, title=title, cell_px=cell_px)
+    pitch = layout.pitch
     width = layout.left + len(column_labels) * pitch + _MARGIN_PX
     if title:
         width = max(width, 2 * _MARGIN_PX + _width(title, _font(_FONT_PX + 4)))
@@ -100,7 +70,7 @@ def draw_grid(
     if title:
         pen.text((_MARGIN_PX, _MARGIN_PX), title, fill=_TEXT, font=_font(_FONT_PX + 4))
 
-    for r, (lines, font) in enumerate(rows):
+    for r, (lines, font) in enumerate(_wrapped(label, cell_px) for label in row_labels):
         middle = layout.top + r * pitch + cell_px / 2
         fill = MARK if r in marked else _TEXT
         for number, line in enumerate(lines):
@@ -109,16 +79,31 @@ def draw_grid(
         for c, image in enumerate(images[r]):
             corner = (layout.left + c * pitch, layout.top + r * pitch)
             picture.paste(_in_cell(image, cell_px), corner)
-    for c, (lines, font) in enumerate(columns):
-        fill = MARK if c == mark_column else _TEXT
+    for c, (lines, font) in enumerate(_fitted([label], _heading_px(cell_px)) for label in column_labels):
+        fill = MARK if c in _as_range(mark_column) else _TEXT
         position = (layout.left + c * pitch + cell_px / 2, layout.top - 10)
         pen.text(position, lines[0], fill=fill, font=font, anchor="ms")  # one baseline for all
 
     if marked:
         _frame(pen, layout, rows=(marked[0], marked[-1]), columns=(0, len(column_labels) - 1))
-    if mark_column is not None:
-        _frame(pen, layout, rows=(0, len(row_labels) - 1), columns=(mark_column, mark_column))
-    return picture, layout
+    if framed := _as_range(mark_column):
+        _frame(pen, layout, rows=(0, len(row_labels) - 1), columns=(framed[0], framed[-1]))
+    return picture
+
+
+def grid_layout(
+    row_labels: Sequence[str], column_labels: Sequence[str], *, title: str = "", cell_px: int = 64
+) -> GridLayout:
+    """Where the cells of an `image_grid` with these labels lie."""
+    columns = [_fitted([label], _heading_px(cell_px)) for label in column_labels]
+    rows = [_wrapped(label, cell_px) for label in row_labels]
+    title_height = _line_height(_font(_FONT_PX + 4)) + 6 if title else 0
+    return GridLayout(
+        left=_MARGIN_PX + max(_width(line, font) for lines, font in rows for line in lines) + 8,
+        top=_MARGIN_PX + title_height + max(_line_height(font) for _, font in columns) + 6,
+        pitch=cell_px + _GAP_PX,
+        cell=cell_px,
+    )
 
 
 def beside(pictures: Sequence[Image.Image], *, title: str = "") -> Image.Image:
@@ -134,6 +119,11 @@ def beside(pictures: Sequence[Image.Image], *, title: str = "") -> Image.Image:
         whole.paste(picture, (left, top))
         left += picture.width
     return whole
+
+
+def _heading_px(cell_px: int) -> int:
+    """Room for the label of a column: headings do not touch."""
+    return cell_px + _GAP_PX - 2
 
 
 def _as_range(mark: int | range | None) -> range:

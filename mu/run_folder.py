@@ -1,13 +1,11 @@
 """One folder per run, never overwritten: config, log, metrics and the machine's environment.
 
-Files are written beside their final name, synced and renamed, so that a reader finds the old file or the whole new
-one. Nothing here imports torch.
+Files are written whole or not at all (`mu.atomic`). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import csv
-import errno
 import itertools
 import json
 import logging
@@ -21,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 
+from mu.atomic import write_atomically
 from mu.config import Config, dump
 from mu.errors import MuError
 
@@ -39,7 +38,7 @@ _LINE = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%
 
 
 class RunFolderError(MuError, OSError):
-    """A run folder cannot be made or written."""
+    """A run folder cannot be made."""
 
 
 class RunFolder:
@@ -64,8 +63,7 @@ class RunFolder:
 
         Raises RunFolderError when the folder cannot be made, ValueError for a name that is not one folder's.
         """
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise ValueError(f"{name!r} cannot be part of a run folder's name")
+        _check_name(name)
         stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -77,11 +75,22 @@ class RunFolder:
                 except FileExistsError:
                     continue
         except OSError as error:
-            raise RunFolderError(
-                f"output_dir: no run folder can be made in {output_dir} ({error.strerror})"
-            ) from error
+            raise _not_made(output_dir, error) from error
         run = cls(path)
         run._open_log()
+        return run
+
+    @classmethod
+    def go_on(cls, output_dir: str | Path, name: str) -> RunFolder:
+        """The folder `<output_dir>/<name>`, made where there is none; its log is continued. Raises as `create`."""
+        _check_name(name)
+        path = Path(output_dir) / name
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path)
+            run._open_log()
+        except OSError as error:
+            raise _not_made(output_dir, error) from error
         return run
 
     def save_config(self, config: Config) -> Path:
@@ -191,23 +200,13 @@ def environment() -> dict[str, object]:
     return result
 
 
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Writes beside `path`, syncs and renames. Raises RunFolderError, with the bytes needed, when the disk is full."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        full = f"; {len(content)} bytes are needed" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise RunFolderError(f"{path}: cannot be written ({error.strerror}){full}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+def _check_name(name: str) -> None:
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} cannot be part of a run folder's name")
+
+
+def _not_made(output_dir: str | Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"output_dir: no run folder can be made in {output_dir} ({error.strerror})")
 
 
 def writable_problem(folder: str | Path) -> str | None:

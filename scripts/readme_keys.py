@@ -13,6 +13,7 @@ import readme_section
 from mu.algorithms.saliency_unlearning.configs import (
     BenchmarkConfig,
     ConceptKeys,
+    ConvertConfig,
     EvaluateConfig,
     MaskConfig,
     ModelKeys,
@@ -32,6 +33,7 @@ def tables() -> str:
         ("<code>train</code>", _own(TrainConfig, shared)),
         ("<code>sample</code>, beside the model's keys", _own(SampleConfig, keys_of(ModelKeys))),
         ("<code>evaluate</code>", keys_of(EvaluateConfig)),
+        ("<code>convert</code>", keys_of(ConvertConfig)),
         ("<code>benchmark_unlearning</code> (<code>make table</code>)", keys_of(BenchmarkConfig)),
     ]
     return "\n\n".join(

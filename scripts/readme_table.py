@@ -13,14 +13,16 @@ from pathlib import Path
 
 import readme_section
 
-from mu.algorithms.saliency_unlearning.results_table import markdown
+from mu.algorithms.saliency_unlearning.results_table import markdown, reading
 
 TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "emoji_canvas_table.json"
 
 
 def table() -> str:
     """The Markdown of the rows in the JSON file."""
-    return markdown(json.loads(TABLE.read_text(encoding="utf-8"))["rows"]).rstrip()
+    content = json.loads(TABLE.read_text(encoding="utf-8"))
+    usual = {"cra_prompts": "retained", "left_out": []} | content
+    return (markdown(content["rows"]) + reading(usual["cra_prompts"], usual["left_out"])).rstrip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

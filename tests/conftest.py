@@ -45,6 +45,12 @@ TINY_TEXT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+# Sections of `tiny_model_yaml` for a model built as Stable Diffusion v2 is.
+TINY_V2: dict[str, Any] = {
+    "unet": {"num_heads": -1, "num_head_channels": 16, "use_linear_in_transformer": True},
+    "text": {"num_hidden_layers": 3, "layer": "penultimate"},
+    "open_clip": True,
+}
 
 
 def tiny_model_yaml(
@@ -53,11 +59,12 @@ def tiny_model_yaml(
     autoencoder: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
     unconditional: bool = False,
+    open_clip: bool = False,
     **model: Any,
 ) -> dict[str, Any]:
     """The content of a CompVis YAML of a tiny model; each argument overrides some options of one section."""
     cond_stage: Any = {
-        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        "target": f"ldm.modules.encoders.modules.Frozen{'OpenCLIP' if open_clip else 'CLIP'}Embedder",
         "params": {**TINY_TEXT, **(text or {})},
     }
     return {

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,6 +143,29 @@ def test_exit_codes(capsys):
         door(fail(OSError(errno.EACCES, "permission denied")))
     with pytest.raises(ZeroDivisionError):
         door(fail(ZeroDivisionError()))
+
+
+DOOR = "from tests.test_cli import door; sys.exit(door(lambda _: print('begun', file=sys.stderr), *sys.argv[1:]))"
+PARSER = "from mu.cli import ArgumentParser; ArgumentParser(epilog='x ' * 90_000).parse_args()"
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "code"),
+    [(DOOR, ["--help"], 0), (DOOR, ["--lr", "0.5"], 141), (PARSER, ["--help"], 0)],
+)
+def test_a_reader_that_has_gone_ends_a_door_quietly(program, argv, code):
+    """As in `--help | head`: the pipe has no reader any more when the door prints."""
+    program = f"import sys; sys.stdin.read(); {program}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *argv],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )
+    process.stdout.close()
+    _, said = process.communicate()
+    assert (said, process.returncode) == (b"", code)
 
 
 def test_a_printed_command_gives_the_same_config():

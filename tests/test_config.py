@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from mu.config import (
     Config,
     ConfigError,
     assemble,
     check_paths,
+    config_of,
     dump,
     find_config,
     keys_of,
     load_config,
     override,
+    plain,
     require_paths,
     resolve_path,
     setting,
@@ -160,6 +163,45 @@ def test_nothing_is_interpolated(tmp_path, value, monkeypatch):
     assert mistakes_of(tmp_path, f"prompts: ['{value}']")
     with pytest.raises(ConfigError):
         Toy(path=value)
+
+
+def test_omegaconf_containers_are_taken_anywhere():
+    config = OmegaConf.create({"lr": 0.25, "seeds": [3, 4], "styles": None, "size": 16})
+    expected = Toy(lr=0.25, seeds=(3, 4), size=16)
+    assert load_config(Toy, base=config) == load_config(Toy, overrides=config) == expected
+    assert config_of(Toy, config, lr=0.5) == override(expected, lr=0.5)
+    assert config_of(Toy, expected, seeds=OmegaConf.create([5])).seeds == (5,)
+    assert Toy(threshold=OmegaConf.create([0.25, 0.5])).threshold == (0.25, 0.5)
+    assert plain(config) == {"lr": 0.25, "seeds": [3, 4], "styles": None, "size": 16}
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "${lr}", "a ${oc.env:HOME}"])
+def test_an_omegaconf_config_is_not_interpolated(value, monkeypatch):
+    monkeypatch.setenv("HOME", "/secret-place")
+    for key, written in (("template_name", value), ("prompts", ["a cat", value])):
+        with pytest.raises(ConfigError, match="not interpolated") as caught:
+            load_config(Toy, base=OmegaConf.create({"lr": 0.5, key: written}))
+        assert "secret-place" not in str(caught.value)
+    for key in ("batch_size", "use_sample"):
+        with pytest.raises(ConfigError, match=f"{key}: must be"):
+            load_config(Toy, base=OmegaConf.create({"lr": 0.5, key: value}))
+
+
+def test_what_an_omegaconf_config_lacks_is_named():
+    with pytest.raises(ConfigError, match=r"lr: the value is missing \('\?\?\?'\)"):
+        load_config(Toy, base=OmegaConf.create({"seeds": [1], "lr": "???"}))
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        load_config(Toy, base=OmegaConf.create([1]))
+    with pytest.raises(ConfigError, match="lr: must be a number, got"):
+        load_config(Toy, base=OmegaConf.create({"lr": {"value": 1}}))
+
+
+def test_omegaconf_is_not_loaded_for_plain_values():
+    code = (
+        "import sys; from mu.algorithms.saliency_unlearning.configs import TrainConfig\n"
+        "from mu.config import override; override(TrainConfig(), seed=1); print('omegaconf' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 @pytest.mark.parametrize(

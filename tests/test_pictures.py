@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import pytest
 from PIL import Image
 
-from mu.pictures import MARK, beside, draw_grid, image_grid
+from mu.pictures import MARK, GridLayout, beside, grid_layout, image_grid
 
 WHITE = (255, 255, 255)
 
@@ -22,15 +24,21 @@ def plain(rows: int, columns: int, size: int = 16) -> list[list[Image.Image]]:
     ]
 
 
+def drawn(
+    images: list[list[Image.Image]], rows: list[str], columns: list[str], *, cell_px: int = 64, **marks: Any
+) -> tuple[Image.Image, GridLayout]:
+    """A grid, and where its cells lie."""
+    picture = image_grid(images, rows, columns, cell_px=cell_px, **marks)
+    return picture, grid_layout(rows, columns, cell_px=cell_px)
+
+
 def marked(picture: Image.Image) -> numpy.ndarray:
     """Where a pixel has the colour of the mark, (H, W)."""
     return (numpy.asarray(picture) == MARK).all(axis=-1)
 
 
 def test_each_image_lies_whole_in_its_cell() -> None:
-    picture, layout = draw_grid(
-        plain(3, 2), ["a", "b", "c"], ["x", "y"], mark_row=1, mark_column=1, cell_px=16
-    )
+    picture, layout = drawn(plain(3, 2), ["a", "b", "c"], ["x", "y"], mark_row=1, mark_column=1, cell_px=16)
     pixels = numpy.asarray(picture)
     for row in range(3):
         for column in range(2):
@@ -39,7 +47,7 @@ def test_each_image_lies_whole_in_its_cell() -> None:
 
 
 def test_the_marked_row_is_framed_and_no_other() -> None:
-    picture, layout = draw_grid(plain(3, 4), ["a", "b", "c"], ["1", "2", "3", "4"], mark_row=1, cell_px=16)
+    picture, layout = drawn(plain(3, 4), ["a", "b", "c"], ["1", "2", "3", "4"], mark_row=1, cell_px=16)
     right = layout.left + 4 * layout.pitch
     lines = marked(picture)[:, layout.left : right - 6].all(axis=1).nonzero()[0]  # across all columns
     top = layout.top + layout.pitch
@@ -51,7 +59,7 @@ def test_the_marked_row_is_framed_and_no_other() -> None:
 
 
 def test_one_frame_goes_round_a_range_of_rows() -> None:
-    picture, layout = draw_grid(
+    picture, layout = drawn(
         plain(4, 3), ["a", "b", "c", "d"], ["1", "2", "3"], mark_row=range(1, 3), cell_px=16
     )
     right = layout.left + 3 * layout.pitch
@@ -68,7 +76,7 @@ def test_a_range_of_no_row_marks_nothing() -> None:
 
 
 def test_the_marked_column_is_framed_and_no_other() -> None:
-    picture, layout = draw_grid(plain(3, 4), ["a", "b", "c"], ["1", "2", "3", "4"], mark_column=2, cell_px=16)
+    picture, layout = drawn(plain(3, 4), ["a", "b", "c"], ["1", "2", "3", "4"], mark_column=2, cell_px=16)
     bottom = layout.top + 3 * layout.pitch
     lines = marked(picture)[layout.top : bottom - 6].all(axis=0).nonzero()[0]
     left = layout.left + 2 * layout.pitch
@@ -85,7 +93,7 @@ def test_without_a_mark_nothing_has_its_colour() -> None:
 
 def test_images_of_other_sizes_are_fitted_whole() -> None:
     wide = Image.new("RGB", (200, 100), (10, 20, 200))
-    picture, layout = draw_grid([[wide]], ["a"], ["x"], cell_px=40)
+    picture, layout = drawn([[wide]], ["a"], ["x"], cell_px=40)
     cell = numpy.asarray(picture)[layout.top : layout.top + 40, layout.left : layout.left + 40]
     assert (cell[10:30] == (10, 20, 200)).all()
     assert (cell[:10] == WHITE).all()
@@ -94,7 +102,7 @@ def test_images_of_other_sizes_are_fitted_whole() -> None:
 
 @pytest.mark.parametrize("label", ["a word " * 60, "W" * 300])
 def test_a_long_label_is_kept_out_of_the_images(label: str) -> None:
-    picture, layout = draw_grid([[Image.new("RGB", (64, 64), "white")]] * 2, [label, "b"], ["x"])
+    picture, layout = drawn([[Image.new("RGB", (64, 64), "white")]] * 2, [label, "b"], ["x"])
     assert layout.left < 250
     ink = (numpy.asarray(picture) < 128).any(axis=-1)  # (H, W)
     assert ink[layout.top : layout.top + 64, : layout.left].any()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ from mu.run_folder import (
     RunFolderError,
     space_problem,
     writable_problem,
-    write_atomically,
 )
 
 
@@ -112,30 +110,22 @@ def test_json_is_json(tmp_path):
         assert json.loads(path.read_text(encoding="utf-8"))["UA"] == 0.5
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    write_atomically(path, b"old")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        RunFolderError, match=r"a.json: cannot be written \(No space left on device\); 5 bytes are needed"
-    ):
-        write_atomically(path, b"newer")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_real_full_device_is_told(tmp_path):
-    # The temporary name lies on /dev/full, which takes nothing.
-    target = tmp_path / "a.json"
-    (tmp_path / f".a.json.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(RunFolderError, match="bytes are needed"):
-        write_atomically(target, b"x" * 100_000)
-    assert list(tmp_path.iterdir()) == []
+def test_a_named_folder_is_gone_on_with(tmp_path):
+    with RunFolder.go_on(tmp_path / "runs", "mine") as run:
+        run.logger.info("first")
+    with RunFolder.go_on(tmp_path / "runs", "mine") as again:
+        again.logger.info("second")
+    assert run.path == again.path == tmp_path / "runs" / "mine"
+    assert [line.rpartition(" ")[2] for line in (run.path / "log.txt").read_text().splitlines()] == [
+        "first",
+        "second",
+    ]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="no run folder can be made"):
+        RunFolder.go_on(tmp_path, "file")
+    for wrong in ("../up", "a/b", ""):
+        with pytest.raises(ValueError, match="cannot be part of a run folder's name"):
+            RunFolder.go_on(tmp_path, wrong)
 
 
 def test_the_environment_names_versions_but_neither_host_nor_variables(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import mu
+from mu.cli import ArgumentParser
 from mu.commands.backends import CONDAS, Runner, create_conda, create_venv, find_executable
 from mu.commands.environment_file import (
     ALGORITHMS,
@@ -25,7 +26,7 @@ from mu.commands.environment_file import (
 def main(argv: Sequence[str] | None = None, *, root: Path = ALGORITHMS) -> int:
     """The command; returns its exit code. `root` holds the algorithms' folders."""
     names = environment_names(root)
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="create_env",
         description="Makes the environment that an algorithm's environment.yaml describes, installs this package "
         "there, and says how to activate it.",

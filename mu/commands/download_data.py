@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mu.cli import ArgumentParser
 from mu.commands.door import EPILOG, add_options, one_of, run
 from mu.commands.sources import DATA, DATA_ALIASES, SIZES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="download_data",
         description="Downloads a data set into its folder: resumed, checked, and only once.",
         epilog=_folders() + EPILOG,

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mu.cli import ArgumentParser
 from mu.commands.door import EPILOG, add_options, one_of, run
 from mu.commands.sources import MODELS
 
@@ -13,7 +14,7 @@ from mu.commands.sources import MODELS
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     lines = [f"  {source.name:<14}{source.folder}" for source in MODELS.values()]
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="download_model",
         description="Downloads a model, or the classifiers, into its folder: resumed, checked, and only once.",
         epilog="\n".join(["folders:", *lines, "", EPILOG]),

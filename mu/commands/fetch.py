@@ -21,6 +21,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from mu import __version__
+from mu.atomic import write_atomically
 from mu.commands.connection import (
     LONGEST_WAIT_S,
     TransientError,
@@ -37,7 +38,6 @@ from mu.commands.files import (
     url_key,
 )
 from mu.commands.pages import looks_like_page
-from mu.datasets.index import write_atomically
 
 ATTEMPTS = 5
 _CHUNK = 1 << 18

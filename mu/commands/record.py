@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mu.atomic import write_atomically
 from mu.commands.files import DownloadError
-from mu.datasets.index import write_atomically
 
 _LISTED = 5
 

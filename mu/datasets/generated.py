@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mu.atomic import write_atomically
 from mu.datasets.images import save_png
 from mu.datasets.index import (
     TEMPLATES,
@@ -32,17 +33,16 @@ from mu.datasets.index import (
     check_folder_names,
     check_substitutes,
     choose_substitute,
+    concept_names,
     fill_substitute,
-    write_atomically,
+    next_kept,
 )
-from mu.datasets.prompts import canvas_prompt, style_words
+from mu.datasets.prompts import CANVAS_TEMPLATE, canvas_prompt, style_words
+from mu.datasets.seeds import TRAINING_SEED_BASE
 from mu.datasets.streams import initial_noise
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
-
-TRAINING_SEED_BASE = 1_000_000
-"""The first seed of images that a model is unlearned on; seeds below are left to evaluation."""
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -69,7 +69,7 @@ def index(
     styles: Sequence[str],
     objects: Sequence[str],
     template: str,
-    template_name: str,
+    template_name: str | Sequence[str],
     images_per_prompt: int,
     retain_images_per_prompt: int,
     settings: SampleSettings,
@@ -98,7 +98,7 @@ def plan_rows(
     styles: Sequence[str],
     objects: Sequence[str],
     template: str,
-    template_name: str,
+    template_name: str | Sequence[str],
     images_per_prompt: int,
     retain_images_per_prompt: int,
     substitute: str | None = None,
@@ -107,11 +107,11 @@ def plan_rows(
 
     Args:
         images: see `GeneratedImages.path`.
-        template: what is forgotten, "style" or "object"; `template_name` names it. Its prompts with every object (or
-            in every style) are forgotten, all other prompts of the grid are retained.
+        template: what is forgotten, "style" or "object"; `template_name` names it, or several of them. Their prompts
+            with every object (or in every style) are forgotten, all other prompts of the grid are retained.
         images_per_prompt, retain_images_per_prompt: images of a prompt to forget, and of one to retain.
-        substitute: what stands in for the forgotten concept: another style (or object), or a whole prompt with
-            `{object}` (or `{style}`). By default the next one in its list, the first after the last.
+        substitute: what stands in for a forgotten concept: another style (or object), or a whole prompt with
+            `{object}` (or `{style}`). By default the next one in its list that is kept, the first after the last.
 
     Raises:
         DataError: names or numbers that cannot be; see the message.
@@ -120,23 +120,32 @@ def plan_rows(
     check_folder_names("styles", styles)
     check_folder_names("objects", objects)
     names = styles if template == "style" else objects
-    check_choice("template_name", template_name, names)
+    targets = concept_names(template_name)
+    for target in targets:
+        check_choice("template_name", target, names)
     if images_per_prompt < 1 or retain_images_per_prompt < 0:
         raise DataError(
             f"images_per_prompt = {images_per_prompt} must be at least 1 and retain_images_per_prompt = "
             f"{retain_images_per_prompt} at least 0."
         )
-    default = names[(names.index(template_name) + 1) % len(names)]
-    stand_in, whole_prompt = choose_substitute(
-        substitute, template=template, target=template_name, allowed=names, default=default
-    )
+    stand_ins = {
+        target: choose_substitute(
+            substitute,
+            template=template,
+            target=targets,
+            allowed=names,
+            default=next_kept(target, names, targets),
+        )
+        for target in targets
+    }
 
     forget: list[Row] = []
     retain: list[Row] = []
     for style in styles:
         for object in objects:
             concept = style if template == "style" else object
-            forgotten = concept == template_name
+            forgotten = concept in stand_ins
+            stand_in, whole_prompt = stand_ins.get(concept, (None, None))
             substitute_prompt = None
             if forgotten and whole_prompt is not None:
                 substitute_prompt = fill_substitute(whole_prompt, style=style_words(style), object=object)
@@ -167,6 +176,7 @@ class GeneratedImages:
         model: in eval mode, with a text encoder.
         folder: `path` lies below it.
         subfolder: its name in `folder`, between `folder` and `<model>-<settings>`.
+        prompt: how the prompt of an image follows from its place, for the manifest.
 
     Attributes:
         path: the folder of the styles.
@@ -183,6 +193,7 @@ class GeneratedImages:
         settings: SampleSettings,
         *,
         subfolder: str = "generated",
+        prompt: str = CANVAS_TEMPLATE,
     ) -> None:
         if model.cond_stage_model is None:
             raise DataError(
@@ -198,7 +209,7 @@ class GeneratedImages:
             )
         self.model = model
         self.settings = settings
-        self.manifest = _manifest(model, settings)
+        self.manifest = _manifest(model, settings, prompt)
         described = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
         weights = self.manifest["model"].removeprefix("sha256:")
         self.path = Path(folder) / subfolder / f"{weights[:12]}-{described[:8]}"
@@ -253,7 +264,7 @@ class GeneratedImages:
             return self.model.decode(latents).float()
 
 
-def _manifest(model: LatentDiffusion, settings: SampleSettings) -> dict[str, str]:
+def _manifest(model: LatentDiffusion, settings: SampleSettings, prompt: str) -> dict[str, str]:
     """All that decides how an image looks, apart from its style, object and seed."""
     return {
         "format": "1",
@@ -265,7 +276,7 @@ def _manifest(model: LatentDiffusion, settings: SampleSettings) -> dict[str, str
         "guidance_scale": repr(float(settings.guidance_scale)),
         "image_size_px": str(settings.image_size),
         "precision": settings.precision,
-        "prompt": canvas_prompt("{object}", "{style}"),
+        "prompt": prompt,
     }
 
 

@@ -10,10 +10,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mu.datasets.index import DataError, write_atomically
-
-# What Pillow raises for files that are not whole images; a broken PNG chunk is a SyntaxError.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+from mu.atomic import write_atomically
+from mu.datasets.image_files import UNREADABLE
+from mu.datasets.index import DataError
 
 
 def load_image(path: Path | str, size: int) -> Tensor:
@@ -33,7 +32,7 @@ def load_image(path: Path | str, size: int) -> Tensor:
         raise DataError(f"{path}: missing") from None
     except DataError:
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: unreadable ({error})") from error
     side = min(picture.size)
     if side * 8 < size:

@@ -6,19 +6,21 @@ imports torch.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
+import hashlib
 import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mu.atomic import write_atomically
 from mu.errors import MuError
 
 TEMPLATES = ("style", "object")
+RETAIN_SETS = ("others", "seed_images", "generated")
 LISTED_PROBLEMS = 10
+_LABEL_BYTES = 120
 
 
 class DataError(MuError, ValueError):
@@ -53,6 +55,28 @@ class ForgetRetain:
 
     forget: tuple[Row, ...]
     retain: tuple[Row, ...]
+
+
+def concept_names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The forgotten concepts, one or several."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def concept_label(value: str | Sequence[str]) -> str:
+    """The forgotten concepts in one word, for names of folders: `Noto`, `Noto+Blob`, or shortened."""
+    names = concept_names(value)
+    label = "+".join(names)
+    if len(names) == 1 or len(label.encode()) <= _LABEL_BYTES:
+        return label
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    return f"{names[0]}+{len(names) - 1}_more-{digest}"
+
+
+def next_kept(name: str, names: Sequence[str], forgotten: Sequence[str]) -> str | None:
+    """The first name after `name`, round the list, that is not forgotten; None when all are."""
+    place = names.index(name)
+    following = (*names[place + 1 :], *names[:place])
+    return next((other for other in following if other not in forgotten), None)
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:
@@ -99,25 +123,34 @@ def fill_substitute(prompt: str, *, style: str, object: str) -> str:
 
 
 def choose_substitute(
-    value: str | None, *, template: str, target: str, allowed: Sequence[str], default: str | None
+    value: str | None,
+    *,
+    template: str,
+    target: str | Sequence[str],
+    allowed: Sequence[str],
+    default: str | None,
 ) -> tuple[str | None, str | None]:
-    """What stands in for the forgotten concept: (name, None) or (None, prompt with placeholders).
+    """What stands in for the forgotten concepts: (name, None) or (None, prompt with placeholders).
 
     value: another name of the template's kind (one of `allowed`), or a whole prompt: text with a space in it or
     a placeholder `{object}` / `{style}`. None takes `default`. Raises DataError for an unknown name, a
-    placeholder that would bring the forgotten concept back, and for the target itself.
+    placeholder that would bring the forgotten concept back, and for a target itself.
     """
+    targets = concept_names(target)
+    said = ", ".join(repr(name) for name in targets)
     if value is None:
-        if default is None or default == target:
+        if default is None or default in targets:
+            only = f"{said} is the only {template}" if len(targets) == 1 else f"{said} are all {template}s"
             raise DataError(
-                f"substitute: {target!r} is the only {template} here, so there is no other to stand in for it. "
+                f"substitute: {only} here, so there is no other to stand in for it. "
                 f"Set substitute to another {template} or to a whole prompt."
             )
         return default, None
-    by_plain_name = {_plain(name): name for name in (*allowed, target)}
+    by_plain_name = {_plain(name): name for name in (*allowed, *targets)}
     name = by_plain_name.get(_plain(value))
-    if name == target:
-        raise DataError(f"substitute: {value!r} is the {template} to forget; choose another {template}.")
+    if name in targets:
+        which = f"the {template}" if len(targets) == 1 else f"one of the {template}s"
+        raise DataError(f"substitute: {value!r} is {which} to forget; choose another {template}.")
     if name is not None:
         return name, None
     if "{" not in value and "}" not in value and not re.search(r"\s", value.strip()):
@@ -140,20 +173,55 @@ def choose_substitute(
             )
         if field == template:
             raise DataError(
-                f"substitute: {{{template}}} in {value!r} stands for {target!r}, which is to be forgotten; "
+                f"substitute: {{{template}}} in {value!r} stands for {said}, which is to be forgotten; "
                 f"write another {template} there."
             )
     return None, value
 
 
+def check_whole_prompt(key: str, value: str, forgotten: Sequence[str] = ()) -> None:
+    """Raises DataError unless `value` can be used as a prompt just as it is, and is not a forgotten concept's name."""
+    if not value.isprintable() or not value.strip():
+        raise DataError(f"{key}: {value!r} is blank, or contains a line break or control character.")
+    if "{" in value or "}" in value:
+        raise DataError(
+            f"{key}: {value!r} has a placeholder, but this data set knows no styles and objects; write a whole prompt."
+        )
+    if _plain(value) in {_plain(name) for name in forgotten}:
+        raise DataError(f"{key}: {value!r} is to be forgotten; write a prompt of what is wanted instead.")
+
+
 def check_substitutes(rows: Sequence[Row]) -> None:
     """Raises DataError if a substitute prompt is itself one of the prompts to forget."""
-    forgotten = {" ".join(row.prompt.casefold().split()) for row in rows}
+    forgotten = {same_words(row.prompt) for row in rows}
     for row in rows:
         if row.substitute_prompt is None:
             raise DataError(f"{row.relative}: a row to forget needs a substitute prompt.")
-        if " ".join(row.substitute_prompt.casefold().split()) in forgotten:
+        if same_words(row.substitute_prompt) in forgotten:
             raise DataError(f"substitute: {row.substitute_prompt!r} is one of the prompts to forget.")
+
+
+def check_apart(rows: ForgetRetain) -> None:
+    """Raises DataError if an image or a prompt to forget is also one to retain."""
+    images = {row.image for row in rows.forget}
+    prompts = {same_words(row.prompt) for row in rows.forget}
+    for row in rows.retain:
+        if row.image in images:
+            raise DataError(f"{row.image}: this image is to be forgotten and to be retained.")
+        if same_words(row.prompt) in prompts:
+            raise DataError(
+                f"{row.prompt!r} is a prompt to forget and, of {row.image}, one to retain; give them different prompts."
+            )
+
+
+def same_words(prompt: str) -> str:
+    """The prompt without what text encoders do not see: capitals, and how words are spaced."""
+    return " ".join(prompt.casefold().split())
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names are the same but for capitals, blanks, dashes and underscores."""
+    return _plain(one) == _plain(other)
 
 
 def raise_problems(problems: Sequence[str], *, what: str, advice: str) -> None:
@@ -164,27 +232,6 @@ def raise_problems(problems: Sequence[str], *, what: str, advice: str) -> None:
     more = len(problems) - LISTED_PROBLEMS
     rest = f"\n  and {more} more" if more > 0 else ""
     raise DataError(f"{len(problems)} {what}:{listed}{rest}\n{advice}")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path`, syncs and renames: at `path` there is the old file or the whole new one.
-
-    Raises DataError, naming path and bytes, when the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        raise DataError(f"cannot write {path} ({len(content):,} bytes): {error.strerror or error}") from error
 
 
 def write_index_files(rows: Sequence[Row], folder: Path) -> None:

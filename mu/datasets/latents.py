@@ -18,8 +18,9 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from mu.atomic import write_atomically
 from mu.datasets.images import load_image
-from mu.datasets.index import DataError, Row, raise_problems, write_atomically
+from mu.datasets.index import DataError, Row, raise_problems
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
 

@@ -6,50 +6,58 @@ Source: Zhang et al., UnlearnCanvas, 2024 (arXiv 2402.11846).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from mu.datasets.image_files import check_folder, entries, image_problems, is_image
 from mu.datasets.index import (
     TEMPLATES,
     DataError,
     ForgetRetain,
     Row,
+    check_apart,
     check_choice,
     check_substitutes,
     choose_substitute,
+    concept_names,
     fill_substitute,
     natural_key,
+    next_kept,
     raise_problems,
     suggestion,
 )
 from mu.datasets.prompts import SEED_STYLE, canvas_prompt, style_words
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SAMPLE_IMAGES = 3
 """Images a class that `use_sample` keeps: as many as the published sample of the data set has."""
+_ADVICE = "Download it with `download_data sample quick_canvas`, or give a folder laid out as <Style>/<Class>/<n>.jpg."
 
 
 def index(
     root: Path | str,
     *,
     template: str,
-    template_name: str,
+    template_name: str | Sequence[str],
     use_sample: bool = False,
     substitute: str | None = None,
+    retain_set: str = "others",
 ) -> ForgetRetain:
-    """The rows of a folder: those of `template_name` to forget, all others to retain.
+    """The rows of a folder: those of `template_name` to forget, and others to retain.
 
     Args:
         root: the folder of the styles.
         template: what is forgotten, "style" or "object".
-        template_name: its folder's name, e.g. `Van_Gogh` or `Cats`.
+        template_name: its folder's name, e.g. `Van_Gogh` or `Cats`; or several, which are forgotten together.
         use_sample: take only the first three images (in the order 1, 2, 10) of every class in every style.
-        substitute: what stands in for the forgotten concept: another style (or object), or a whole prompt with
+        substitute: what stands in for a forgotten concept: another style (or object), or a whole prompt with
             `{object}` (or `{style}`). By default the same object as a photo; for an object the next object of the
-            folder, in the same style. When the photos are forgotten, the next style of the folder.
+            folder that is kept, in the same style. When the photos are forgotten, the next style of the folder.
+        retain_set: "others", all other styles (or objects); "seed_images", of these only the photos in
+            `Seed_Images`; "generated", none of this folder.
 
     Raises:
-        DataError: the folder is missing or has another layout, the name is not in it, images are empty or links
-            that leave the folder.
+        DataError: the folder is missing or has another layout, a name is not in it, or images cannot be used: links,
+            or files that are empty, unreadable, tiny or absurdly large.
     """
     root = Path(root)
     check_choice("template", template, TEMPLATES)
@@ -62,25 +70,27 @@ def index(
     styles = list(images)
     objects = sorted({name for classes in images.values() for name in classes}, key=natural_key)
     names = styles if template == "style" else objects
-    if template_name not in names:
-        raise DataError(
-            f"template_name: there is no {template} {template_name!r} in {root}; found: {', '.join(names)}."
-            f"{suggestion(template_name, names)}"
-        )
-    stand_in, whole_prompt = choose_substitute(
-        substitute,
-        template=template,
-        target=template_name,
-        allowed=sorted({*names, SEED_STYLE}) if template == "style" else names,
-        default=_default_substitute(template, template_name, names),
-    )
+    targets = concept_names(template_name)
+    for target in targets:
+        if target not in names:
+            raise DataError(
+                f"template_name: there is no {template} {target!r} in {root}; found: {', '.join(names)}."
+                f"{suggestion(target, names)}"
+            )
+    check_seed_images(retain_set, template=template, targets=targets, styles=styles)
+    stand_ins = choose_substitutes(substitute, template=template, targets=targets, names=names)
 
     forget: list[Row] = []
     retain: list[Row] = []
     for style, classes in images.items():
         for object, files in classes.items():
             concept = style if template == "style" else object
-            if concept != template_name:
+            if concept not in stand_ins and (
+                retain_set == "generated" or (retain_set == "seed_images" and style != SEED_STYLE)
+            ):
+                continue
+            stand_in, whole_prompt = stand_ins.get(concept, (None, None))
+            if concept not in stand_ins:
                 substitute_prompt = None
             elif whole_prompt is not None:
                 substitute_prompt = fill_substitute(whole_prompt, style=style_words(style), object=object)
@@ -98,54 +108,61 @@ def index(
                     concept=concept,
                     substitute_prompt=substitute_prompt,
                 )
-                (forget if concept == template_name else retain).append(row)
-    if not forget:
-        raise DataError(f"template_name: {root} has no image of the {template} {template_name!r}.")
+                (forget if concept in stand_ins else retain).append(row)
     check_substitutes(forget)
-    return ForgetRetain(tuple(forget), tuple(retain))
+    rows = ForgetRetain(tuple(forget), tuple(retain))
+    check_apart(rows)
+    return rows
 
 
-def _default_substitute(template: str, target: str, names: list[str]) -> str | None:
-    if template == "style" and target != SEED_STYLE:
-        return SEED_STYLE
-    return names[(names.index(target) + 1) % len(names)]
+def check_seed_images(
+    retain_set: str, *, template: str, targets: Sequence[str], styles: Sequence[str]
+) -> None:
+    """Raises DataError if the photos are to be retained and are not there, or are themselves to be forgotten."""
+    if retain_set != "seed_images":
+        return
+    if template == "style" and SEED_STYLE in targets:
+        raise DataError(f"retain_set: {SEED_STYLE} is to be forgotten; use retain_set others.")
+    if SEED_STYLE not in styles:
+        raise DataError(
+            f"retain_set: seed_images needs the photos in the folder {SEED_STYLE}, which is not there; "
+            "use retain_set others."
+        )
+
+
+def choose_substitutes(
+    substitute: str | None, *, template: str, targets: Sequence[str], names: Sequence[str]
+) -> dict[str, tuple[str | None, str | None]]:
+    """What stands in for each forgotten name: see `choose_substitute`, also for what is raised."""
+    photo = template == "style" and SEED_STYLE not in targets
+    return {
+        target: choose_substitute(
+            substitute,
+            template=template,
+            target=targets,
+            allowed=sorted({*names, SEED_STYLE}) if template == "style" else names,
+            default=SEED_STYLE if photo else next_kept(target, names, targets),
+        )
+        for target in targets
+    }
 
 
 def _scan(root: Path, *, limit: int | None) -> tuple[dict[str, dict[str, list[Path]]], list[str]]:
     """Images by style and class, all in natural order, and what is wrong with them."""
-    if not root.is_dir():
-        raise DataError(
-            f"raw_dataset_dir: there is no folder {root}. Download it with `download_data sample quick_canvas`, "
-            "or give a folder laid out as <Style>/<Class>/<n>.jpg."
-        )
+    check_folder("raw_dataset_dir", root, advice=_ADVICE)
     inside = root.resolve()
     problems: list[str] = []
-
-    def entries(folder: Path) -> list[Path]:
-        kept = []
-        for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
-            if path.name.startswith((".", "__MACOSX")):
-                continue
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                problems.append(f"{path}: a link that leaves the folder (to {path.resolve()})")
-            elif path.is_symlink():
-                # Within the folder a link could bring images of the concept to forget among those to retain.
-                problems.append(f"{path}: a link; images must be files of the folder itself")
-            else:
-                kept.append(path)
-        return kept
-
     images: dict[str, dict[str, list[Path]]] = {}
-    for style in entries(root):
+    for style in entries(root, inside, problems):
         if not style.is_dir():
             continue
         classes: dict[str, list[Path]] = {}
-        for object in entries(style):
+        for object in entries(style, inside, problems):
             if not object.is_dir():
                 continue
-            files = [path for path in entries(object) if path.suffix.lower() in SUFFIXES and path.is_file()]
+            files = [path for path in entries(object, inside, problems) if is_image(path) and path.is_file()]
             files = files[:limit]
-            problems += [f"{path}: an empty file" for path in files if path.stat().st_size == 0]
+            problems += image_problems(files)
             if files:
                 classes[object.name] = files
         if classes:

@@ -11,9 +11,11 @@ from typing import Protocol
 
 from PIL import Image
 
+from mu.atomic import write_atomically
 from mu.config import Config, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.generated import SampleSettings
+from mu.datasets.index import concept_label
 from mu.devices import resolve_devices
 from mu.evaluation.classifier import load_classifier
 from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, measure
@@ -28,7 +30,7 @@ from mu.evaluation.metrics import (
 from mu.evaluation.pictures import before_after_grid
 from mu.ldm import load_model
 from mu.ldm.checkpoint import fingerprint
-from mu.run_folder import RunFolder, write_atomically
+from mu.run_folder import RunFolder
 
 __all__ = ["EvaluationError", "EvaluationSettings", "Grid", "MeasuredModel", "measure", "run"]
 
@@ -43,11 +45,13 @@ class EvaluationSettings(Protocol):
     @property
     def model_config_path(self) -> str: ...
     @property
+    def use_ema(self) -> bool: ...
+    @property
     def devices(self) -> str: ...
     @property
     def template(self) -> str: ...
     @property
-    def template_name(self) -> str: ...
+    def template_name(self) -> str | tuple[str, ...]: ...
     @property
     def styles(self) -> tuple[str, ...] | None: ...
     @property
@@ -62,6 +66,10 @@ class EvaluationSettings(Protocol):
     def batch_size(self) -> int: ...
     @property
     def precision(self) -> str: ...
+    @property
+    def cra_prompts(self) -> str: ...
+    @property
+    def left_out(self) -> tuple[str, ...]: ...
     @property
     def classifier_path(self) -> str: ...
     @property
@@ -90,14 +98,16 @@ def run(config: EvaluationSettings) -> dict[str, object]:
     if config.base_ckpt_path is not None:
         checkpoints = {"before": resolve_path(config.base_ckpt_path), **checkpoints}
 
-    with RunFolder.create(config.output_dir, config.template_name) as run:
+    with RunFolder.create(config.output_dir, concept_label(config.template_name)) as run:
         if isinstance(config, Config):
             run.save_config(config)
         run.save_environment()
         measured: dict[str, MeasuredModel] = {}
         for name, path in checkpoints.items():
             run.logger.info("%s unlearning: %s", name, path)
-            model = load_model(resolve_path(config.model_config_path), path, device=device)
+            model = load_model(
+                resolve_path(config.model_config_path), path, device=device, use_ema=config.use_ema
+            )
             measured[name] = measure(
                 model,
                 classifier,
@@ -114,7 +124,11 @@ def run(config: EvaluationSettings) -> dict[str, object]:
             )
         scores = {
             name: unlearning_scores(
-                found.predictions, template=config.template, template_name=config.template_name
+                found.predictions,
+                template=config.template,
+                template_name=config.template_name,
+                cra_prompts=config.cra_prompts,
+                left_out=config.left_out,
             )
             for name, found in measured.items()
         }
@@ -125,6 +139,8 @@ def run(config: EvaluationSettings) -> dict[str, object]:
         _draw(picture, config, grid, measured)
         return {
             **_summary(scores),
+            "cra_prompts": config.cra_prompts,
+            "left_out": ", ".join(config.left_out) or "none",
             "scored by": Path(config.classifier_path).name,
             "images of each model": len(grid.styles) * len(grid.objects) * len(grid.seeds),
             "checkpoint": str(checkpoints["after"]),
@@ -205,7 +221,7 @@ def _write_metrics(
         "metrics.json",
         {
             "template": config.template,
-            "template_name": config.template_name,
+            "template_name": scores["after"].template_name,
             "classifier": Path(config.classifier_path).name,
             "classifier_fingerprint": classifier_fingerprint,
             "styles": list(grid.styles),
@@ -221,7 +237,7 @@ def _write_metrics(
     for name, score in scores.items():
         shares: list[Share] = [getattr(score, column) for column in columns]
         numbers = [cell for share in shares for cell in (share.value, share.n)]
-        rows.append([name, config.template, config.template_name, *numbers])
+        rows.append([name, config.template, score.template_name, *numbers])
     write_atomically(run.path / "metrics.csv", table_csv(header, rows))
 
 
@@ -240,6 +256,7 @@ def _draw(path: Path, config: EvaluationSettings, grid: Grid, measured: Mapping[
         objects=grid.objects,
         template=config.template,
         template_name=config.template_name,
-        title=f"{config.template.capitalize()} {config.template_name} forgotten (framed): same prompts, seed {seed}",
+        title=f"{config.template.capitalize()} {concept_label(config.template_name)} forgotten (framed): "
+        f"same prompts, seed {seed}",
         path=path,
     )

@@ -15,6 +15,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 
 import numpy
 
+from mu.datasets.index import concept_label, concept_names
 from mu.errors import MuError
 
 KINDS = ("style", "object")
@@ -41,9 +42,13 @@ class Prediction:
         """The style or the object that the prompt named."""
         return self.style if kind == "style" else self.object
 
+    def seen(self, kind: str) -> str:
+        """The style or the object that the classifier sees."""
+        return self.predicted_style if kind == "style" else self.predicted_object
+
     def is_right(self, kind: str) -> bool:
         """Whether the classifier sees the style (or object) that the prompt named."""
-        return self.asked(kind) == (self.predicted_style if kind == "style" else self.predicted_object)
+        return self.asked(kind) == self.seen(kind)
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,14 @@ def unlearning_scores(
     predictions: Sequence[Prediction],
     *,
     template: str,
-    template_name: str,
+    template_name: str | Sequence[str],
     cra_prompts: str = "retained",
     left_out: Collection[str] = (),
 ) -> UnlearningScores:
     """Counts UA, IRA, CRA and the rest.
 
-    Each is a part of all images that it speaks of; on a full grid that is also the mean over the concepts.
+    Each is a part of all images that it speaks of; on a full grid that is also the mean over the concepts. Of several
+    concepts that were forgotten together, UA counts the images that are seen as none of them.
 
     Args:
         template: kind of the forgotten concept, "style" or "object"; `template_name` names it.
@@ -119,24 +125,28 @@ def unlearning_scores(
         raise MetricsError(f"template: {template!r} is not one of: {', '.join(KINDS)}")
     if cra_prompts not in CRA_PROMPTS:
         raise MetricsError(f"cra_prompts: {cra_prompts!r} is not one of: {', '.join(CRA_PROMPTS)}")
-    if template_name in left_out:
-        raise MetricsError(f"left_out: {template_name!r} is the {template} to forget; it cannot be left out")
+    targets = concept_names(template_name)
+    for name in targets:
+        if name in left_out:
+            raise MetricsError(f"left_out: {name!r} is the {template} to forget; it cannot be left out")
     _check_distinct(predictions)
     other = "object" if template == "style" else "style"
     counted = [row for row in predictions if row.style not in left_out and row.object not in left_out]
-    target = [row for row in counted if row.asked(template) == template_name]
-    retained = [row for row in counted if row.asked(template) != template_name]
-    if not target:
-        names = ", ".join(sorted({row.asked(template) for row in counted})) or "nothing"
-        raise MetricsError(
-            f"template_name: no image was asked for in {template} {template_name!r}, but in: {names}"
-        )
+    target = [row for row in counted if row.asked(template) in targets]
+    retained = [row for row in counted if row.asked(template) not in targets]
+    asked = {row.asked(template) for row in counted}
+    for name in targets:
+        if name not in asked:
+            names = ", ".join(sorted(asked)) or "nothing"
+            raise MetricsError(
+                f"template_name: no image was asked for in {template} {name!r}, but in: {names}"
+            )
     return UnlearningScores(
         template=template,
-        template_name=template_name,
+        template_name=concept_label(targets),
         cra_prompts=cra_prompts,
         left_out=tuple(sorted(left_out)),
-        UA=_share(target, lambda row: not row.is_right(template)),
+        UA=_share(target, lambda row: row.seen(template) not in targets),
         IRA=_share(retained, lambda row: row.is_right(template)),
         CRA=_share(retained if cra_prompts == "retained" else counted, lambda row: row.is_right(other)),
         own=_share(target, lambda row: row.is_right(other)),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mu.datasets.index import check_choice, write_atomically
+from mu.atomic import write_atomically
+from mu.datasets.index import check_choice, concept_names
 from mu.pictures import beside, image_grid
 
 __all__ = ["before_after_grid", "image_grid"]
@@ -22,7 +23,7 @@ def before_after_grid(
     styles: Sequence[str],
     objects: Sequence[str],
     template: str,
-    template_name: str,
+    template_name: str | Sequence[str],
     title: str,
     path: Path,
     cell_px: int = 64,
@@ -31,7 +32,8 @@ def before_after_grid(
 
     Args:
         panels: a panel's heading ("before", "after") -> {(style, object): image}, the same prompts and seeds.
-        template: "style" or "object"; the row (column) `template_name` is framed and labelled as forgotten.
+        template: "style" or "object"; the row (column) `template_name` is framed and labelled as forgotten. Of
+            several, the rows (columns) are put first, so that one frame holds them all.
         title: a line above the panels.
         cell_px: side of an image in the picture.
 
@@ -39,17 +41,26 @@ def before_after_grid(
         `path`, where the file was written whole.
 
     Raises:
-        DataError: there is no such row or column, or the file cannot be written.
+        DataError: there is no such row or column.
+        WriteError: the file cannot be written.
     """
-    check_choice("template_name", template_name, styles if template == "style" else objects)
+    targets = concept_names(template_name)
+    names = styles if template == "style" else objects
+    for name in targets:
+        check_choice("template_name", name, names)
+    first, marked = names.index(targets[0]), len(targets)
+    if marked > 1:  # together, so that one frame holds them all
+        first, names = 0, sorted(names, key=lambda name: name not in targets)
+        styles, objects = (names, objects) if template == "style" else (styles, names)
+    frame = range(first, first + marked)
     pictures = [
         image_grid(
             [[panel[style, object] for object in objects] for style in styles],
             [style.replace("_", " ") for style in styles],
             [object.replace("_", " ") for object in objects],
             title=heading,
-            mark_row=styles.index(template_name) if template == "style" else None,
-            mark_column=objects.index(template_name) if template == "object" else None,
+            mark_row=frame if template == "style" else None,
+            mark_column=frame if template == "object" else None,
             cell_px=cell_px,
         )
         for heading, panel in panels.items()

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mu.ldm.layers import NORM_GROUPS, Upsample
-from mu.ldm.model_config import AutoencoderParams
+from mu.ldm.params import AutoencoderParams
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mu.ldm.schedule import schedule_buffers
 from mu.ldm.tensor_file import CheckpointError, fingerprint, read_state_dict, write_state_dict
 
 if TYPE_CHECKING:
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "check_state_dict",
     "fingerprint",
     "load_state_dict",
     "read_state_dict",
     "save_checkpoint",
+    "tensors_of",
     "write_state_dict",
 ]
 
@@ -67,39 +70,82 @@ def load_state_dict(model: LatentDiffusion, state_dict: Mapping[str, Tensor], *,
         CheckpointError: keys are missing, unexpected or of another shape (the first few are listed), a tensor holds NaN
             or Inf, or the schedule differs. The model is unchanged.
     """
+    given = check_state_dict(model, state_dict, source=source)
     own = model.state_dict()
-    given = {_compvis_name(key, state_dict): tensor for key, tensor in state_dict.items()}
-    given = {key: tensor for key, tensor in given.items() if key in own or not _may_be_ignored(key)}
+    with torch.no_grad():
+        for key, tensor in given.items():
+            if key in own and (key not in SCHEDULE_KEYS or tensor.dtype.itemsize >= own[key].dtype.itemsize):
+                own[key].copy_(tensor)
+    model.file_dtypes = {key: tensor.dtype for key, tensor in given.items() if key in own}
+    model.carried = {key: tensor for key, tensor in given.items() if key not in own}
+
+
+def check_state_dict(
+    model: LatentDiffusion, state_dict: Mapping[str, Tensor], *, source: str | Path
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that are the model's, under its names, as `load_state_dict` would take them.
+
+    Args:
+        model: may be on the meta device; it is not changed.
+        source: names the file in errors.
+
+    Returns:
+        The model's own tensors that the file has, and those that it carries (`LatentDiffusion.is_carried`).
+
+    Raises:
+        CheckpointError: see `load_state_dict`.
+    """
+    own = model.state_dict()
+    renamed = {_compvis_name(key, state_dict): tensor for key, tensor in state_dict.items()}
+    carried = {key: tensor for key, tensor in renamed.items() if model.is_carried(key)}
+    given = {
+        key: tensor
+        for key, tensor in renamed.items()
+        if key not in carried and (key in own or not _may_be_ignored(key))
+    }
     _check_keys(own, given, source)
-    for key, tensor in given.items():
+    for key, tensor in [*given.items(), *carried.items()]:
         if not _is_finite(tensor):
             raise CheckpointError(
                 f"{source}: {key} holds NaN or Inf: its training diverged, or it is damaged"
             )
-    _check_schedule(own, given, source)
-
-    with torch.no_grad():
-        for key, tensor in given.items():
-            if key not in SCHEDULE_KEYS or tensor.dtype.itemsize >= own[key].dtype.itemsize:
-                own[key].copy_(tensor)
-    model.file_dtypes = {key: tensor.dtype for key, tensor in given.items()}
+    _check_schedule(model, given, source)
+    return given | carried
 
 
 def save_checkpoint(
-    model: LatentDiffusion, path: str | Path, *, metadata: Mapping[str, str] | None = None
+    model: LatentDiffusion,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model as a CompVis checkpoint, each tensor in the dtype it had in the file it was loaded from.
 
     A weight that was not changed is written bit for bit as it was read, unless the model was loaded into a narrower
     dtype than the file's, which rounded it. A model that was not loaded from a file is written in its own dtypes.
-    EMA copies are not written: they would still hold the old weights.
+    What it carries for other programs (`LatentDiffusion.carried`) is written as it was. EMA copies are not, unless
+    they are given: those in the file that was loaded would still hold the old weights.
 
     Args:
         path: `.safetensors`, `.ckpt`, `.pth` or `.pt`.
+        ema: EMA copies of the weights as they are now, see `mu.ldm.ema.updated_ema`.
         metadata: see `write_state_dict`.
 
     Raises:
         CheckpointError: a tensor holds NaN or Inf, or has it in the file's dtype; or see `write_state_dict`.
+    """
+    write_state_dict({**tensors_of(model, path), **(ema or {})}, path, metadata)
+
+
+def tensors_of(model: LatentDiffusion, path: str | Path) -> dict[str, Tensor]:
+    """A model's tensors in the dtypes of the file that it was loaded from, with those that it carries.
+
+    Args:
+        path: where they are to be written, for errors.
+
+    Raises:
+        CheckpointError: see `save_checkpoint`.
     """
     tensors: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
@@ -109,7 +155,7 @@ def save_checkpoint(
                 "the training diverged" if not _is_finite(tensor) else f"too large for {tensors[key].dtype}"
             )
             raise CheckpointError(f"{path} is not written: {key} holds NaN or Inf ({cause})")
-    write_state_dict(tensors, path, metadata)
+    return tensors | model.carried
 
 
 def _compvis_name(key: str, state_dict: Mapping[str, Tensor]) -> str:
@@ -152,7 +198,7 @@ def _check_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: 
 
 def _hint(missing: list[str], unexpected: list[str]) -> str:
     if any(key.startswith(("down_blocks.", "encoder.down_blocks.", "text_model.")) for key in unexpected):
-        return "The names are those of a diffusers folder; a CompVis checkpoint is needed"
+        return "The names are those of a part of a diffusers model; give the whole folder, or a CompVis checkpoint"
     if any(key.startswith("cond_stage_model.model.") for key in unexpected):
         return "The text encoder is OpenCLIP's: an SD v2 checkpoint, which needs a model YAML of SD v2"
     for key in unexpected[:_SHOWN]:
@@ -169,11 +215,13 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())
 
 
-def _check_schedule(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str | Path) -> None:
+def _check_schedule(model: LatentDiffusion, given: Mapping[str, Tensor], source: str | Path) -> None:
     key = "alphas_cumprod"
     if key not in given:
         return
-    theirs, ours = given[key].double().cpu(), own[key].double().cpu()
+    params = model.params
+    computed = schedule_buffers(params.linear_start, params.linear_end, params.timesteps)
+    theirs, ours = given[key].double().cpu(), computed[key].double()
     # 1 % is beyond the rounding of bf16 and far below the difference between two schedules
     if not torch.allclose(theirs, ours, rtol=1e-2, atol=1e-4):
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor, nn
 
 from mu.errors import MuError
 from mu.ldm.autoencoder import AutoencoderKL
-from mu.ldm.checkpoint import load_state_dict, read_state_dict
-from mu.ldm.model_config import LatentDiffusionParams, load_model_config
+from mu.ldm.checkpoint import load_state_dict
+from mu.ldm.formats import read_checkpoint
+from mu.ldm.model_config import load_model_config
+from mu.ldm.params import LatentDiffusionParams, OpenClipParams
 from mu.ldm.schedule import schedule_buffers
 from mu.ldm.unet import UNet
+
+_log = logging.getLogger(__name__)
 
 
 class NoTextEncoderError(MuError, RuntimeError):
@@ -40,6 +45,10 @@ class LatentDiffusion(nn.Module):
         self.params = params
         self.file_dtypes: dict[str, torch.dtype] = {}
         """key -> dtype in the file that was loaded: `save_checkpoint` writes each tensor back in it."""
+        self.file_has_ema = False
+        """Whether the file that was loaded has an EMA copy of the UNet."""
+        self.carried: dict[str, Tensor] = {}
+        """Tensors of the file that belong to the model but are not run: written back as they were, on the CPU."""
         device = torch.device(device)
         for name, values in schedule_buffers(
             params.linear_start, params.linear_end, params.timesteps
@@ -52,7 +61,14 @@ class LatentDiffusion(nn.Module):
             self.model.to_empty(device=device)
             self.first_stage_model.to_empty(device=device)
         self.cond_stage_model: nn.Module | None = None
-        if params.cond_stage is not None:
+        if isinstance(params.cond_stage, OpenClipParams):
+            from mu.ldm.open_clip_encoder import OpenClipTextEncoder
+
+            with torch.device(device if initialise else "meta"):
+                self.cond_stage_model = OpenClipTextEncoder(params.cond_stage)
+            if not initialise:
+                self.cond_stage_model.to_empty(device=device)
+        elif params.cond_stage is not None:
             from mu.ldm.text_encoder import TextEncoder
 
             with torch.device(device):
@@ -87,6 +103,14 @@ class LatentDiffusion(nn.Module):
     def image_size(self) -> int:
         """Side of the images, in pixels, that the model was trained on."""
         return (self.params.image_size or self.params.unet.image_size) * self.params.first_stage.factor
+
+    def is_carried(self, key: str) -> bool:
+        """Whether a checkpoint's key belongs to this model though the model does not run it, see `carried`."""
+        if not isinstance(self.params.cond_stage, OpenClipParams):
+            return False
+        from mu.ldm.open_clip_encoder import is_carried
+
+        return is_carried(key, self.params.cond_stage)
 
     def latent_shape(self, image_size: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of square images of `image_size` pixels."""
@@ -171,25 +195,30 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    use_ema: bool = False,
 ) -> LatentDiffusion:
     """Build a model from its CompVis YAML and load its weights.
 
     Args:
-        ckpt_path: `.ckpt`, `.pth` or `.safetensors`; without one the weights are random.
+        ckpt_path: a CompVis checkpoint (`.ckpt`, `.pth`, `.safetensors`), a diffusers folder, or one file in diffusers'
+            names; the kind is recognised and logged. Without one the weights are random.
         device: "meta" builds the structure alone (no checkpoint).
         dtype: of the weights in memory; `save_checkpoint` writes the file's own dtype again.
+        use_ema: take the EMA copy of the UNet in the file and not its raw weights.
 
     Returns:
         The model in eval mode.
 
     Raises:
-        CheckpointError: the file is missing, damaged, unsafe, or not this model's.
+        CheckpointError: the file is missing, damaged, unsafe, or not this model's; or it has no EMA weights.
         ModelConfigError: the YAML is missing or not one that is built here.
     """
     params = load_model_config(model_config_path)
     if ckpt_path is None:
         return LatentDiffusion(params, device=device).cast_weights(dtype).eval()
-    state_dict, _ = read_state_dict(ckpt_path)
+    checkpoint = read_checkpoint(ckpt_path, params, use_ema=use_ema)
+    _log.info("%s is a %s", ckpt_path, checkpoint.description)
     model = LatentDiffusion(params, initialise=False).cast_weights(dtype)
-    load_state_dict(model, state_dict, source=ckpt_path)
+    load_state_dict(model, checkpoint.tensors, source=ckpt_path)
+    model.file_has_ema = checkpoint.description.ema
     return model.to(device).eval()

@@ -7,11 +7,29 @@ that is not built here is refused by name instead of being ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mu.errors import MuError
+from mu.ldm.params import (
+    AutoencoderParams,
+    LatentDiffusionParams,
+    OpenClipParams,
+    TextEncoderParams,
+    UNetParams,
+)
+
+__all__ = [
+    "AutoencoderParams",
+    "LatentDiffusionParams",
+    "ModelConfigError",
+    "OpenClipParams",
+    "TextEncoderParams",
+    "UNetParams",
+    "load_model_config",
+    "parse_model_config",
+]
 
 UNCONDITIONAL = "__is_unconditional__"
 
@@ -20,90 +38,12 @@ _TARGETS = {
     "model": {"LatentDiffusion"},
     "unet_config": {"UNetModel"},
     "first_stage_config": {"AutoencoderKL"},
-    "cond_stage_config": {"FrozenCLIPEmbedder"},
+    "cond_stage_config": {"FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"},
 }
 
 
 class ModelConfigError(MuError, ValueError):
     """A model YAML is missing, malformed, or asks for something that is not built here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UNetParams:
-    """Shape of the UNet. Names are those of `unet_config.params`."""
-
-    in_channels: int
-    out_channels: int
-    model_channels: int
-    attention_resolutions: tuple[int, ...]
-    """Downsampling factors (1, 2, 4, ...) at which there are spatial transformers."""
-    num_res_blocks: int
-    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
-    num_heads: int = -1
-    num_head_channels: int = -1
-    """Exactly one of num_heads and num_head_channels is set; the other is -1."""
-    transformer_depth: int = 1
-    context_dim: int | None = None
-    use_linear_in_transformer: bool = False
-    dropout: float = 0.0
-    image_size: int = 32
-    """Side of the latents, in latent pixels; `LatentDiffusionParams.image_size` goes before it."""
-
-    def heads_of(self, channels: int) -> tuple[int, int]:
-        """(heads, channels a head) of a transformer on `channels` channels."""
-        if self.num_head_channels != -1:
-            return channels // self.num_head_channels, self.num_head_channels
-        return self.num_heads, channels // self.num_heads
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderParams:
-    """Shape of the autoencoder. Names are those of `first_stage_config.params` and its `ddconfig`."""
-
-    embed_dim: int
-    z_channels: int
-    resolution: int
-    in_channels: int
-    out_ch: int
-    ch: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: int
-    attn_resolutions: tuple[int, ...] = ()
-    dropout: float = 0.0
-
-    @property
-    def factor(self) -> int:
-        """Image pixels to a latent pixel, along a side."""
-        return int(2 ** (len(self.ch_mult) - 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextEncoderParams:
-    """Shape of the CLIP text encoder; the defaults are ViT-L/14, the encoder of SD v1."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    hidden_act: str = "quick_gelu"
-    max_length: int = 77
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentDiffusionParams:
-    """A whole latent diffusion model."""
-
-    unet: UNetParams
-    first_stage: AutoencoderParams
-    cond_stage: TextEncoderParams | None
-    linear_start: float = 1e-4
-    linear_end: float = 2e-2
-    timesteps: int = 1000
-    scale_factor: float = 1.0
-    image_size: int | None = None
-    """Side of the latents, in latent pixels, that the model was trained on. SD v1's YAML leaves the UNet's at 32."""
-    parameterization: str = "eps"
-    """What the UNet predicts: "eps" (noise) or "v" (velocity, Salimans & Ho 2022)."""
 
 
 # Options that may stand in a YAML without changing the network or its use here.
@@ -135,6 +75,7 @@ _HARMLESS = {
     "first_stage_config": {"monitor", "lossconfig", "ckpt_path", "ignore_keys", "image_key"},
     "ddconfig": {"attn_type"},
     "cond_stage_config": {"version", "device", "layer", "freeze", "layer_idx"},
+    "FrozenOpenCLIPEmbedder": {"version", "device", "freeze"},
 }
 # Options that are accepted at this value alone.
 _FIXED: dict[str, dict[str, Any]] = {
@@ -152,6 +93,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "first_stage_config": {"colorize_nlabels": None},
     "ddconfig": {"double_z": True, "resamp_with_conv": True, "use_linear_attn": False},
     "cond_stage_config": {},
+    "FrozenOpenCLIPEmbedder": {"arch": "ViT-H-14"},
 }
 
 P = TypeVar("P")
@@ -193,16 +135,12 @@ def parse_model_config(model: Mapping[str, Any], *, source: str = "model config"
     ddconfig = _without_harmless(dict(ddconfig), "ddconfig", source)
 
     unet_params = _unet_params(unet, source)
-    text = None
-    if cond_stage != UNCONDITIONAL:
-        text = _build(
-            TextEncoderParams, _section(cond_stage, "cond_stage_config", source), "cond_stage_config", source
+    text = None if cond_stage == UNCONDITIONAL else _text_params(cond_stage, source)
+    if text is not None and unet_params.context_dim not in (None, text.hidden_size):
+        raise ModelConfigError(
+            f"{source}: the text encoder is {text.hidden_size} wide, unet_config.params.context_dim is "
+            f"{unet_params.context_dim}; they must be equal"
         )
-        if unet_params.context_dim is not None and text.hidden_size != unet_params.context_dim:
-            raise ModelConfigError(
-                f"{source}: the text encoder is {text.hidden_size} wide, unet_config.params.context_dim is "
-                f"{unet_params.context_dim}; they must be equal"
-            )
     result = _build(
         LatentDiffusionParams,
         {
@@ -250,8 +188,24 @@ def _unet_params(options: dict[str, Any], source: str) -> UNetParams:
     return params
 
 
-def _section(node: Any, name: str, source: str) -> dict[str, Any]:
-    """`params` of a `target` / `params` node, after checking its target; harmless options removed."""
+def _text_params(node: Any, source: str) -> TextEncoderParams | OpenClipParams:
+    name = "cond_stage_config"
+    if isinstance(node, Mapping) and str(node.get("target")).endswith("FrozenOpenCLIPEmbedder"):
+        options = _section(node, name, source, options="FrozenOpenCLIPEmbedder")
+        params = _build(OpenClipParams, options, name, source)
+        if params.layer not in ("last", "penultimate"):
+            raise ModelConfigError(
+                f"{source}: {name}.layer is {params.layer!r}; allowed: last, penultimate (SD v2)"
+            )
+        return params
+    return _build(TextEncoderParams, _section(node, name, source), name, source)
+
+
+def _section(node: Any, name: str, source: str, *, options: str | None = None) -> dict[str, Any]:
+    """`params` of a `target` / `params` node, after checking its target; harmless options removed.
+
+    `options` names the table of harmless and fixed options, where it is not the section's own.
+    """
     if not isinstance(node, Mapping) or "target" not in node:
         raise ModelConfigError(f"{source}: {name} is missing, or has no `target`")
     target = str(node["target"])
@@ -261,7 +215,7 @@ def _section(node: Any, name: str, source: str) -> dict[str, Any]:
     params = node.get("params") or {}
     if not isinstance(params, Mapping):
         raise ModelConfigError(f"{source}: {name}.params must be a mapping")
-    return _without_harmless(dict(params), name, source)
+    return _without_harmless(dict(params), options or name, source)
 
 
 def _without_harmless(options: dict[str, Any], name: str, source: str) -> dict[str, Any]:

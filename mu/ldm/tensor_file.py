@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
-import secrets
-import shutil
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mu.atomic import WriteError, written_beside
 from mu.errors import MuError
 from mu.ldm.safe_pickle import UnsafePickleError, load_pickle
 
@@ -96,7 +93,7 @@ def write_state_dict(
 ) -> None:
     """Write tensors so that `path` is always whole: the old file or the new one, also after a kill or on a full disk.
 
-    The bytes go to a temporary file beside `path` (`.<name>.<random>.tmp`), are synced, and are renamed over it.
+    See `mu.atomic.written_beside`. The same tensors and metadata give the same safetensors file, to the byte.
 
     Args:
         state_dict: name -> dense tensor, on any device; written in its own dtype.
@@ -116,62 +113,68 @@ def write_state_dict(
         raise CheckpointError(f"{path}: metadata must not have a key `state_dict`")
     tensors = _own_storages(state_dict, path)
     described = {"format": "pt", **(metadata or {}), FINGERPRINT_KEY: fingerprint(tensors)}
-    with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, metadata=described)
+    try:
+        with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+            if path.suffix == ".safetensors":
+                _write(tensors, temporary, described)
+            else:
+                _write({"state_dict": tensors, **described}, temporary, None)
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _write(content: dict[str, Any], path: Path, metadata: Mapping[str, str] | None) -> None:
+    """With metadata as safetensors, without as a torch file.
+
+    Raises OSError, also for what torch reports as RuntimeError and safetensors as its own error.
+    """
+    try:
+        if metadata is None:
+            torch.save(content, path)
         else:
-            torch.save({"state_dict": tensors, **described}, temporary)
+            save_file(content, path, metadata=dict(metadata))
+            _sort_metadata(path)
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error)) from error
 
 
-@contextmanager
-def written_beside(path: Path, needed_bytes: int) -> Iterator[Path]:
-    """Yield a temporary path to write to; afterwards sync it and rename it over `path`, or remove it on any failure.
+def write_bare_state_dict(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write tensors and nothing else, as programs expect that load a file straight into a network.
+
+    A `.pt`, `.pth` or `.bin` file holds the dictionary itself, a `.safetensors` file no metadata but its format.
 
     Raises:
-        CheckpointError: writing failed; names the path, the bytes needed and those that are free.
+        CheckpointError: as `write_state_dict`.
     """
-    target = Path(os.path.realpath(path))  # through a symbolic link, not over it
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _set_mode(temporary, target)
-        _sync(temporary, os.O_RDWR)
-        os.replace(temporary, target)
-        _sync(target.parent, os.O_RDONLY)
-    # torch reports a failed write as RuntimeError, safetensors as its own error
-    except (OSError, RuntimeError, SafetensorError) as error:
+    path = Path(path)
+    suffixes = (".pt", ".pth", ".bin", ".safetensors")
+    if path.suffix not in suffixes:
         raise CheckpointError(
-            f"{path} could not be written ({error}): {needed_bytes:,} bytes are needed, {_free_bytes(target)} are "
-            "free there; free some space or choose another folder. A file that was there before is unchanged"
-        ) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-
-
-def _set_mode(temporary: Path, target: Path) -> None:
-    """Permissions of the file that is replaced, else what the umask leaves (safetensors writes 0600)."""
-    if target.exists():
-        mode = target.stat().st_mode & 0o7777
-    else:
-        mask = os.umask(0)
-        os.umask(mask)
-        mode = 0o666 & ~mask
-    temporary.chmod(mode)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+            f"{path}: the suffix {path.suffix!r} is not known; known: {', '.join(suffixes)}"
+        )
+    tensors = _own_storages(state_dict, path)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+            _write(tensors, temporary, {"format": "pt"} if path.suffix == ".safetensors" else None)
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
 
 
-def _free_bytes(target: Path) -> str:
-    folder = next((parent for parent in target.parents if parent.is_dir()), target.parent)
-    return f"{shutil.disk_usage(folder).free:,}"
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file into the order of its names: safetensors leaves it to chance.
+
+    Then files of equal content are equal to the byte. The header is as long as before.
+    """
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = file.read(length)
+        entries = json.loads(header)
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        ordered = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > length:
+            raise OSError("the header of the safetensors file changed its length")
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def _own_storages(state_dict: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

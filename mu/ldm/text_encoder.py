@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mu.errors import MuError
-from mu.ldm.model_config import TextEncoderParams
+from mu.ldm.params import TextEncoderParams
 
 VOCAB_SIZE = 49408
 START_TOKEN, END_TOKEN = 49406, 49407
@@ -57,8 +57,8 @@ class TextEncoder(nn.Module):
         return network(input_ids=tokens.to(device)).last_hidden_state  # (B, 77, D)
 
 
-def tokenize(prompts: list[str], max_length: int = 77) -> Tensor:
-    """CLIP tokens, cut and padded with the end token to `max_length`.
+def tokenize(prompts: list[str], max_length: int = 77, *, pad_token: int = END_TOKEN) -> Tensor:
+    """CLIP tokens, cut to `max_length` with an end token, and filled up to it with `pad_token`.
 
     Returns:
         (B, max_length) int64.
@@ -71,9 +71,13 @@ def tokenize(prompts: list[str], max_length: int = 77) -> Tensor:
         truncation=True,
         max_length=max_length,
         padding="max_length",
-        return_attention_mask=False,
+        return_attention_mask=True,
     )
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)  # (B, max_length)
+    own = torch.tensor(
+        encoded["attention_mask"], dtype=torch.bool
+    )  # (B, max_length), with the first end token
+    return torch.where(own, tokens, pad_token)
 
 
 @lru_cache(maxsize=1)
@@ -83,10 +87,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     Raises:
         TokenizerError: open_clip is not installed, or what was built does not give CLIP's tokens.
     """
-    merges = _read_merges()
-    symbols = _byte_symbols()
-    words = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
-    vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    vocab, merges = clip_vocabulary()
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)  # type: ignore[arg-type]  # pairs, not a path
     prompt, expected = _SELF_CHECK
     given = tokenizer(prompt)["input_ids"]
@@ -96,6 +97,18 @@ def clip_tokenizer() -> CLIPTokenizer:
             f"(expected {expected}); install a supported release of transformers (see constraints.txt)"
         )
     return tokenizer
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's vocabulary, word -> token, and its merges in their order.
+
+    Raises:
+        TokenizerError: open_clip is not installed.
+    """
+    merges = _read_merges()
+    symbols = _byte_symbols()
+    words = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
+    return {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges
 
 
 def _read_merges() -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mu.ldm.attention import SpatialTransformer
 from mu.ldm.layers import NORM_GROUPS, Downsample, ResBlock, Upsample, timestep_embedding, zero_init
-from mu.ldm.model_config import UNetParams
+from mu.ldm.params import UNetParams
 
 
 class Stage(nn.Sequential):

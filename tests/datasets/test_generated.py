@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mu.datasets import generated
+from mu.datasets import generated, generated_prompts
 from mu.datasets.generated import TRAINING_SEED_BASE, GeneratedImages, SampleSettings, plan_rows
 from mu.datasets.images import load_image, to_uint8
 from mu.datasets.index import DataError, ForgetRetain
@@ -58,6 +59,19 @@ def test_an_object_is_forgotten_in_all_styles() -> None:
 
 def test_the_last_style_is_replaced_by_the_first() -> None:
     assert plan(template_name="Fluent_Flat").forget[0].substitute_prompt == "A Cats image in Noto style."
+
+
+def test_several_styles_are_forgotten_together() -> None:
+    rows = plan(template_name=("Noto", "Blob"))
+    assert Counter(row.style for row in rows.forget) == {"Noto": 4, "Blob": 4}
+    assert {row.substitute_prompt for row in rows.forget} == {
+        "A Cats image in Fluent Flat style.",
+        "A Dogs image in Fluent Flat style.",
+    }
+    assert {row.style for row in rows.retain} == {"Fluent_Flat"}
+    assert plan(template_name=("Noto",)) == plan(template_name="Noto")
+    with pytest.raises(DataError, match="'Noto', 'Blob', 'Fluent_Flat' are all styles here"):
+        plan(template_name=STYLES)
 
 
 def test_a_chosen_substitute_is_used() -> None:
@@ -110,6 +124,51 @@ def test_an_image_is_sampled_from_its_own_noise_and_prompt(model: LatentDiffusio
     found = to_uint8(load_image(row.image, 16)).int()
     assert found.float().std() > 5  # a picture, not a plain colour
     assert int((found - expected).abs().max()) <= 1  # another batch size: the same up to rounding
+
+
+def test_images_of_free_prompts_are_sampled_once_and_lie_apart(
+    model: LatentDiffusion, tmp_path: Path
+) -> None:
+    images = GeneratedImages(
+        model, tmp_path, SETTINGS, subfolder=generated_prompts.SUBFOLDER, prompt=generated_prompts.PROMPT
+    )
+    assert images.path.parent == tmp_path / "generated_prompts"
+    rows = generated_prompts.plan_rows(
+        images.path,
+        forget_prompts=["a wolf"],
+        retain_prompts=["a dog"],
+        concept="wolves",
+        substitute="a dog",
+        images_per_prompt=2,
+        retain_images_per_prompt=1,
+    )
+    assert images.sample_missing((*rows.forget, *rows.retain), batch_size=2) == 3
+    latents = sample_ddim(
+        model,
+        model.embed(["a wolf"]),
+        shape=(4, 8, 8),
+        steps=4,
+        guidance_scale=3.0,
+        uncond_context=model.embed([""]),
+        initial_noise=initial_noise("", "a wolf", TRAINING_SEED_BASE + 1, (4, 8, 8))[None],
+    )
+    with torch.no_grad():
+        expected = to_uint8(model.decode(latents)[0]).int()
+    found = to_uint8(load_image(rows.forget[1].image, 16)).int()
+    assert int((found - expected).abs().max()) <= 1
+    assert images.sample_missing((*rows.forget, *rows.retain), batch_size=2) == 0
+
+
+def test_the_folder_of_a_grid_is_named_as_ever(model: LatentDiffusion, tmp_path: Path) -> None:
+    """Images that were sampled by earlier versions are found again."""
+    images = GeneratedImages(model, tmp_path, SETTINGS)
+    assert images.manifest["prompt"] == "A {object} image in {style} style."
+    described = hashlib.sha256(json.dumps(images.manifest, sort_keys=True).encode()).hexdigest()
+    assert images.path.name.endswith(described[:8])
+    assert set(images.manifest) == {
+        "format", "model", "parameterization", "scale_factor", "sampler", "steps", "guidance_scale",
+        "image_size_px", "precision", "prompt",
+    }  # fmt: skip
 
 
 def test_images_do_not_depend_on_batches_or_on_what_else_is_sampled(

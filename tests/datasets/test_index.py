@@ -9,14 +9,17 @@ import pytest
 
 from mu.datasets.index import (
     DataError,
+    ForgetRetain,
     Row,
+    check_apart,
     check_folder_names,
     check_substitutes,
     choose_substitute,
+    concept_label,
     fill_substitute,
     natural_key,
+    next_kept,
     suggestion,
-    write_atomically,
     write_index_files,
 )
 from mu.errors import MuError
@@ -97,6 +100,36 @@ def test_the_only_concept_has_no_default_substitute() -> None:
         choose(None, default="Noto")
 
 
+def test_of_several_concepts_none_stands_in_for_another() -> None:
+    wanted = {"template": "style", "target": ("Noto", "Fluent"), "allowed": STYLES}
+    assert next_kept("Noto", STYLES, ("Noto", "Fluent")) == "Fluent_Flat"
+    assert next_kept("Fluent_Flat", STYLES, ("Fluent_Flat", "Noto")) == "Fluent"
+    assert next_kept("Noto", STYLES, STYLES) is None
+    assert choose_substitute("Fluent Flat", **wanted, default=None) == ("Fluent_Flat", None)
+    with pytest.raises(DataError, match="'fluent' is one of the styles to forget"):
+        choose_substitute("fluent", **wanted, default=None)
+    with pytest.raises(DataError, match="'Noto', 'Fluent' are all styles here"):
+        choose_substitute(None, **wanted, default="Noto")
+
+
+def test_a_label_names_one_concept_or_several() -> None:
+    assert concept_label("Noto") == concept_label(("Noto",)) == "Noto"
+    assert concept_label(("Noto", "Blob")) == "Noto+Blob"
+    long = [f"{'x' * 30}{number}" for number in range(9)]
+    assert concept_label(long).startswith(f"{long[0]}+8_more-")
+    assert len(concept_label(long)) < 60
+    assert concept_label(long) != concept_label(long[::-1]) != concept_label(long[:-1])
+
+
+def test_an_image_or_a_prompt_is_forgotten_or_retained_but_not_both() -> None:
+    kept = replace(ROW, image=Path("/a/Blob/Cats/1.png"), prompt="A Cats image in Blob style.")
+    check_apart(ForgetRetain((ROW,), (kept,)))
+    with pytest.raises(DataError, match=r"/a/Noto/Cats/1\.png: this image"):
+        check_apart(ForgetRetain((ROW,), (replace(kept, image=ROW.image),)))
+    with pytest.raises(DataError, match="give them different prompts"):
+        check_apart(ForgetRetain((ROW,), (replace(kept, prompt="a cats  image in noto style."),)))
+
+
 def test_a_filled_substitute_says_names_in_words() -> None:
     assert (
         fill_substitute("{object} as {style}", style="Fluent_Flat", object="Sea_Lions")
@@ -129,44 +162,14 @@ def test_an_entry_with_a_line_break_is_refused(tmp_path: Path) -> None:
         write_index_files([replace(ROW, image=Path("/a/x\ny.png"))], tmp_path)
 
 
-def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "not bytes")  # type: ignore[arg-type]
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    write_atomically(path, b"old")
-    # The limit on file sizes makes the write itself fail, as a full disk would.
-    script = (
-        "import resource, signal; from pathlib import Path; from mu.datasets.index import write_atomically\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        f"write_atomically(Path({str(path)!r}), b'x' * 5000)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert f"DataError: cannot write {path} (5,000 bytes): File too large" in ended.stderr
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match=r"cannot write .*list\.txt \(3 bytes\)"):
-        write_atomically(tmp_path / "file" / "sub" / "list.txt", b"abc")
-
-
 def test_the_error_is_of_the_package_and_a_value_error() -> None:
     assert issubclass(DataError, MuError)
     assert issubclass(DataError, ValueError)
 
 
 def test_indexing_folders_needs_no_torch() -> None:
-    script = "import sys, mu.datasets.unlearn_canvas, mu.datasets.index; print('torch' in sys.modules)"
+    modules = ("unlearn_canvas", "i2p", "generic", "image_folder", "generated_prompts")
+    imports = ", ".join(f"mu.datasets.{name}" for name in modules)
+    script = f"import sys, {imports}; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "False"

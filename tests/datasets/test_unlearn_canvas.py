@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mu.datasets.index import DataError
 from mu.datasets.unlearn_canvas import index
@@ -126,6 +127,24 @@ def test_empty_files_are_listed_together(draw_canvas: Draw) -> None:
     assert "and 8 more" in str(raised.value)
 
 
+def test_images_that_cannot_be_used_are_listed_together(draw_canvas: Draw) -> None:
+    root = draw_canvas(STYLES, OBJECTS, 2)
+    (root / "Van_Gogh/Cats/1.jpg").write_text("<html>quota exceeded</html>")
+    Image.new("RGB", (7, 30)).save(root / "Byzantine/Dogs/2.jpg")
+    Image.new("1", (10_000, 9_000)).save(root / "Byzantine/Dogs/1.png")
+    with open(root / "Seed_Images/Cats/3.jpg", "wb") as file:
+        file.truncate(300 * 2**20)  # a hole, which takes no room on the disk
+    with pytest.raises(DataError, match="4 files") as raised:
+        index(root, template="style", template_name="Van_Gogh")
+    for part in (
+        "unreadable",
+        "7 x 30 px is too small",
+        "10000 x 9000 px is too large",
+        "300 MiB is too large",
+    ):
+        assert part in str(raised.value)
+
+
 def test_links_are_refused(draw_canvas: Draw, tmp_path: Path) -> None:
     root = draw_canvas(STYLES, OBJECTS, 1)
     (tmp_path / "secret").mkdir()
@@ -141,3 +160,62 @@ def test_links_are_refused(draw_canvas: Draw, tmp_path: Path) -> None:
 def test_a_folder_reached_through_a_link_is_read(draw_canvas: Draw, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(draw_canvas(STYLES, OBJECTS, 1))
     assert len(index(tmp_path / "link", template="style", template_name="Van_Gogh").forget) == 2
+
+
+def test_several_styles_are_forgotten_together_and_none_stands_in_for_another(draw_canvas: Draw) -> None:
+    root = draw_canvas(STYLES, OBJECTS, 1)
+    rows = index(root, template="style", template_name=("Van_Gogh", "Byzantine"))
+    assert [row.relative.split("/")[0] for row in rows.forget] == ["Byzantine"] * 2 + ["Van_Gogh"] * 2
+    assert {row.substitute_prompt for row in rows.forget} == {
+        "A Cats image in Photo style.",
+        "A Dogs image in Photo style.",
+    }
+    assert {row.style for row in rows.retain} == {"Seed_Images"}
+    with_photos = index(root, template="style", template_name=("Seed_Images", "Byzantine"))
+    assert all(str(row.substitute_prompt).endswith("in Van Gogh style.") for row in with_photos.forget)
+    with pytest.raises(DataError, match="'Byzantine' is one of the styles to forget"):
+        index(root, template="style", template_name=("Van_Gogh", "Byzantine"), substitute="Byzantine")
+
+
+def test_several_objects_are_replaced_by_the_next_that_is_kept(draw_canvas: Draw) -> None:
+    root = draw_canvas(STYLES, ["Bears", "Cats", "Dogs", "Trees"], 1)
+    rows = index(root, template="object", template_name=["Cats", "Dogs", "Trees"])
+    assert {(row.object, row.substitute_prompt) for row in rows.forget if row.style == "Byzantine"} == {
+        ("Cats", "A Bears image in Byzantine style."),
+        ("Dogs", "A Bears image in Byzantine style."),
+        ("Trees", "A Bears image in Byzantine style."),
+    }
+    assert {row.object for row in rows.retain} == {"Bears"}
+    with pytest.raises(DataError, match="'Bears', 'Cats', 'Dogs', 'Trees' are all objects here"):
+        index(root, template="object", template_name=["Bears", "Cats", "Dogs", "Trees"])
+    with pytest.raises(DataError, match="no object 'Catz'"):
+        index(root, template="object", template_name=["Dogs", "Catz"])
+
+
+def test_photos_alone_can_be_retained_and_never_those_of_the_target(draw_canvas: Draw) -> None:
+    root = draw_canvas(STYLES, OBJECTS, 2)
+    style = index(root, template="style", template_name="Van_Gogh", retain_set="seed_images")
+    assert Counter((row.style, row.object) for row in style.retain) == {
+        ("Seed_Images", "Cats"): 2,
+        ("Seed_Images", "Dogs"): 2,
+    }
+    object = index(root, template="object", template_name="Cats", retain_set="seed_images")
+    assert {(row.style, row.object) for row in object.retain} == {("Seed_Images", "Dogs")}
+    whole = index(root, template="object", template_name="Cats")
+    assert object.forget == whole.forget
+    assert index(root, template="object", template_name="Cats", retain_set="generated").retain == ()
+
+
+def test_photos_that_are_forgotten_or_absent_cannot_be_retained(draw_canvas: Draw) -> None:
+    root = draw_canvas(["Byzantine", "Seed_Images"], OBJECTS, 1)
+    with pytest.raises(DataError, match="retain_set: Seed_Images is to be forgotten"):
+        index(root, template="style", template_name="Seed_Images", retain_set="seed_images")
+    (root / "Seed_Images").rename(root / "Photos")
+    with pytest.raises(DataError, match="retain_set: seed_images needs the photos"):
+        index(root, template="style", template_name="Byzantine", retain_set="seed_images")
+
+
+def test_two_folders_of_one_name_are_not_forgotten_and_retained(draw_canvas: Draw) -> None:
+    root = draw_canvas(["Van_Gogh", "Van Gogh"], ["Cats"], 1)
+    with pytest.raises(DataError, match="is a prompt to forget and"):
+        index(root, template="style", template_name="Van_Gogh")

@@ -117,6 +117,23 @@ def test_a_run_leaves_scores_that_its_predictions_give(config: EvaluateConfig) -
     assert (run / "log.txt").is_file()
 
 
+def test_the_reading_of_the_scores_is_printed_with_them(config: EvaluateConfig) -> None:
+    """Of 2 styles x 3 objects x 2 seeds; "all" counts the forgotten style's prompts too."""
+    usual = evaluate.run(config)
+    assert (usual["cra_prompts"], usual["left_out"]) == ("retained", "none")
+    for changes, shown, n in (
+        ({}, "none", {"UA": 6, "IRA": 6, "CRA": 6}),
+        ({"cra_prompts": "all"}, "none", {"UA": 6, "IRA": 6, "CRA": 12}),
+        ({"cra_prompts": "all", "left_out": ("Cars",)}, "Cars", {"UA": 4, "IRA": 4, "CRA": 8}),
+    ):
+        other = replace(config, **changes)  # type: ignore[arg-type]
+        result = usual if not changes else evaluate.run(other)
+        assert (result["cra_prompts"], result["left_out"]) == (other.cra_prompts, shown)
+        after = json.loads((Path(str(result["run"])) / "metrics.json").read_text())["models"]["after"]
+        assert (after["cra_prompts"], after["left_out"]) == (other.cra_prompts, list(other.left_out))
+        assert {key: after[key]["n"] for key in n} == n
+
+
 def test_the_picture_shows_the_images_of_the_first_seed(config: EvaluateConfig) -> None:
     result = evaluate.run(replace(config, template="object", template_name="Dogs"))
     with Image.open(str(result["picture"])) as opened:

@@ -54,6 +54,18 @@ def test_scores_of_a_forgotten_object() -> None:
     assert (scores.own.value, scores.own.n) == (3 / 6, 6)  # the style on prompts of Cats
 
 
+def test_of_several_forgotten_styles_none_may_be_seen() -> None:
+    scores = unlearning_scores(TABLE, template="style", template_name=("Noto", "Blob"))
+    assert (scores.UA.value, scores.UA.n) == (1 / 8, 8)  # Noto seen as Blob is not forgotten
+    assert (scores.IRA.value, scores.IRA.n) == (4 / 4, 4)
+    assert (scores.CRA.value, scores.CRA.n) == (2 / 4, 4)
+    assert scores.template_name == "Noto+Blob"
+    one = unlearning_scores(TABLE, template="style", template_name=("Noto",))
+    assert one == unlearning_scores(TABLE, template="style", template_name="Noto")
+    with pytest.raises(MetricsError, match="in style 'Fluent', but in: Blob, Noto, Twemoji"):
+        unlearning_scores(TABLE, template="style", template_name=("Noto", "Fluent"))
+
+
 def test_cra_may_count_the_forgotten_prompts_too() -> None:
     scores = unlearning_scores(TABLE, template="style", template_name="Noto", cra_prompts="all")
     assert (scores.CRA.value, scores.CRA.n) == (8 / 12, 12)

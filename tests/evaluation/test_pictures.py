@@ -24,7 +24,7 @@ def panel(shade: int) -> dict[tuple[str, str], Image.Image]:
     }
 
 
-def draw(path: Path, template: str, template_name: str) -> numpy.ndarray:
+def draw(path: Path, template: str, template_name: str | tuple[str, ...]) -> numpy.ndarray:
     before_after_grid(
         {"before": panel(10), "after": panel(90)},
         styles=STYLES,
@@ -69,6 +69,20 @@ def test_the_forgotten_style_is_framed_in_both_panels(tmp_path: Path) -> None:
     (top_before, left_before), (top_after, left_after) = corners
     assert top_before == top_after  # side by side
     assert left_before < left_after
+
+
+def test_several_forgotten_styles_stand_together_in_one_frame(tmp_path: Path) -> None:
+    pixels = draw(tmp_path / "grid.png", "style", ("Blob", "Noto"))
+    for shade in (10, 90):
+        noto, blob = box(pixels, (shade, 40, 40)), box(pixels, (shade, 160, 100))  # cats, dogs
+        assert framed(pixels, (noto[0], noto[1], blob[2], blob[3]))
+        assert box(pixels, (shade, 100, 40))[0] > blob[2]  # the kept style is below
+
+
+def test_several_forgotten_objects_stand_together_in_one_frame(tmp_path: Path) -> None:
+    pixels = draw(tmp_path / "grid.png", "object", OBJECTS)
+    first, last = box(pixels, (10, 40, 40)), box(pixels, (10, 160, 100))
+    assert framed(pixels, (first[0], first[1], last[2], last[3]))
 
 
 def test_the_forgotten_object_is_framed_in_both_panels(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, template_nam
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHa
 from mu.algorithms.saliency_unlearning.fit import fit
 from mu.algorithms.saliency_unlearning.masking import (
     Mask,
+    MaskError,
+    MaskLossError,
     accumulate_saliency,
     check_mask,
     load_mask,
@@ -32,11 +35,14 @@ from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
     layer_groups,
     model_of,
+    run_name,
     unet_fingerprint,
     verify_written,
+    write_unlearned,
 )
-from mu.config import override, require_paths
-from mu.ldm import LatentDiffusion, save_checkpoint
+from mu.config import config_of, require_paths
+from mu.datasets.index import concept_label
+from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 
 Result = dict[str, Any]
@@ -46,15 +52,15 @@ class MaskingAlgorithm:
     """Stage 1: which weights of the UNet are salient for a concept.
 
     Args:
-        config: a MaskConfig; it is not changed.
+        config: a MaskConfig, or a mapping of some of its keys (an OmegaConf DictConfig too); it is not changed.
         overrides: keys of the config with other values.
 
     Raises:
         ConfigError: a key is unknown, or a value wrong.
     """
 
-    def __init__(self, config: MaskConfig, **overrides: Any) -> None:
-        self.config = override(config, **overrides)
+    def __init__(self, config: MaskConfig | Mapping[str, Any], **overrides: Any) -> None:
+        self.config = config_of(MaskConfig, config, **overrides)
 
     def run(self) -> Result:
         """Make one mask for each threshold, from one pass of gradients.
@@ -70,7 +76,7 @@ class MaskingAlgorithm:
         config = self.config
         require_paths(config)
         started = time.monotonic()
-        with RunFolder.create(config.output_dir, f"{config.template}-{config.template_name}") as folder:
+        with RunFolder.create(config.output_dir, run_name(config)) as folder:
             folder.save_config(config)
             model = model_of(config)
             pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
@@ -79,13 +85,16 @@ class MaskingAlgorithm:
             batches = tqdm(
                 data.mask_batches(), total=data.mask_batch_count, desc="saliency", unit="batch", disable=None
             )
-            saliency = accumulate_saliency(model, batches, c_guidance=config.c_guidance)
+            try:
+                saliency = accumulate_saliency(model, batches, c_guidance=config.c_guidance)
+            except MaskLossError as error:
+                raise MaskError(f"{error}; its images: {', '.join(data.mask_images(error.batch))}") from error
             masks = threshold_masks(saliency, config.thresholds, pool=pool)
 
             described = {
-                "concept": config.template_name,
+                "concept": concept_label(config.concepts),
                 "template": config.template,
-                "template_name": config.template_name,
+                "template_name": config.concepts[0] if len(config.concepts) == 1 else list(config.concepts),
                 "pool": config.pool,
                 "train_method": config.train_method if pool is not None else "full",
                 "model_fingerprint": unet_fingerprint(model),
@@ -120,15 +129,15 @@ class SaliencyUnlearningAlgorithm:
     """Stage 2: make the model forget the concept, moving only the weights in its mask.
 
     Args:
-        config: a TrainConfig; it is not changed.
+        config: a TrainConfig, or a mapping of some of its keys (an OmegaConf DictConfig too); it is not changed.
         overrides: keys of the config with other values.
 
     Raises:
         ConfigError: a key is unknown, or a value wrong.
     """
 
-    def __init__(self, config: TrainConfig, **overrides: Any) -> None:
-        self.config = override(config, **overrides)
+    def __init__(self, config: TrainConfig | Mapping[str, Any], **overrides: Any) -> None:
+        self.config = config_of(TrainConfig, config, **overrides)
 
     def run(self) -> Result:
         """Fine-tune under the mask, check that nothing else moved, and write the unlearned checkpoint.
@@ -146,7 +155,7 @@ class SaliencyUnlearningAlgorithm:
         config = self.config
         require_paths(config)
         started = time.monotonic()
-        with RunFolder.create(config.output_dir, f"{config.template}-{config.template_name}") as folder:
+        with RunFolder.create(config.output_dir, run_name(config)) as folder:
             folder.save_config(config)
             mask_path = find_mask(config) if config.masking == "saliency" else None
             ldm = model_of(config)
@@ -168,9 +177,10 @@ class SaliencyUnlearningAlgorithm:
             model.verify_unmasked()
             pictures.take("after")
 
-            checkpoint = folder.path / f"model.{config.output_format}"
-            save_checkpoint(ldm, checkpoint)
-            changed = verify_written(config.checkpoint(), checkpoint, model.selected)
+            checkpoint = write_unlearned(ldm, config, folder.path)
+            changed = verify_written(
+                config.checkpoint(), checkpoint, model.selected, params=ldm.params, use_ema=config.use_ema
+            )
             folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
             result = {
                 "run": folder.path,

@@ -16,8 +16,9 @@ from typing import Any
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import PACKAGED, BenchmarkConfig, MaskConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.results_table import SCORES, Row, markdown, mean_of
-from mu.config import as_dict, load_config, override, require_paths, resolve_path
+from mu.algorithms.saliency_unlearning.results_table import SCORES, Row, markdown, mean_of, reading
+from mu.atomic import write_atomically
+from mu.config import Config, keys_of, load_config, override, require_paths, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.generated import SampleSettings
 from mu.devices import resolve_devices
@@ -25,16 +26,36 @@ from mu.evaluation.classifier import EmojiClassifier, load_classifier
 from mu.evaluation.evaluate import Grid, MeasuredModel, measure
 from mu.evaluation.metrics import table_csv, unlearning_scores
 from mu.ldm import load_model
-from mu.run_folder import environment, write_atomically
+from mu.run_folder import environment
 
 _log = logging.getLogger(__name__)
+
+_PLACES = [
+    "output_dir",
+    "processed_dataset_dir",
+    "mask_path",
+    "ckpt_path",
+    "model_config_path",
+    "use_ema",
+    "devices",
+]
+"""Keys that do not decide what a concept becomes, or (of the model) decide it through the model's fingerprint."""
+_FIRST_KEYS = """
+alpha batch_size c_guidance dataset_type draws_per_image epochs guidance_scale image_size images_per_prompt lr
+lr_schedule mask_seed masking num_timesteps objects output_format pool precision raw_dataset_dir
+retain_batch_size retain_images_per_prompt sample_prompts sample_seeds sample_steps seed styles substitute
+target template template_name threshold train_method use_sample wandb wandb_project
+"""
+"""Keys that always count among a row's settings. One that came later counts where it is not at its default, so that
+the rows of older tables stay."""
 
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Make the rows that are missing, and the table.
 
     Returns:
-        `styles` and `objects`, the means of their rows in percent; `table`, path -> of `table.md`, `.csv` and `.json`.
+        `styles` and `objects`, the means of their rows in percent; `cra_prompts` and `left_out`, how the scores are
+        read; `table`, path of `table.md`, `.csv` and `.json`.
 
     Raises:
         ConfigError: a path or a recipe is missing or wrong.
@@ -63,7 +84,12 @@ class Benchmark:
             rows.append(self.row(name))
             self.write(rows)
         means = {f"{kind}s": mean_of(rows, kind) for kind in ("style", "object")}
-        return {**{name: mean for name, mean in means.items() if mean}, "table": self.folder / "table.md"}
+        return {
+            **{name: mean for name, mean in means.items() if mean},
+            "cra_prompts": self.config.cra_prompts,
+            "left_out": ", ".join(self.config.left_out) or "none",
+            "table": self.folder / "table.md",
+        }
 
     def recipes(self, name: str) -> tuple[MaskConfig, TrainConfig]:
         """The mask and training config of a concept: its kind's recipes, with everything below this table's folder."""
@@ -94,7 +120,11 @@ class Benchmark:
         row: Row = {"template": train.template, "template_name": name}
         for moment, measured in (("before", base), ("after", after)):
             counted = unlearning_scores(
-                measured.predictions, template=train.template, template_name=name
+                measured.predictions,
+                template=train.template,
+                template_name=name,
+                cra_prompts=self.config.cra_prompts,
+                left_out=self.config.left_out,
             ).as_dict()
             row[moment] = {key: counted[key] for key in SCORES}
         return {**row, **made}
@@ -125,11 +155,13 @@ class Benchmark:
         """The recipe's model before unlearning, measured once."""
         checkpoint = train.checkpoint()
         if checkpoint not in self._bases:
-            self._bases[checkpoint] = self._measure(train, checkpoint)
+            self._bases[checkpoint] = self._measure(train, checkpoint, use_ema=train.use_ema)
         return self._bases[checkpoint]
 
-    def _measure(self, train: TrainConfig, checkpoint: Path) -> MeasuredModel:
-        model = load_model(resolve_path(train.model_config_path), checkpoint, device=self.device)
+    def _measure(self, train: TrainConfig, checkpoint: Path, *, use_ema: bool = False) -> MeasuredModel:
+        model = load_model(
+            resolve_path(train.model_config_path), checkpoint, device=self.device, use_ema=use_ema
+        )
         settings = SampleSettings(
             self.config.sample_steps, self.config.guidance_scale, model.image_size, self.config.precision
         )
@@ -145,16 +177,7 @@ class Benchmark:
     @staticmethod
     def _settings(mask: MaskConfig, train: TrainConfig, base: MeasuredModel) -> str:
         """SHA-256 of all that decides how a concept is unlearned, but for where its files lie."""
-        places = {
-            "output_dir",
-            "processed_dataset_dir",
-            "mask_path",
-            "ckpt_path",
-            "model_config_path",
-            "devices",
-        }
-        configs = [{k: v for k, v in as_dict(c).items() if k not in places} for c in (mask, train)]
-        decides = [configs, base.manifest["model"]]
+        decides = [[_deciding(mask), _deciding(train)], base.manifest["model"]]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -166,6 +189,8 @@ class Benchmark:
             "sample_steps": self.config.sample_steps,
             "guidance_scale": self.config.guidance_scale,
             "classifier": Path(self.config.classifier_path).name,
+            "cra_prompts": self.config.cra_prompts,
+            "left_out": list(self.config.left_out),
             "environment": environment(),
             "means_percent": means,
             "rows": list(rows),
@@ -182,4 +207,15 @@ class Benchmark:
             for row in rows
         ]
         write_atomically(self.folder / "table.csv", table_csv(columns, cells))
-        write_atomically(self.folder / "table.md", markdown(rows).encode())
+        text = markdown(rows) + reading(self.config.cra_prompts, self.config.left_out)
+        write_atomically(self.folder / "table.md", text.encode())
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """The keys that decide what a concept becomes."""
+    return {
+        key.name: value
+        for key in keys_of(type(config))
+        if key.name not in _PLACES
+        and ((value := getattr(config, key.name)) != key.default or key.name in _FIRST_KEYS.split())
+    }

@@ -18,14 +18,27 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mu.datasets import emoji_canvas, generated, unlearn_canvas
+from mu.algorithms.saliency_unlearning.configs.data_sets import (
+    DATASET_TYPES,
+    plan_prompts,
+    read_folder,
+    samples_prompts,
+)
+from mu.datasets import emoji_canvas, generated, generated_prompts
 from mu.datasets.encoded import EncodedRows
-from mu.datasets.index import DataError, ForgetRetain, Row, check_choice, write_index_files
+from mu.datasets.index import (
+    DataError,
+    ForgetRetain,
+    Row,
+    check_apart,
+    check_choice,
+    concept_label,
+    write_index_files,
+)
 from mu.datasets.latents import LatentCache
 from mu.datasets.streams import order, passes
 from mu.ldm.latent_diffusion import LatentDiffusion
 
-DATASET_TYPES = ("unlearncanvas", "generated")
 _SAMPLE_BATCH = 16  # images sampled at once; of no consequence to what is sampled
 
 MaskBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -41,6 +54,8 @@ class TrainBatch(TypedDict):
     """latents, timesteps, noise, context, substitute_context."""
     retain: tuple[Tensor, Tensor, Tensor, Tensor]
     """latents, timesteps, noise, context."""
+    images: dict[str, list[str]]
+    """"forget" and "retain" -> the image files of that part, for messages."""
 
 
 class TrainSteps(Dataset[TrainBatch]):
@@ -96,6 +111,10 @@ class TrainSteps(Dataset[TrainBatch]):
                 *self.retain.batch(retain, seed=self.seed, stage="retain", num_timesteps=self.num_timesteps),
                 self.retain.context(retain),
             ),
+            "images": {
+                "forget": [str(self.forget.rows[place].image) for _, place in forget],
+                "retain": [str(self.retain.rows[place].image) for _, place in retain],
+            },
         }
 
 
@@ -103,7 +122,7 @@ class SaliencyUnlearnDataHandler:
     """Everything a mask or training run reads, made from its config.
 
     Images that a run will not read are neither sampled nor encoded. Below `processed_dataset_dir` there are
-    `generated/` (sampled images), `latents/<dataset>/` (see `LatentCache`) and
+    `generated/` and `generated_prompts/` (sampled images), `latents/<dataset>/` (see `LatentCache`) and
     `index/<dataset>/<template>-<template_name>/{forget,retain}/` with images.txt and prompts.txt (and, for forget,
     substitutes.txt), one a line and in the same order: the rows this run reads.
 
@@ -121,11 +140,17 @@ class SaliencyUnlearnDataHandler:
         self.image_size = _checked_image_size(config.image_size, model)
         check_choice("dataset_type", config.dataset_type, DATASET_TYPES)
         self._generated: generated.GeneratedImages | None = None
-        if config.dataset_type == "generated":
+        if config.dataset_type == "generated" or samples_prompts(config):
             settings = generated.SampleSettings(
-                steps=config.sample_steps, guidance_scale=config.guidance_scale, image_size=self.image_size
+                steps=config.sample_steps,
+                guidance_scale=config.guidance_scale,
+                image_size=self.image_size,
+                precision=config.sample_precision,
             )
-            self._generated = generated.GeneratedImages(model, config.processed_dataset_dir, settings)
+            kind = {"subfolder": generated_prompts.SUBFOLDER, "prompt": generated_prompts.PROMPT}
+            self._generated = generated.GeneratedImages(
+                model, config.processed_dataset_dir, settings, **(kind if samples_prompts(config) else {})
+            )
         self.rows = self._read_rows()
         """All rows to forget and to retain, whether this run reads them or not."""
 
@@ -152,14 +177,8 @@ class SaliencyUnlearnDataHandler:
         forget = self._forget
         device = next(self.model.parameters()).device
         empty = forget.contexts[""]  # (L, D)
-        wanted = [
-            (number, place)
-            for number in range(self.config.draws_per_image)
-            for place in range(len(forget.rows))
-        ]
         num_timesteps = min(self.config.num_timesteps, self.model.num_timesteps)
-        for first in range(0, len(wanted), self.config.batch_size):
-            batch = wanted[first : first + self.config.batch_size]
+        for batch in self._mask_draws():
             latents, timesteps, noise = forget.batch(
                 batch, seed=self.config.seed, stage="mask", num_timesteps=num_timesteps
             )
@@ -171,6 +190,17 @@ class SaliencyUnlearnDataHandler:
                 context,
                 empty.to(device).expand_as(context),
             )
+
+    def mask_images(self, batch_index: int) -> list[str]:
+        """The image files of that batch of `mask_batches`, for messages."""
+        return [str(self.rows.forget[place].image) for _, place in self._mask_draws()[batch_index]]
+
+    def _mask_draws(self) -> list[list[tuple[int, int]]]:
+        """(number of the draw, place of the row) of each batch for the mask."""
+        places = range(len(self.rows.forget))
+        wanted = [(number, place) for number in range(self.config.draws_per_image) for place in places]
+        size = self.config.batch_size
+        return [wanted[first : first + size] for first in range(0, len(wanted), size)]
 
     def train_loader(self, *, start_step: int = 0) -> DataLoader[TrainBatch]:
         """A loader of the batches of steps start_step..total_steps-1 (all epochs in one pass), fp32 on the CPU.
@@ -195,8 +225,9 @@ class SaliencyUnlearnDataHandler:
         count = len(self.rows.retain)
         if not count:
             raise DataError(
-                f"there is no image to retain beside {self.config.template} {self.config.template_name!r}: "
-                "the data set needs other concepts (for dataset_type generated, retain_images_per_prompt >= 1)."
+                f"there is no image to retain beside {self.config.template} "
+                f"{concept_label(self.config.template_name)!r}: the data set needs other concepts (for dataset_type "
+                "generated, retain_images_per_prompt >= 1)."
             )
         read = passes(self.config.seed, "retain", count, start=0, stop=self.total_steps * retain_batch_size)
         retain = self._encoded(self.rows.retain, sorted({place for _, place in read}), "retain")
@@ -221,18 +252,20 @@ class SaliencyUnlearnDataHandler:
 
     @property
     def _dataset_name(self) -> str:
-        return f"generated-{self._generated.path.name}" if self._generated else "unlearncanvas"
+        if self.config.dataset_type != "generated" or self._generated is None:
+            return str(self.config.dataset_type)
+        return f"{self._generated.path.parent.name}-{self._generated.path.name}"
 
     def _read_rows(self) -> ForgetRetain:
         config = self.config
         if self._generated is None:
-            return unlearn_canvas.index(
-                config.raw_dataset_dir,
-                template=config.template,
-                template_name=config.template_name,
-                use_sample=config.use_sample,
-                substitute=config.substitute,
-            )
+            return read_folder(config)
+        if samples_prompts(config):
+            rows = plan_prompts(config, self._generated.path)
+            if config.dataset_type != "generated":
+                rows = ForgetRetain(read_folder(config).forget, rows.retain)
+                check_apart(rows)
+            return rows
         return generated.plan_rows(
             self._generated.path,
             styles=tuple(config.styles or emoji_canvas.STYLES),
@@ -248,13 +281,14 @@ class SaliencyUnlearnDataHandler:
         """Samples (if generated), encodes and lists the rows at `places`; `name` is "forget" or "retain"."""
         used = [rows[place] for place in places]
         if self._generated is not None:
-            self._generated.sample_missing(used, batch_size=_SAMPLE_BATCH)
+            sampled = [row for row in used if row.image.is_relative_to(self._generated.path)]
+            self._generated.sample_missing(sampled, batch_size=_SAMPLE_BATCH)
         mean, logvar = self._cache.moments(used)  # each (N, C, h, w)
         prompts = [row.prompt for row in used]
         prompts += [row.substitute_prompt for row in used if row.substitute_prompt is not None]
         contexts = self._cache.contexts(["", *prompts])
         folder = Path(self.config.processed_dataset_dir) / "index" / self._dataset_name
-        concept = f"{self.config.template}-{self.config.template_name}"
+        concept = f"{self.config.template}-{concept_label(self.config.template_name)}"
         write_index_files(used, folder / concept / name)
         _log.info("%s: %d of %d images, %d prompts", name, len(used), len(rows), len(set(prompts)))
         return EncodedRows(

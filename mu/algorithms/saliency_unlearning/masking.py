@@ -23,6 +23,7 @@ from mu.ldm import LatentDiffusion
 __all__ = [
     "Mask",
     "MaskError",
+    "MaskLossError",
     "accumulate_saliency",
     "check_mask",
     "load_mask",
@@ -40,6 +41,14 @@ _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Entries that the selection looks at together: about what a cache holds, or enough to keep a GPU busy."""
 _DIGIT = 16
 """Bits that one pass of the selection tells apart."""
+
+
+class MaskLossError(MaskError):
+    """The loss of a batch is NaN or infinite; `batch` is its index."""
+
+    def __init__(self, batch: int, message: str) -> None:
+        super().__init__(message)
+        self.batch = batch
 
 
 def accumulate_saliency(
@@ -62,7 +71,8 @@ def accumulate_saliency(
         UNet-relative name -> fp32 tensor, for every UNet parameter, in the order of `unet.named_parameters()`.
 
     Raises:
-        MaskError: there is no batch, or the loss of one is not finite.
+        MaskError: there is no batch.
+        MaskLossError: the loss of a batch is not finite.
     """
     unet = model.unet
     parameters = dict(unet.named_parameters())
@@ -93,9 +103,10 @@ def accumulate_saliency(
             with torch.enable_grad():
                 loss = _forget_loss(model, batch, c_guidance)  # ()
             if not torch.isfinite(loss):
-                raise MaskError(
+                raise MaskLossError(
+                    index,
                     f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or the "
-                    "model's weights are not finite"
+                    "model's weights are not finite",
                 )
             loss.backward()
             images += len(batch[0])

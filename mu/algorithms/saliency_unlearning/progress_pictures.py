@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.sampling import sample_images
 from mu.datasets.images import to_picture
-from mu.datasets.index import ForgetRetain, Row
+from mu.datasets.index import ForgetRetain, Row, concept_label
 from mu.ldm import LatentDiffusion
 from mu.pictures import image_grid
 
@@ -73,7 +73,8 @@ class ProgressPictures:
             self.prompts,
             [moment for moment in self._taken for _ in seeds],
             mark_row=range(self._forgotten),
-            title=f"{self.config.template} {self.config.template_name} forgotten; seeds {', '.join(map(str, seeds))}",
+            title=f"{self.config.template} {concept_label(self.config.template_name)} forgotten; "
+            f"seeds {', '.join(map(str, seeds))}",
             cell_px=max(64, min(256, rows[0][0].width)),
         ).save(path)
         return path

@@ -39,6 +39,16 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def reading(cra_prompts: str, left_out: Sequence[str]) -> str:
+    """What stands below a table whose scores are not read in the usual way; nothing for the usual one."""
+    parts = []
+    if cra_prompts != "retained":
+        parts.append(f"CRA is counted on {cra_prompts} prompts, those of the forgotten concept too.")
+    if left_out:
+        parts.append(f"Not counted: {', '.join(left_out)}.")
+    return f"\n{' '.join(parts)}\n" if parts else ""
+
+
 def _line(kind: str, name: str, values: Mapping[str, float]) -> str:
     keys = ("UA", "IRA", "base_IRA", "CRA", "base_CRA", "own", "base_own")
     return (

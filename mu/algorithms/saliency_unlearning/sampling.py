@@ -1,27 +1,35 @@
-"""Images from a checkpoint: prompts and seeds in, PNG files and a grid out."""
+"""Images from a checkpoint: prompts and seeds in, PNG files, their index and a grid out."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from mu.algorithms.saliency_unlearning.configs import SampleConfig
+from mu.algorithms.saliency_unlearning.sampling_plan import Plan, PlannedImage, plan_images
 from mu.algorithms.saliency_unlearning.utils import model_of
+from mu.atomic import write_atomically
 from mu.config import require_paths
-from mu.datasets.images import save_png, to_picture
+from mu.datasets.images import save_png
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
+from mu.ldm.checkpoint import fingerprint
 from mu.ldm.sampler import sample_ddim
 from mu.pictures import image_grid
 from mu.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
+_GRID_HEIGHT_PX = 16_384
+"""A taller grid goes on in another picture: few programs open what is larger."""
 
 
 class SamplingError(MuError, ArithmeticError):
@@ -38,8 +46,12 @@ def sample_images(
     eta: float = 0.0,
     batch_size: int = 8,
     image_size: int | None = None,
+    precision: str = "fp32",
 ) -> Iterator[Tensor]:
     """One image for each (prompt, seed). A seed belongs to its image: the batch it is in does not matter.
+
+    Args:
+        precision: "bf16" is bf16 autocast; latents stay fp32 between the steps.
 
     Yields:
         (3, H, W), about [-1, 1], on the CPU.
@@ -47,66 +59,133 @@ def sample_images(
     uncond_context = model.embed([""])  # (1, L, D)
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
-        latents = sample_ddim(
-            model,
-            model.embed([prompt for prompt, _ in batch]),
-            shape=model.latent_shape(image_size),
-            steps=steps,
-            guidance_scale=guidance_scale,
-            uncond_context=uncond_context,
-            eta=eta,
-            generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
-        )  # (B, C, h, w)
-        yield from model.decode(latents).float().cpu()
+        context = model.embed([prompt for prompt, _ in batch])  # (B, L, D)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            latents = sample_ddim(
+                model,
+                context,
+                shape=model.latent_shape(image_size),
+                steps=steps,
+                guidance_scale=guidance_scale,
+                uncond_context=uncond_context,
+                eta=eta,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+            )  # (B, C, h, w)
+            images = model.decode(latents)  # (B, 3, H, W)
+        yield from images.float().cpu()
 
 
 def run(config: SampleConfig) -> dict[str, Any]:
-    """Sample every prompt with every seed into a new run folder.
+    """Sample every prompt with every seed into a run folder; in one that is gone on with, those that are missing.
+
+    Each image is written whole or not at all, as soon as its batch is done. `plan.json` says what was asked for,
+    `images.csv` and `images.json` what is there, also after an interruption.
 
     Returns:
-        `run`, the folder; `images`, how many; `grid`, its path (with `grid: true`).
+        `run`, the folder; `images`, how many of those asked for it has; `sampled`, how many of them are new; `index`,
+        the path of images.csv; `grid`, the path of the (first) grid (with `grid: true`).
 
     Raises:
-        ConfigError: a path is missing.
+        ConfigError: a path is missing, or the folder has images of other settings.
         CheckpointError: the checkpoint cannot be read.
         SamplingError: an image has NaN or Inf; it is not written.
     """
     require_paths(config)
-    prompts = config.all_prompts()
-    with contextlib.closing(RunFolder.create(config.output_dir, "sample")) as folder:
-        folder.save_config(config)
+    images = plan_images(config)
+    folder = (
+        RunFolder.create(config.output_dir, "sample")
+        if config.run_name is None
+        else RunFolder.go_on(config.output_dir, config.run_name)
+    )
+    with contextlib.closing(folder):
         model = model_of(config)
-        pairs = [(prompt, seed) for prompt in prompts for seed in config.seeds]
-        images = []
-        sampled = sample_images(
-            model,
-            pairs,
-            steps=config.sample_steps,
-            guidance_scale=config.guidance_scale,
-            eta=config.eta,
-            batch_size=config.batch_size,
-        )
-        names = [f"{i:04d}_{seed}.png" for i, _ in enumerate(prompts) for seed in config.seeds]
-        with tqdm(total=len(pairs), desc="sampling", unit="image", disable=None) as progress:
-            for name, image, (prompt, seed) in zip(names, sampled, pairs, strict=True):
-                if not torch.isfinite(image).all():
-                    raise SamplingError(f"the image of {prompt!r} with seed {seed} contains NaN or Inf")
-                save_png(image, folder.path / "images" / name)
-                images.append(image)
-                progress.update()
-        index = [
-            {"file": f"images/{name}", "prompt": prompt, "seed": seed}
-            for name, (prompt, seed) in zip(names, pairs, strict=True)
-        ]
-        folder.save_json("images.json", index)
+        plan = Plan.claim(folder, images, settings=_settings(config, model))
+        folder.save_config(config)
         folder.save_environment()
-        result: dict[str, Any] = {"run": folder.path, "images": len(images)}
+        missing = [image for image in images if not plan.path(image).exists()]
+        if kept := len(images) - len(missing):
+            _log.info("%d of %d images are there already", kept, len(images))
+        try:
+            _sample(model, missing, plan, config)
+        finally:
+            index = plan.write_index()
+        result: dict[str, Any] = {
+            "run": folder.path,
+            "images": len(images),
+            "sampled": len(missing),
+            "index": index,
+        }
         if config.grid:
-            width = len(config.seeds)
-            pictures = [to_picture(image) for image in images]
-            rows = [pictures[first : first + width] for first in range(0, len(pictures), width)]
-            result["grid"] = folder.path / "grid.png"
-            headings = [f"seed {seed}" for seed in config.seeds]
-            image_grid(rows, prompts, headings, cell_px=max(64, pictures[0].width)).save(result["grid"])
-        _log.info("wrote %d images to %s", len(images), folder.path / "images")
+            result["grid"] = _write_grids(images, plan)
+        _log.info("%s has %d images", folder.path / "images", len(images))
         return result
+
+
+def _settings(config: SampleConfig, model: LatentDiffusion) -> dict[str, Any]:
+    """All that decides how an image looks, apart from its prompt, seed and guidance."""
+    return {
+        "model": fingerprint(model.state_dict()),
+        "sample_steps": config.sample_steps,
+        "eta": config.eta,
+        "image_size": config.image_size or model.image_size,
+        "precision": config.precision,
+    }
+
+
+def _sample(
+    model: LatentDiffusion, missing: Sequence[PlannedImage], plan: Plan, config: SampleConfig
+) -> None:
+    """Sample and write the images; those of one guidance together."""
+    by_guidance: dict[float, list[PlannedImage]] = {}
+    for image in missing:
+        by_guidance.setdefault(image.guidance_scale, []).append(image)
+    with tqdm(total=len(missing), desc="sampling", unit="image", disable=None) as progress:
+        for guidance_scale, group in by_guidance.items():
+            sampled = sample_images(
+                model,
+                [(image.prompt, image.seed) for image in group],
+                steps=config.sample_steps,
+                guidance_scale=guidance_scale,
+                eta=config.eta,
+                batch_size=config.batch_size,
+                image_size=config.image_size,
+                precision=config.precision,
+            )
+            for image, pixels in zip(group, sampled, strict=True):
+                if not torch.isfinite(pixels).all():
+                    raise SamplingError(
+                        f"the image of {image.prompt!r} with seed {image.seed} contains NaN or Inf"
+                    )
+                save_png(pixels, plan.path(image))
+                progress.update()
+
+
+def _write_grids(images: Sequence[PlannedImage], plan: Plan) -> Path:
+    """grid.png, a row a case; grid_2.png and so on where one would be too tall. Returns the path of the first."""
+    cases: dict[str, list[PlannedImage]] = {}
+    for image in images:
+        cases.setdefault(f"{image.case_number}\0{image.prompt}", []).append(image)
+    rows = list(cases.values())
+    width = max(map(len, rows))
+    same_seeds = all([image.seed for image in row] == [image.seed for image in rows[0]] for row in rows)
+    headings = [f"seed {rows[0][i].seed}" if same_seeds else f"image {i + 1}" for i in range(width)]
+    with Image.open(plan.path(images[0])) as first:
+        cell_px = max(64, first.width)
+    blank = Image.new("RGB", (cell_px, cell_px), "white")
+    height = max(1, _GRID_HEIGHT_PX // (cell_px + 4))
+    paths = []
+    for number, start in enumerate(range(0, len(rows), height)):
+        page = rows[start : start + height]
+        pictures = [[_opened(plan, image) for image in row] + [blank] * (width - len(row)) for row in page]
+        path = plan.folder.path / ("grid.png" if number == 0 else f"grid_{number + 1}.png")
+        labels = [row[0].prompt for row in page]
+        content = io.BytesIO()
+        image_grid(pictures, labels, headings, cell_px=cell_px).save(content, format="PNG")
+        write_atomically(path, content.getvalue())
+        paths.append(path)
+    return paths[0]
+
+
+def _opened(plan: Plan, image: PlannedImage) -> Image.Image:
+    with Image.open(plan.path(image)) as opened:
+        return opened.convert("RGB")

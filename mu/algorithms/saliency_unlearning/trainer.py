@@ -71,7 +71,8 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         target: which model predicts for the substitute prompt: the current one, or the frozen original.
 
     Raises:
-        TrainingError: while training, a loss or a gradient is NaN or infinite; names the step, and nothing is written.
+        TrainingError: while training, a loss or a gradient is NaN or infinite; names the step and its
+            images, and nothing is written.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         self.lr = lr
         self.decay_steps = decay_steps
         self.target_model = FrozenOriginal(model) if target == "frozen" else None
+        self._images = ""
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with a schedule of its learning rate where there are `decay_steps`."""
@@ -106,10 +108,12 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         loss, forget_term, retain_term = salun_loss(
             self.model.ldm, batch["forget"], batch["retain"], self.alpha, self.target_model
         )
+        self._images = "; ".join(f"{part}: {', '.join(files)}" for part, files in batch["images"].items())
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"step {self.global_step}: the loss is {loss.item()} (forget {forget_term.item()}, retain "
-                f"{retain_term.item()}); training stops before any weight is changed by it"
+                f"{retain_term.item()}) on the images to {self._images}. Training stops before any weight is changed "
+                "by it"
             )
         terms = {"loss": loss.detach(), "forget": forget_term.detach(), "retain": retain_term.detach()}
         self.log_dict(terms, prog_bar=True, batch_size=len(batch["forget"][0]))
@@ -123,5 +127,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             names = [name for name, grad in named if not grad.isfinite().all()]
             raise TrainingError(
                 f"step {self.global_step}: the gradients of {len(names)} tensors are not finite "
-                f"({', '.join(names[:5])}); training stops before any weight is changed by them"
+                f"({', '.join(names[:5])}), from the images to {self._images}. Training stops before any weight is "
+                "changed by them"
             )

@@ -9,15 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning.configs import ModelKeys, TrainConfig, mask_command
+from mu.algorithms.saliency_unlearning.configs import ConceptKeys, ModelKeys, TrainConfig, mask_command
+from mu.algorithms.saliency_unlearning.configs.concept import DIFFUSERS_NAME
 from mu.algorithms.saliency_unlearning.mask_file import Mask, MaskError, load_mask_metadata
 from mu.algorithms.saliency_unlearning.model import TrainingError
 from mu.config import resolve_path
+from mu.datasets.index import concept_label, concept_names
 from mu.devices import resolve_devices
-from mu.ldm import LatentDiffusion, load_model
-from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict
-
-UNET_PREFIX = "model.diffusion_model."
+from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model, save_checkpoint
+from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict, tensors_of
+from mu.ldm.convert import model_spec
+from mu.ldm.diffusers_folder import write_diffusers_folder
+from mu.ldm.diffusers_tensors import UNET_PREFIX
+from mu.ldm.ema import EMA_PREFIX, ema_name, updated_ema, with_ema_weights
+from mu.ldm.formats import read_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +36,9 @@ def model_of(config: ModelKeys) -> LatentDiffusion:
     checkpoint = config.checkpoint()
     device = resolve_devices(config.devices)
     _log.info("loading %s on %s", checkpoint, device)
-    return load_model(resolve_path(config.model_config_path), checkpoint, device=device)
+    return load_model(
+        resolve_path(config.model_config_path), checkpoint, device=device, use_ema=config.use_ema
+    )
 
 
 def unet_fingerprint(model: LatentDiffusion) -> str:
@@ -39,6 +46,11 @@ def unet_fingerprint(model: LatentDiffusion) -> str:
     parameters = dict(model.unet.named_parameters())
     dtypes = {name: model.file_dtypes.get(UNET_PREFIX + name, p.dtype) for name, p in parameters.items()}
     return fingerprint(parameters, dtypes=dtypes)
+
+
+def run_name(config: ConceptKeys) -> str:
+    """What a run's folder is called, before its date: `style-Noto`, `style-Noto+Blob`."""
+    return f"{config.template}-{concept_label(config.concepts)}"
 
 
 def layer_groups(mask: Mapping[str, Tensor]) -> dict[str, float]:
@@ -63,46 +75,79 @@ def find_mask(config: TrainConfig) -> Path:
     path = resolve_path(config.mask_path)
     if path.is_file():
         return path
-    wanted = {
-        "template": config.template,
-        "template_name": config.template_name,
-        "threshold": config.threshold,
-    }
+    wanted = {"template": config.template, "threshold": config.threshold}
     fitting = []
     for candidate in path.rglob("mask_*.safetensors"):
         metadata = load_mask_metadata(candidate)
-        if all(metadata.get(key) == value for key, value in wanted.items()):
+        forgotten = concept_names(metadata.get("template_name", ()))
+        if set(forgotten) == set(config.concepts) and wanted.items() <= metadata.items():
             fitting.append(candidate)
     if not fitting:
         raise MaskError(
-            f"mask_path: no mask of {config.template} {config.template_name} with threshold {config.threshold} below "
-            f"{path}; make it: {mask_command(config)}"
+            f"mask_path: no mask of {config.template} {concept_label(config.concepts)} with threshold "
+            f"{config.threshold} below {path}; make it: {mask_command(config)}"
         )
     newest = max(fitting, key=lambda candidate: (candidate.stat().st_mtime_ns, str(candidate)))
     _log.info("mask_path: taking %s, the newest of %d", newest, len(fitting))
     return newest
 
 
-def verify_written(before: Path, after: Path, selected: Mask) -> int:
-    """Compare two checkpoint files, bit by bit, outside the entries that were allowed to move.
+def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path) -> Path:
+    """Write the unlearned model into a run's folder, in the form that `output_format` names; returns its path.
+
+    Where the checkpoint that training started from has an EMA copy of the UNet, so has a CompVis checkpoint written
+    here, updated: nobody gets the forgotten concept back by taking it. A diffusers folder has none.
+
+    Raises:
+        CheckpointError: see `mu.ldm.save_checkpoint` and `mu.ldm.diffusers_folder.write_diffusers_folder`.
+    """
+    if config.output_format == "diffusers":
+        path = folder / DIFFUSERS_NAME
+        write_diffusers_folder(tensors_of(ldm, path), path, ldm.params)
+        return path
+    path = folder / f"model.{config.output_format}"
+    ema: dict[str, Tensor] = {}
+    if ldm.file_has_ema:
+        source = config.checkpoint()
+        before = read_checkpoint(source, ldm.params).tensors
+        ema = updated_ema(tensors_of(ldm, path), before, use_ema=config.use_ema, source=source)
+    spec = model_spec(ldm.params, title=f"{config.template_name} unlearned")
+    save_checkpoint(ldm, path, metadata=spec if path.suffix == ".safetensors" else None, ema=ema)
+    return path
+
+
+def verify_written(
+    before: Path,
+    after: Path,
+    selected: Mask,
+    *,
+    params: LatentDiffusionParams | None = None,
+    use_ema: bool = False,
+) -> int:
+    """Compare two checkpoints, bit by bit, outside the entries that were allowed to move.
 
     Args:
         before: the checkpoint that training started from.
         after: the unlearned one, as it lies on disk.
         selected: UNet-relative name -> bool tensor of the entries that may differ.
+        params: the model of both; without it, only CompVis checkpoints can be compared.
+        use_ema: training started from the EMA copy of the UNet in `before`.
 
     Returns:
-        The number of entries that do differ.
+        The number of weights that do differ; their EMA copies are not counted.
 
     Raises:
-        TrainingError: another entry differs, a tensor changed its dtype, a weight of the UNet is missing, or there is
-            one that was not there before.
+        TrainingError: another entry differs, a tensor changed its dtype, a weight of the UNet is missing, there is one
+            that was not there before, or an EMA copy still has the old value of a weight that changed.
     """
-    old, _ = read_state_dict(before)
-    new, _ = read_state_dict(after)
+    old, new = _tensors(before, params), _tensors(after, params)
+    if use_ema:
+        old = with_ema_weights(old, source=before)
     lost = [name for name in old if name.startswith(UNET_PREFIX) and name not in new]
     if lost:
         raise TrainingError(f"{after}: {len(lost)} tensors of {before} are missing: {', '.join(lost[:5])}")
+    allowed_in = {UNET_PREFIX + name: marked.cpu() for name, marked in selected.items()}
+    allowed_in |= {ema_name(name): marked for name, marked in allowed_in.items()}
     changed = 0
     for name, tensor in new.items():
         # Newer releases of transformers name the text encoder's weights without `text_model.`.
@@ -118,11 +163,20 @@ def verify_written(before: Path, after: Path, selected: Mask) -> int:
         same = _bits(original) == _bits(tensor)  # of the tensor's shape
         if bool(same.all()):
             continue
-        allowed = selected.get(name.removeprefix(UNET_PREFIX)) if name.startswith(UNET_PREFIX) else None
-        if allowed is None or not bool((same | allowed.cpu()).all()):
+        allowed = allowed_in.get(name)
+        if allowed is None or not bool((same | allowed).all()):
             raise TrainingError(f"{after}: {name} differs from {before} outside the mask")
+        if name.startswith(EMA_PREFIX):
+            continue
         changed += int((~same).count_nonzero())
+        copy = new.get(ema_name(name))
+        if copy is not None and not torch.equal(copy[~same], tensor[~same].to(copy.dtype)):
+            raise TrainingError(f"{after}: {ema_name(name)} still has old values of weights that changed")
     return changed
+
+
+def _tensors(path: Path, params: LatentDiffusionParams | None) -> Mapping[str, Tensor]:
+    return read_state_dict(path)[0] if params is None else read_checkpoint(path, params).tensors
 
 
 def _bits(tensor: Tensor) -> Tensor:

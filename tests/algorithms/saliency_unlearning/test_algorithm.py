@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
@@ -139,6 +140,35 @@ def test_the_masks_mark_the_most_salient_weights(
         kept = sum(int(marked.sum()) for marked in mask.values())
         assert kept == mask_run["kept"][threshold] == int(threshold * total)
     assert not any((masks[0.2][name] & ~masks[0.5][name]).any() for name in saliency)
+
+
+def test_a_loss_that_is_not_finite_names_the_images(
+    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LatentDiffusion.q_sample
+    calls: list[int] = []
+
+    def q_sample(model: LatentDiffusion, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        calls.append(len(latents))
+        noisy = whole(model, latents, timesteps, noise)
+        return noisy * torch.nan if len(calls) == 2 else noisy
+
+    monkeypatch.setattr(LatentDiffusion, "q_sample", q_sample)
+    config = tiny_runs.mask_config(batch_size=3, output_dir=str(tmp_path))
+    with pytest.raises(MaskError, match=r"mask batch 1 is nan.*its images: .*Noto/Dogs/1000001\.png$"):
+        MaskingAlgorithm(config).run()
+    assert calls == [3, 1]
+
+
+@pytest.mark.parametrize("wrap", [dict, OmegaConf.create])
+def test_a_config_may_be_a_mapping(wrap: Any) -> None:
+    keys = {"template_name": "Blob", "lr": 2e-5, "sample_seeds": [3, 4]}
+    found = SaliencyUnlearningAlgorithm(wrap(keys), lr=3e-5).config
+    assert found == TrainConfig(template_name="Blob", lr=3e-5, sample_seeds=(3, 4))
+    mask = MaskingAlgorithm(wrap({"threshold": [0.2, 0.5]}), template_name="Blob").config
+    assert mask == MaskConfig(threshold=(0.2, 0.5), template_name="Blob")
+    with pytest.raises(ConfigError, match="learning_rate: there is no such key"):
+        SaliencyUnlearningAlgorithm(wrap({"learning_rate": 1e-5}))
 
 
 def test_a_mask_says_what_it_was_made_from(mask_run: Result, model: LatentDiffusion) -> None:

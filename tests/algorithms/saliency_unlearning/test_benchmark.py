@@ -17,6 +17,7 @@ import torch
 from mu.algorithms.saliency_unlearning import benchmark
 from mu.algorithms.saliency_unlearning.benchmark import SCORES, Benchmark, markdown, mean_of
 from mu.algorithms.saliency_unlearning.configs import BenchmarkConfig
+from mu.algorithms.saliency_unlearning.results_table import reading
 from mu.config import dump
 from mu.datasets.generated import SampleSettings
 from mu.evaluation.classifier import EmojiClassifier, load_classifier, save_classifier
@@ -204,6 +205,35 @@ def test_only_a_changed_recipe_unlearns_anew(
         unlearned.clear()
 
 
+def test_a_key_that_came_later_counts_where_it_is_set(
+    moved: BenchmarkConfig, unlearned: list[str], tmp_path: Path
+) -> None:
+    """`sample_precision` is such a key: rows that were made before it was there have been made with its default."""
+    table = Benchmark(moved)
+    mask, train = table.recipes("Noto")
+    assert mask.sample_precision == "fp32"
+    assert "sample_precision" not in benchmark._deciding(mask)
+    assert {"threshold", "c_guidance", "template_name", "seed"} <= benchmark._deciding(mask).keys()
+    assert benchmark._deciding(train)["alpha"] == 0.5  # also at its default
+    recipe = Path(moved.style_mask).read_text().replace("sample_precision: fp32", "sample_precision: bf16")
+    (tmp_path / "half.yaml").write_text(recipe)
+    try_each(replace(moved, style_mask=str(tmp_path / "half.yaml")))
+    assert unlearned == ["Noto"]
+
+
+def test_another_reading_counts_again_and_unlearns_nothing(
+    moved: BenchmarkConfig, unlearned: list[str]
+) -> None:
+    result = Benchmark(replace(moved, cra_prompts="all")).run()
+    assert unlearned == []
+    assert (result["cra_prompts"], result["left_out"]) == ("all", "none")
+    content = table_of(moved)
+    assert (content["cra_prompts"], content["left_out"]) == ("all", [])
+    assert [row["after"]["CRA"]["n"] for row in content["rows"]] == [8, 8]
+    last = (Path(moved.output_dir) / "table.md").read_text().splitlines()[-1]
+    assert last == "CRA is counted on all prompts, those of the forgotten concept too."
+
+
 def test_other_weights_unlearn_anew(
     moved: BenchmarkConfig, unlearned: list[str], tiny_runs: Any, tmp_path: Path
 ) -> None:
@@ -261,6 +291,11 @@ def test_means_are_of_the_rows_of_their_kind() -> None:
     }
     assert mean_of(ROWS, "object")["CRA"] == 97.06
     assert mean_of(ROWS[:2], "object") == {}
+
+
+def test_the_usual_reading_is_not_mentioned() -> None:
+    assert reading("retained", ()) == ""
+    assert reading("retained", ["Blob"]) == "\nNot counted: Blob.\n"
 
 
 def test_the_markdown_table_is_the_hand_written_one() -> None:

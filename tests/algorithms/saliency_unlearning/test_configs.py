@@ -19,10 +19,11 @@ from mu.algorithms.saliency_unlearning.configs import (
     checkpoint_file,
     mask_command,
 )
-from mu.cli import parse_cli
+from mu.cli import _flag_value, parse_cli
 from mu.config import (
     Config,
     ConfigError,
+    assemble,
     check_paths,
     dump,
     keys_of,
@@ -32,6 +33,7 @@ from mu.config import (
     resolve_path,
 )
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
+from tests.datasets.drawing import draw_i2p
 
 ROOT = Path(__file__).parents[3]
 CLASSES: dict[str, type[Config]] = {
@@ -123,7 +125,7 @@ def test_a_packaged_config_is_right_and_opens_with_its_command(name):
     assert not re.search(r"(: |^)[/~]", text, re.MULTILINE), "a path of some machine"
 
 
-@pytest.mark.parametrize("folder", ["emoji_canvas", "unlearn_canvas"])
+@pytest.mark.parametrize("folder", ["emoji_canvas", "i2p", "unlearn_canvas"])
 def test_the_recipes_of_the_repository_are_the_packaged_ones(folder):
     assert os.path.samefile(ROOT / "configs" / folder, PACKAGED / folder)
 
@@ -149,10 +151,12 @@ def test_every_key_has_a_whole_sentence_of_help(cls):
 def test_names_here_are_those_of_the_modules_that_use_them():
     from mu.algorithms.saliency_unlearning.data_handler import DATASET_TYPES
     from mu.algorithms.saliency_unlearning.model import TRAIN_METHODS
+    from mu.datasets.generated import PRECISIONS
 
     choices = {key.name: key.rule.choices for key in keys_of(TrainConfig)}
     assert choices["train_method"] == TRAIN_METHODS
-    assert set(DATASET_TYPES) | {"i2p"} == set(choices["dataset_type"])
+    assert choices["sample_precision"] == PRECISIONS
+    assert choices["dataset_type"] == DATASET_TYPES
 
 
 def test_the_seeds_of_evaluation_are_not_those_of_training():
@@ -187,6 +191,122 @@ def test_substitutes_that_can_be_used_are_taken():
         assert MaskConfig(**GENERATED, substitute=substitute).substitute == substitute
     config = MaskConfig(dataset_type="generated", styles=["A", "B"], objects=["Cats"], template_name="A")
     assert config.styles == ("A", "B")
+
+
+I2P = {"dataset_type": "i2p", "template": "i2p", "template_name": "hate"}
+FOLDER = {
+    "dataset_type": "folder",
+    "retain_dataset_dir": "other",
+    "substitute": "a cat",
+    "template_name": "dog",
+}
+PROMPTS = {"dataset_type": "generated", "forget_prompts": ["a wolf"], "retain_prompts": ["a dog"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({**I2P, "template": "object"}, "template: i2p goes with dataset_type i2p"),
+        ({"forget_prompts": ["x"]}, "forget_prompts: dataset_type unlearncanvas has its own prompts"),
+        ({"retain_prompts": ["x"]}, "retain_prompts: not used by dataset_type unlearncanvas"),
+        ({"retain_set": "generated"}, "retain_prompts: retain_set generated needs prompts of what is kept"),
+        ({"retain_set": "seed_image"}, "retain_set: 'seed_image' is not one of: "),
+        ({"retain_dataset_dir": "x"}, "retain_dataset_dir: only dataset_type folder"),
+        ({"raw_dataset_dir": None}, "raw_dataset_dir: dataset_type unlearncanvas needs a folder of images"),
+        ({**I2P, "forget_prompts": ["x"]}, "forget_prompts: dataset_type i2p has its own prompts"),
+        ({**I2P, "retain_prompts": ["x", "y"]}, "retain_prompts: give one prompt for all images"),
+        ({**I2P, "retain_prompts": ["x"], "retain_set": "others"}, "retain_prompts: not used by"),
+        ({"dataset_type": "generic"}, "substitute: say in a whole prompt"),
+        ({**FOLDER, "retain_dataset_dir": None}, "retain_dataset_dir: dataset_type folder needs a folder"),
+        (
+            {**FOLDER, "retain_set": "seed_images"},
+            "retain_set: seed_images does not go with dataset_type folder",
+        ),
+        ({**FOLDER, "forget_prompts": ["x", "y"]}, "forget_prompts: folder: give one prompt"),
+        ({**FOLDER, "substitute": None}, "substitute: say in a whole prompt"),
+        (
+            {**PROMPTS, "retain_prompts": None, "substitute": "x y"},
+            "retain_prompts: forget_prompts needs prompts",
+        ),
+        (
+            {**PROMPTS, "forget_prompts": None, "template_name": "Noto"},
+            "retain_prompts: goes with forget_prompts",
+        ),
+        ({**PROMPTS, "retain_prompts": ["a dog", "a cat"]}, "substitute: say in a whole prompt"),
+        ({**PROMPTS, "retain_prompts": ["A wolf"]}, "substitute: 'A wolf' is one of the prompts to forget"),
+        ({**PROMPTS, "retain_set": "seed_images"}, "retain_set: seed_images does not go with"),
+        ({**GENERATED, "template_name": ["Noto", "Bolb"]}, "template_name: 'Bolb' is not one of"),
+        (
+            {**GENERATED, "template_name": ["Noto", "Blob"], "substitute": "Blob"},
+            "one of the styles to forget",
+        ),
+        ({**GENERATED, "template_name": STYLES}, "are all styles here"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_found(values, expected):
+    (mistake,) = mistakes_of(MaskConfig, **values)
+    assert expected in mistake
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        I2P,
+        {**I2P, "retain_prompts": ["x"]},
+        {**I2P, "retain_set": "generated"},
+        FOLDER,
+        {**FOLDER, "forget_prompts": ["my dog"], "retain_prompts": ["a pet"], "substitute": None},
+        {**FOLDER, "retain_dataset_dir": None, "retain_set": "generated", "retain_prompts": ["a", "b"]},
+        PROMPTS,
+        {"dataset_type": "generic", "substitute": "a lawn", "template_name": ["a", "b"]},
+        {"retain_set": "seed_images"},
+        {"retain_set": "generated", "retain_prompts": ["a lawn"]},
+        {**GENERATED, "template_name": ["Noto", "Blob"]},
+    ],
+)
+def test_keys_that_go_together_are_kept_by_file_and_command(values, tmp_path):
+    config = MaskConfig(**values)
+    (tmp_path / "mask.yaml").write_text(dump(config), encoding="utf-8")
+    assert load_config(MaskConfig, config_path=tmp_path / "mask.yaml") == config
+    words = shlex.split(mask_command(TrainConfig(**values, mask_path="masks")))
+    assert assemble(MaskConfig, parsed(words[3:])) == override(config, output_dir="masks")
+
+
+def parsed(words):
+    """The flags of a command line as entries, without looking at what is on disk."""
+    flags, keys = dict(zip(words[::2], words[1::2], strict=True)), keys_of(MaskConfig)
+    by_flag = {f"--{key.name}": key for key in keys}
+    return [(by_flag[flag].name, _flag_value(by_flag[flag], text), flag) for flag, text in flags.items()]
+
+
+def test_one_name_or_several():
+    assert MaskConfig(**GENERATED).concepts == ("Noto",)
+    several = MaskConfig(**{**GENERATED, "template_name": "Noto,Blob"})
+    assert several.template_name == several.concepts == ("Noto", "Blob")
+    assert EvaluateConfig(template_name="Noto,Blob").template_name == ("Noto", "Blob")
+    assert "'Bolb'" in mistakes_of(EvaluateConfig, template_name=["Noto", "Bolb"])[0]
+
+
+@pytest.mark.usefixtures("world")
+def test_folders_are_looked_at_before_a_model_is_loaded():
+    def problems(**values):
+        return [problem for problem in check_paths(MaskConfig(**values)) if "ckpt_path" not in problem]
+
+    (missing,) = problems(**I2P, raw_dataset_dir="absent")
+    assert missing.startswith(
+        "raw_dataset_dir: there is no folder absent. Download it with `download_data sample i2p`"
+    )
+    draw_i2p(Path("data/i2p"))
+    assert problems(**I2P, raw_dataset_dir="data/i2p") == []
+    (unknown,) = problems(**{**I2P, "template_name": "haet"}, raw_dataset_dir="data/i2p")
+    assert unknown.startswith("template_name: there is no category 'haet'")
+    assert "Did you mean 'hate'?" in unknown
+    Path("data/i2p/images/hate/1.jpg").write_bytes(b"")
+    (broken,) = problems(**I2P, raw_dataset_dir="data/i2p")
+    assert broken.startswith("raw_dataset_dir: 1 files of data/i2p are missing or cannot be used")
+    assert problems(retain_set="seed_images")[0].startswith("retain_set: seed_images needs the photos")
+    assert problems(substitute="Van_Goph")[0].startswith("substitute: 'Van_Goph' is no style")
+    assert problems(template_name=["Abstractionism", "Van_Gogh"]) == []
 
 
 def test_thresholds_are_always_a_tuple():
@@ -238,6 +358,16 @@ def test_the_command_for_a_missing_mask_makes_the_mask_of_this_concept():
     assert (mask.output_dir, mask.threshold) == ("my masks", 0.3)
 
 
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    ("mask_path", "folder"),
+    [("masks.v2", "masks.v2"), ("runs/1.5", "runs/1.5"), ("a/mask_0.5.safetensors", None)],
+)
+def test_a_folder_of_masks_may_have_a_dot_in_its_name(mask_path, folder):
+    mask = parse_cli(MaskConfig, shlex.split(mask_command(TrainConfig(mask_path=mask_path)))[3:])
+    assert mask.output_dir == (folder or MaskConfig().output_dir)
+
+
 def test_no_mask_is_asked_for_where_none_is_used(world):
     (world / "outputs/saliency_unlearning/masks/a/mask_0.5.safetensors").unlink()
     assert len(check_paths(TrainConfig())) == 1
@@ -252,14 +382,6 @@ def test_a_concept_that_the_folder_has_not_is_found_with_the_nearest():
     assert "Did you mean 'Abstractionism'?" in problem
     (problem,) = check_paths(MaskConfig(template="object", template_name="Birds"))
     assert "it has: Cats, Dogs" in problem
-
-
-@pytest.mark.usefixtures("world")
-def test_i2p_is_refused_by_name_and_not_half_done():
-    problems = check_paths(configs.saliency_unlearning_generate_mask_i2p)
-    assert [
-        problem for problem in problems if problem.startswith("dataset_type: i2p is not read in this version")
-    ]
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_run(world, monkeypatch):
@@ -277,7 +399,9 @@ def test_an_output_folder_that_is_a_file_is_found():
     assert problem.startswith("output_dir: ")
 
 
-def make_run(folder: Path, name: str, age: int, *, model: str = "model.safetensors", **concept: str) -> Path:
+def make_run(
+    folder: Path, name: str, age: int, *, model: str = "model.safetensors", **concept: str | tuple[str, ...]
+) -> Path:
     run = folder / name
     run.mkdir(parents=True)
     (run / model).write_bytes(b"x")
@@ -296,7 +420,10 @@ def test_a_checkpoint_is_a_file_a_run_or_the_newest_of_the_runs(tmp_path):
     assert checkpoint_file(str(tmp_path)) == newest
     assert checkpoint_file(str(tmp_path), template="style", template_name="Noto") == middle
     assert EvaluateConfig(ckpt_path=tmp_path, template_name="Noto").checkpoint() == middle
-    problems = check_paths(EvaluateConfig(ckpt_path=tmp_path, template_name="Blob"))
+    several = make_run(tmp_path, "d", 5, template_name=("Blob", "Noto"))
+    assert checkpoint_file(str(tmp_path), template="style", template_name=("Noto", "Blob")) == several
+    assert checkpoint_file(str(tmp_path), template="style", template_name="Noto") == middle
+    problems = check_paths(EvaluateConfig(ckpt_path=tmp_path, template_name="Blob"))  # alone
     assert any("nor a finished run that forgot style Blob" in problem for problem in problems)
     assert any(
         "unfinished holds neither" in problem
@@ -332,6 +459,45 @@ def test_a_mask_is_not_asked_for_under_a_wrong_name(tmp_path, monkeypatch):
 def test_a_concept_outside_the_grid_is_not_evaluated():
     assert "Did you mean 'Noto'?" in mistakes_of(EvaluateConfig, template_name="Nto")[0]
     assert EvaluateConfig(template="object", template_name="Cats").template_name == "Cats"
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "expected"),
+    [
+        (EvaluateConfig, {"left_out": ["Notto"]}, "'Notto' is not on the grid"),
+        (EvaluateConfig, {"left_out": ["Noto"]}, "'Noto' is forgotten and must be counted"),
+        (EvaluateConfig, {"left_out": OBJECTS[1:]}, "fewer than two objects would be counted"),
+        (BenchmarkConfig, {"left_out": ["Blob"]}, "'Blob' is forgotten and must be counted"),
+        (EvaluateConfig, {"cra_prompts": "own"}, "is not one of: retained, all"),
+    ],
+)
+def test_readings_that_leave_nothing_to_count_are_refused(cls, values, expected):
+    assert expected in mistakes_of(cls, **values)[0]
+
+
+def test_readings_of_the_scores_are_taken():
+    from mu.evaluation.metrics import CRA_PROMPTS
+
+    for cls in (EvaluateConfig, BenchmarkConfig):
+        assert (cls().cra_prompts, cls().left_out) == ("retained", ())
+        choices = {key.name: key.rule.choices for key in keys_of(cls)}
+        assert choices["cra_prompts"] == CRA_PROMPTS
+    assert EvaluateConfig(left_out="Blob").left_out == ("Blob",)
+    assert (
+        BenchmarkConfig(concepts=["Noto"], left_out=["Blob", "Cats"], cra_prompts="all").cra_prompts == "all"
+    )
+
+
+def test_prompts_may_come_from_a_table(tmp_path):
+    path = tmp_path / "cases.CSV"
+    path.write_text("case_number,prompt,sd_seed\n4,a cat,9\n4,a cat,8\n7,a dog,9\n")
+    config = SampleConfig(prompts_path=path)
+    assert [(case.case_number, case.seed) for case in config.cases()] == [("4", 9), ("4", 8), ("7", 9)]
+    plain = override(config, use_row_settings=False).cases()
+    assert [(case.case_number, case.seed) for case in plain] == [("4", None), ("7", None)]
+    path.write_text("case_number,promt\n4,a cat\n")
+    problems = check_paths(config)
+    assert any(problem.startswith(f"prompts_path: {path} has no column `prompt`") for problem in problems)
 
 
 def test_the_recipes_of_the_table_are_checked_before_it_starts(tmp_path):

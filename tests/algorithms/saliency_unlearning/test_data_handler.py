@@ -7,65 +7,23 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.datasets.generated import GeneratedImages, SampleSettings
 from mu.datasets.images import load_image
 from mu.datasets.index import DataError, Row
 from mu.datasets.streams import draw
 from mu.ldm.latent_diffusion import LatentDiffusion
-from mu.ldm.model_config import AutoencoderParams, LatentDiffusionParams, UNetParams
+from tests.stand_in_model import build_model
 
 STYLES, OBJECTS, IMAGES = ["Blob", "Noto", "Seed_Images"], ["Cats", "Dogs"], 5
 FORGET_COUNT, RETAIN_COUNT = 10, 20
 
 
-class LetterPrompts(nn.Module):
-    """Embeds a prompt as numbers made of its letters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(256, 8)
-
-    def forward(self, prompts: list[str]) -> Tensor:
-        letters = [
-            torch.frombuffer(bytearray(prompt.encode().ljust(40)), dtype=torch.uint8) for prompt in prompts
-        ]
-        return self.table(torch.stack(letters).long())  # (B, 40, 8)
-
-
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusion:
-    """Images of 16 px, latents of 4 x 8 x 8, 50 timesteps."""
-    torch.manual_seed(0)
-    unet = UNetParams(
-        in_channels=4,
-        out_channels=4,
-        model_channels=32,
-        attention_resolutions=(1,),
-        num_res_blocks=1,
-        channel_mult=(1,),
-        num_heads=2,
-        context_dim=8,
-        image_size=8,
-    )
-    first_stage = AutoencoderParams(
-        embed_dim=4,
-        z_channels=4,
-        resolution=16,
-        in_channels=3,
-        out_ch=3,
-        ch=32,
-        ch_mult=(1, 1),
-        num_res_blocks=1,
-    )
-    made = LatentDiffusion(
-        LatentDiffusionParams(
-            unet=unet, first_stage=first_stage, cond_stage=None, timesteps=50, scale_factor=0.5
-        )
-    )
-    made.cond_stage_model = LetterPrompts()
-    return made.eval()
+    return build_model(timesteps=50)
 
 
 @pytest.fixture
@@ -92,7 +50,12 @@ def config(tmp_path: Path) -> SimpleNamespace:
         retain_images_per_prompt=1,
         sample_steps=2,
         guidance_scale=2.0,
+        sample_precision="fp32",
         substitute=None,
+        retain_dataset_dir=None,
+        retain_set=None,
+        forget_prompts=None,
+        retain_prompts=None,
         batch_size=4,
         seed=0,
         num_timesteps=50,
@@ -224,6 +187,42 @@ def test_a_training_batch_holds_what_its_streams_say(model: LatentDiffusion, con
             substitute_context[place], model.embed([f"A {row.object} image in Photo style."])[0]
         )
         assert not torch.equal(context[place], substitute_context[place])
+
+
+def test_batches_name_their_images(model: LatentDiffusion, config: SimpleNamespace) -> None:
+    """In the order of the batch: each file's stream gives the noise at its place."""
+    handler = SaliencyUnlearnDataHandler(with_(config, draws_per_image=2), model)
+    batch = list(handler.train_loader())[4]
+    for part, count in (("forget", 4), ("retain", 4)):
+        files = batch["images"][part]
+        assert len(files) == count
+        rows = {str(row.image): row for row in getattr(handler.rows, part)}
+        for place, file in enumerate(files):
+            number = 1 if part == "forget" else (4 * 4 + place) // RETAIN_COUNT
+            made = draw(0, part, number, rows[file].key, shape=(4, 8, 8), num_timesteps=50)
+            assert torch.equal(batch[part][2][place], made.noise)
+    for index, (_, _, noise, *_) in enumerate(handler.mask_batches()):
+        files = handler.mask_images(index)
+        assert len(files) == len(noise)
+        for place, file in enumerate(files):
+            row = next(row for row in handler.rows.forget if str(row.image) == file)
+            number = (4 * index + place) // FORGET_COUNT
+            made = draw(0, "mask", number, row.key, shape=(4, 8, 8), num_timesteps=50)
+            assert torch.equal(noise[place], made.noise)
+
+
+def test_half_precision_images_are_kept_beside_the_others(
+    model: LatentDiffusion, config: SimpleNamespace
+) -> None:
+    """The folder of exact images is the one they have had before there was a choice."""
+    asked = with_(config, dataset_type="generated", styles=["Noto", "Blob"], objects=["Cats"])
+    folders = []
+    for precision in ("fp32", "bf16"):
+        handler = SaliencyUnlearnDataHandler(with_(asked, sample_precision=precision), model)
+        folders.append(handler.rows.forget[0].image.parents[2])
+    settings = SampleSettings(steps=2, guidance_scale=2.0, image_size=16)
+    assert folders[0] == GeneratedImages(model, config.processed_dataset_dir, settings).path
+    assert folders[0] != folders[1]
 
 
 def test_retained_images_run_through_passes_of_their_own(

@@ -48,7 +48,7 @@ def train(
             return tuple(value + 0.0 * reached for value in next(steps))
 
         monkeypatch.setattr(trainer_module, "salun_loss", planned)
-        batches: Any = [{"forget": (torch.zeros(1),), "retain": ()}] * len(TERMS)
+        batches: Any = [{"forget": (torch.zeros(1),), "retain": (), "images": {}}] * len(TERMS)
         data: Any = SimpleNamespace(
             train_loader=lambda: DataLoader(batches, batch_size=None), steps_per_epoch=2, total_steps=4
         )

@@ -51,6 +51,20 @@ def test_round_trip_keeps_values_shapes_order_and_metadata(tmp_path: Path) -> No
     assert load_mask_metadata(path) == {**metadata, **counts}
 
 
+def test_the_same_mask_is_the_same_file(tmp_path: Path) -> None:
+    """To the byte, whatever order the metadata was given in; safetensors alone leaves that order to chance."""
+    mask = {"b": torch.tensor([True, False]), "a": torch.ones(3, 3, dtype=torch.bool)}
+    metadata = {"concept": 'Blåbær "\\\n\u2028', **{f"key{i}": i for i in range(20)}}
+    save_mask(mask, tmp_path / "first.safetensors", metadata)
+    content = (tmp_path / "first.safetensors").read_bytes()
+    for number in range(5):
+        path = tmp_path / f"{number}.safetensors"
+        save_mask(mask, path, dict(reversed(metadata.items())))
+        assert path.read_bytes() == content
+    assert load_mask_metadata(path)["concept"] == metadata["concept"]
+    assert list(load_mask(path)) == ["b", "a"]
+
+
 def test_an_entry_takes_one_bit_least_significant_first(tmp_path: Path) -> None:
     path = tmp_path / "mask.safetensors"
     marked = torch.zeros(10, dtype=torch.bool)

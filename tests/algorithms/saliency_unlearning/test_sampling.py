@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,9 @@ from PIL import Image
 from mu.algorithms.saliency_unlearning import sampling
 from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.algorithms.saliency_unlearning.sampling import SamplingError, sample_images
-from mu.datasets.images import to_uint8
+from mu.algorithms.saliency_unlearning.sampling_plan import plan_images
+from mu.config import ConfigError
+from mu.datasets.images import save_png, to_uint8
 from mu.ldm import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
 
@@ -86,10 +89,16 @@ def test_a_run_writes_images_their_index_and_a_grid(config: SampleConfig) -> Non
     run = result["run"]
     names = ["0000_3.png", "0000_4.png", "0001_3.png", "0001_4.png"]
     assert {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} == {
-        *("config.yaml", "log.txt", "environment.json", "images.json", "grid.png"),
+        *("config.yaml", "log.txt", "environment.json", "plan.json", "images.json", "images.csv", "grid.png"),
         *(f"images/{name}" for name in names),
     }
-    assert result == {"run": run, "images": 4, "grid": run / "grid.png"}
+    assert result == {
+        "run": run,
+        "images": 4,
+        "sampled": 4,
+        "index": run / "images.csv",
+        "grid": run / "grid.png",
+    }
     index = json.loads((run / "images.json").read_text())
     assert index == [
         {"file": f"images/{name}", "prompt": prompt, "seed": seed}
@@ -112,7 +121,7 @@ def test_prompts_may_come_from_a_file(config: SampleConfig, tmp_path: Path) -> N
         config, prompts=(), prompts_path=str(tmp_path / "prompts.txt"), sample_steps=1, seeds=(3,), grid=False
     )
     first, second = sampling.run(from_file), sampling.run(from_file)
-    assert first.keys() == {"run", "images"}
+    assert first.keys() == {"run", "images", "sampled", "index"}
     assert not (first["run"] / "grid.png").exists()
     index = json.loads((first["run"] / "images.json").read_text())
     assert [entry["prompt"] for entry in index] == [DOGS, CATS]
@@ -135,3 +144,146 @@ def test_an_image_with_nan_is_named_and_not_written(
     with pytest.raises(SamplingError, match=r"A Cats image in Noto style\.' with seed 4 contains NaN"):
         sampling.run(config)
     assert [path.name for path in Path(config.output_dir).rglob("*.png")] == ["0000_3.png"]
+    (index,) = Path(config.output_dir).rglob("images.csv")
+    assert [row["file"] for row in csv.DictReader(index.open())] == ["images/0000_3.png"]
+
+
+# ---- tables of prompts, and runs that are gone on with
+
+
+@pytest.fixture
+def table(config: SampleConfig, tmp_path: Path) -> SampleConfig:
+    """Three cases: with seed and guidance, with another guidance, and with neither."""
+    (tmp_path / "cases.csv").write_text(
+        "case_number,prompt,evaluation_seed,evaluation_guidance\n"
+        f"17,{CATS},5,3.0\n2,{DOGS},6,1.5\nx-9,{CATS},,\n"
+    )
+    return replace(config, prompts=(), prompts_path=str(tmp_path / "cases.csv"), run_name="cases")
+
+
+def pixels(path: Path) -> torch.Tensor:
+    with Image.open(path) as opened:
+        return torch.from_numpy(numpy.asarray(opened).astype(int))
+
+
+def test_a_table_gives_each_case_its_seed_and_guidance(table: SampleConfig) -> None:
+    result = sampling.run(table)
+    images = Path(table.output_dir) / "cases" / "images"
+    assert {path.name for path in images.iterdir()} == {"17_5.png", "2_6.png", "x-9_3.png", "x-9_4.png"}
+    model = sampling.model_of(table)
+    for name, prompt, seed, guidance in (
+        *(("17_5", CATS, 5, 3.0), ("2_6", DOGS, 6, 1.5)),
+        *(("x-9_3", CATS, 3, 3.0), ("x-9_4", CATS, 4, 3.0)),
+    ):
+        (expected,) = grey_levels(model, [(prompt, seed)], guidance_scale=guidance)
+        assert (pixels(images / f"{name}.png") - expected).abs().max() <= 1, name
+        if guidance == 1.5:
+            (other,) = grey_levels(model, [(prompt, seed)], guidance_scale=3.0)
+            assert (other - expected).abs().max() > 5
+    with open(result["index"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[1] == {
+        "case_number": "2",
+        "prompt": DOGS,
+        "evaluation_seed": "6",
+        "evaluation_guidance": "1.5",
+        "file": "images/2_6.png",
+    }
+    with Image.open(result["grid"]) as grid:
+        assert grid.height > 3 * 64
+    # The index is itself such a table, of the same images.
+    assert [image.file for image in plan_images(replace(table, prompts_path=str(result["index"])))] == [
+        row["file"] for row in rows
+    ]
+
+
+def test_the_keys_may_overrule_the_table(table: SampleConfig) -> None:
+    planned = plan_images(replace(table, use_row_settings=False, seeds=(8,), guidance_scale=2.0))
+    assert [(image.file, image.guidance_scale) for image in planned] == [
+        (f"images/{name}_8.png", 2.0) for name in ("17", "2", "x-9")
+    ]
+
+
+def test_images_of_one_name_are_refused(table: SampleConfig) -> None:
+    path = Path(str(table.prompts_path))
+    path.write_text(path.read_text() + f"X-9,{DOGS},3,\n")
+    with pytest.raises(ConfigError, match="case_number X-9 with seed 3 is there twice"):
+        plan_images(table)
+
+
+def test_a_run_that_was_cut_goes_on(table: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept images are not touched, the others become what they would have been."""
+    whole = sampling.run(replace(table, run_name="whole"))["run"]
+    written: list[str] = []
+
+    def save(image: torch.Tensor, path: Path) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        save_png(image, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "save_png", save)
+        with pytest.raises(KeyboardInterrupt):
+            sampling.run(table)
+    run = Path(table.output_dir) / "cases"
+    assert {path.name for path in (run / "images").iterdir()} == set(written)
+    with open(run / "images.csv", newline="") as file:
+        assert {Path(row["file"]).name for row in csv.DictReader(file)} == set(written)
+    times = {name: (run / "images" / name).stat().st_mtime_ns for name in written}
+
+    result = sampling.run(replace(table, batch_size=1))
+    assert (result["images"], result["sampled"]) == (4, 2)
+    assert times == {name: (run / "images" / name).stat().st_mtime_ns for name in written}
+    for path in (whole / "images").iterdir():
+        assert (pixels(path) - pixels(run / "images" / path.name)).abs().max() <= 1
+    assert (run / "images.csv").read_bytes() == (whole / "images.csv").read_bytes()
+    assert sampling.run(table)["sampled"] == 0
+
+
+def test_a_subset_adds_to_a_run_and_takes_nothing_away(table: SampleConfig) -> None:
+    path = Path(str(table.prompts_path))
+    header, *rows = path.read_text().splitlines()
+    path.write_text(f"{header}\n{rows[1]}\n")
+    small = replace(table, grid=False)
+    assert sampling.run(small)["sampled"] == 1
+    path.write_text("\n".join([header, *rows]) + "\n")
+    assert sampling.run(small)["sampled"] == 3
+    path.write_text(f"{header}\n{rows[0]}\n")
+    result = sampling.run(small)
+    assert (result["images"], result["sampled"]) == (1, 0)
+    assert len(json.loads((result["run"] / "images.json").read_text())) == 4
+
+
+def test_a_folder_of_other_images_is_refused(table: SampleConfig, tiny_runs: Any) -> None:
+    sampling.run(replace(table, grid=False))
+    for changes, expected in (
+        ({"sample_steps": 1}, r"other settings \(sample_steps 2, now 1\)"),
+        ({"ckpt_path": str(tiny_runs.checkpoint("other"))}, r"other settings \(model sha256:"),
+        ({"precision": "bf16"}, "precision fp32, now bf16"),
+        (
+            {"guidance_scale": 2.0},
+            "2 of these images with another prompt or guidance, such as images/x-9_3.png",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            sampling.run(replace(table, **changes))
+    run = Path(table.output_dir) / "cases"
+    (run / "plan.json").unlink()
+    with pytest.raises(ConfigError, match=r"images but no plan\.json"):
+        sampling.run(table)
+    assert len(list((run / "images").iterdir())) == 4
+
+
+def test_a_tall_grid_goes_on_in_another_picture(
+    config: SampleConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_GRID_HEIGHT_PX", 70)
+    result = sampling.run(replace(config, seeds=(3,), sample_steps=1))
+    assert sorted(path.name for path in result["run"].glob("grid*")) == ["grid.png", "grid_2.png"]
+
+
+def test_half_precision_images_are_near(tiny_model: LatentDiffusion) -> None:
+    exact, half = (grey_levels(tiny_model, precision=precision) for precision in ("fp32", "bf16"))
+    other_seed = (exact[0] - exact[1]).float().abs().mean()
+    assert 0 < (exact - half).float().abs().mean() < other_seed / 2

@@ -14,7 +14,7 @@ from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer, TrainingError, salun_loss
 from mu.ldm import LatentDiffusion
 
-Batch = dict[str, tuple[Tensor, ...]]
+Batch = dict[str, Any]
 
 
 def tiny_batch(seed: int, images: int = 2) -> Batch:
@@ -28,7 +28,11 @@ def tiny_batch(seed: int, images: int = 2) -> Batch:
         latents, noise = normal(images, 4, 8, 8), normal(images, 4, 8, 8)
         return latents, timesteps, noise, *(normal(images, 7, 32) for _ in range(contexts))
 
-    return {"forget": part(2), "retain": part(1)}
+    return {
+        "forget": part(2),
+        "retain": part(1),
+        "images": {part: [f"{part}/{seed}-{n}.png" for n in range(images)] for part in ("forget", "retain")},
+    }
 
 
 def fit(trainer: SaliencyUnlearnTrainer, batches: list[Batch], **options: Any) -> None:
@@ -244,8 +248,10 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_written(tiny_model: Latent
         def on_train_batch_end(self, *_: Any) -> None:
             weights.append({name: value.clone() for name, value in tiny_model.state_dict().items()})
 
-    with pytest.raises(TrainingError, match=r"step 1: the loss is (inf|nan)"):
+    with pytest.raises(TrainingError, match=r"step 1: the loss is (inf|nan)") as caught:
         fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3), batches, callbacks=[Look()])
+    files = "forget: forget/1-0.png, forget/1-1.png; retain: retain/1-0.png, retain/1-1.png"
+    assert f"on the images to {files}." in str(caught.value)
     assert len(weights) == 1
     assert all(torch.equal(value, weights[0][name]) for name, value in tiny_model.state_dict().items())
 
@@ -268,7 +274,9 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_written(
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     handle = parameter.register_hook(spoil)
     with pytest.raises(
-        TrainingError, match=r"step 0: the gradients of 1 tensors are not finite \(out\.2\.weight\)"
+        TrainingError,
+        match=r"step 0: the gradients of 1 tensors are not finite \(out\.2\.weight\), from the images to "
+        r"forget: forget/0-0\.png, forget/0-1\.png; retain: retain/0-0\.png",
     ):
         fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3), [tiny_batch(0)], gradient_clip_val=1.0)
     handle.remove()

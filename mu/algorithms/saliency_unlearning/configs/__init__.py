@@ -14,14 +14,16 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
     ModelKeys,
     checkpoint_file,
 )
+from mu.algorithms.saliency_unlearning.configs.converting import ConvertConfig
 from mu.algorithms.saliency_unlearning.configs.measuring import BenchmarkConfig, EvaluateConfig, SampleConfig
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig, mask_command
-from mu.config import Config, load_config, override
+from mu.config import Config, load_config
 
 __all__ = [
     "PACKAGED",
     "BenchmarkConfig",
     "ConceptKeys",
+    "ConvertConfig",
     "EvaluateConfig",
     "MaskConfig",
     "ModelKeys",
@@ -44,19 +46,9 @@ def _packaged(cls: type[C], name: str) -> C:
     return load_config(cls, config_path=PACKAGED / name)
 
 
-def _i2p(config: C) -> C:
-    return override(
-        config,
-        dataset_type="i2p",
-        template="i2p",
-        template_name="self-harm",
-        raw_dataset_dir="data/i2p-dataset/sample",
-    )
-
-
 saliency_unlearning_generate_mask_mu = _packaged(MaskConfig, "mask_config.yaml")
 saliency_unlearning_train_mu = _packaged(TrainConfig, "train_config.yaml")
-saliency_unlearning_generate_mask_i2p = _i2p(saliency_unlearning_generate_mask_mu)
-saliency_unlearning_train_i2p = _i2p(saliency_unlearning_train_mu)
+saliency_unlearning_generate_mask_i2p = _packaged(MaskConfig, "i2p/mask_category.yaml")
+saliency_unlearning_train_i2p = _packaged(TrainConfig, "i2p/train_category.yaml")
 saliency_unlearning_generate_mask_emoji_canvas = _packaged(MaskConfig, "emoji_canvas/mask_style.yaml")
 saliency_unlearning_train_emoji_canvas = _packaged(TrainConfig, "emoji_canvas/train_style.yaml")

@@ -6,13 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mu.algorithms.saliency_unlearning.configs.concept import OUTPUTS, ConceptKeys, Problem, checkpoint_file
+from mu.algorithms.saliency_unlearning.configs.concept import (
+    OUTPUTS,
+    ConceptKeys,
+    Problem,
+    checkpoint_bytes,
+    checkpoint_file,
+    is_checkpoint,
+)
 from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
 from mu.run_folder import space_problem, writable_problem
 
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
+_MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
 _TRAIN_METHOD_HELP = (
     "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
@@ -107,7 +115,9 @@ class TrainConfig(ConceptKeys):
         choices=("fp32", "bf16-mixed"),
     )
     output_format: str = setting(
-        "safetensors", "Suffix of the unlearned checkpoint.", choices=("safetensors", "ckpt", "pth")
+        "safetensors",
+        "Form of the unlearned checkpoint: CompVis' by its suffix, or a diffusers folder.",
+        choices=("safetensors", "ckpt", "pth", "diffusers"),
     )
     sample_prompts: tuple[str, ...] | None = setting(
         None,
@@ -147,8 +157,10 @@ class TrainConfig(ConceptKeys):
             )
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
-        elif (checkpoint := checkpoint_file(self.ckpt_path)).is_file():
-            needed = checkpoint.stat().st_size + 50_000_000  # the unlearned checkpoint, and what goes with it
+        elif is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
+            needed = (
+                checkpoint_bytes(checkpoint) + 50_000_000
+            )  # the unlearned checkpoint, and what goes with it
             if (problem := space_problem(self.output_dir, needed)) is not None:
                 yield ("output_dir", "ckpt_path"), problem
 
@@ -157,7 +169,7 @@ def mask_command(config: TrainConfig) -> str:
     """The command that makes the mask of this concept, where `config` looks for it."""
     shared = {key.name for key in keys_of(ConceptKeys)} | {"threshold"}
     values: dict[str, object] = {key: value for key, value in as_dict(config).items() if key in shared}
-    if config.mask_path is not None and not Path(config.mask_path).suffix:
+    if config.mask_path is not None and Path(config.mask_path).suffix not in _MASK_SUFFIXES:
         values["output_dir"] = config.mask_path
     return command_line(MASK_MODULE, MaskConfig, values)
 

@@ -1,0 +1,53 @@
+"""Convert a checkpoint to another format: convert INPUT OUTPUT [--key value ...]. No bit of a weight changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mu.algorithms.saliency_unlearning.configs import PACKAGED, ConvertConfig
+from mu.cli import run_door
+
+MODULE = "mu.algorithms.saliency_unlearning.scripts.convert"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code. Its first words, up to two, are the input and the output."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    named: list[str] = []
+    for flag in ("--input_path", "--output_path"):
+        if words and not words[0].startswith("-"):
+            named += [flag, words.pop(0)]
+    return run_door(
+        ConvertConfig,
+        _run,
+        module=MODULE,
+        summary=str(__doc__),
+        packaged=PACKAGED,
+        argv=[*named, *words],
+    )
+
+
+def _run(config: ConvertConfig) -> object:
+    from mu.config import resolve_path
+    from mu.ldm.convert import convert_checkpoint
+
+    assert config.output_path is not None
+    base = resolve_path(config.base_ckpt_path) if config.base_ckpt_path is not None else None
+    description = convert_checkpoint(
+        config.checkpoint(),
+        config.output_path,
+        model_config_path=resolve_path(config.model_config_path),
+        format=config.output_kind,
+        use_ema=config.use_ema,
+        base=base,
+        overwrite=config.overwrite,
+    )
+    return {
+        "read": f"{config.checkpoint()} ({description})",
+        "wrote": f"{config.output_path} ({config.output_kind})",
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""Files that are always whole: at a path there is the old file or the whole new one, also after a kill.
+
+What is written goes to a temporary file beside its place (`.<name>.<random>.tmp`), is synced, and is renamed over it.
+Imports nothing heavy, so that every module may use it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mu.errors import MuError
+
+
+class WriteError(MuError):
+    """A file could not be written; what was there before is unchanged.
+
+    No OSError, which a download would take for a connection that broke.
+    """
+
+
+@contextmanager
+def written_beside(path: str | Path, needed_bytes: int) -> Iterator[Path]:
+    """Yield a temporary path to write to; afterwards sync it and rename it over `path`, or remove it on any failure.
+
+    Missing folders are made. A symbolic link is followed, not replaced. The file keeps the permissions of the one that
+    it replaces; a new one gets what the umask leaves.
+
+    Args:
+        needed_bytes: for the message.
+
+    Raises:
+        WriteError: an OSError while writing; names the path, the bytes needed and those that are free.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _set_mode(temporary, target)
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise WriteError(
+            f"{path} could not be written ({error.strerror or error}): {needed_bytes:,} bytes are needed, "
+            f"{_free_bytes(target)} are free there; free some space or choose another folder. A file that was there "
+            "before is unchanged"
+        ) from error
+    finally:
+        if os.path.lexists(temporary):
+            temporary.unlink()
+
+
+def write_atomically(path: str | Path, content: bytes) -> Path:
+    """Write a whole file, see `written_beside`. Returns `path`. Raises WriteError."""
+    path = Path(path)
+    with written_beside(path, len(content)) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+    return path
+
+
+def _set_mode(temporary: Path, target: Path) -> None:
+    """Some libraries write with permissions of their own."""
+    if target.exists():
+        mode = target.stat().st_mode & 0o7777
+    else:
+        mask = os.umask(0)
+        os.umask(mask)
+        mode = 0o666 & ~mask
+    temporary.chmod(mode)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(target: Path) -> str:
+    folder = next((parent for parent in target.parents if parent.is_dir()), target.parent)
+    return f"{shutil.disk_usage(folder).free:,}"

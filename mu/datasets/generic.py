@@ -1,0 +1,66 @@
+"""Any prompts with categories: the first `prompts/*.csv`, and images at `images/<category>/<running number>.jpg`.
+
+The running number counts a category's rows in the table's order: from 0 where the folder has a `0.jpg`, else from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mu.datasets.categories import Stems, rows_of_categories
+from mu.datasets.category_table import read_category_table
+from mu.datasets.image_files import check_folder, is_image
+from mu.datasets.index import DataError, ForgetRetain, concept_names, natural_key
+
+
+def index(
+    root: Path | str,
+    *,
+    template_name: str | Sequence[str],
+    substitute: str,
+    use_sample: bool = False,
+    retain_set: str = "others",
+    retain_prompt: str | None = None,
+) -> ForgetRetain:
+    """The rows of a folder: those of the category `template_name` to forget.
+
+    `rows_of_categories` describes the other arguments and the errors.
+
+    Args:
+        template_name: a category of the table, or several.
+        substitute: the prompt whose prediction takes the place of the forgotten ones.
+    """
+    root = Path(root)
+    advice = "It holds prompts/<any name>.csv (prompt,categories) and images/<category>/<running number>.jpg."
+    check_folder("raw_dataset_dir", root, advice=advice)
+    tables = sorted((root / "prompts").glob("*.csv"), key=lambda path: natural_key(path.name))
+    if not tables:
+        raise DataError(f"raw_dataset_dir: there is no prompts/*.csv in {root}. {advice}")
+    table = tables[0]
+    prompts = read_category_table(table)
+
+    def stems(folders: Mapping[str, Path]) -> Stems:
+        count = {
+            category: 0 if any(path.stem == "0" and is_image(path) for path in folder.iterdir()) else 1
+            for category, folder in folders.items()
+        }
+        named: dict[tuple[int, str], str] = {}
+        for place, row in enumerate(prompts):
+            for category in row.categories:
+                number = count.get(category, 1)
+                named[place, category] = str(number)
+                count[category] = number + 1
+        return named
+
+    return rows_of_categories(
+        root,
+        table,
+        prompts,
+        stems=stems,
+        template_name=template_name,
+        substitutes=dict.fromkeys(concept_names(template_name), substitute),
+        use_sample=use_sample,
+        retain_set=retain_set,
+        retain_prompt=retain_prompt,
+    )

@@ -1,0 +1,96 @@
+"""Which files of a folder are images, and what is wrong with them as far as names, sizes and headers tell.
+
+Nothing is decoded here and torch is not imported, so that all images of a data set can be looked at before a model
+is loaded. What only decoding shows (a cut file) is found by `mu.datasets.images.load_image`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from mu.datasets.index import DataError, natural_key
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MIN_SIDE_PX = 8
+MAX_PIXELS = 89_000_000
+"""Just below the size from which Pillow warns of a decompression bomb."""
+MAX_BYTES = 256 * 2**20
+
+# What Pillow raises for files that are not whole images; a broken PNG chunk is a SyntaxError.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's name ends as an image's does."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def entries(folder: Path, inside: Path, problems: list[str]) -> list[Path]:
+    """What lies in a folder, 2.jpg before 10.jpg; hidden files are left out, links are added to `problems`.
+
+    Args:
+        inside: the data set's own folder, resolved: a link is told apart by whether it leaves it.
+    """
+    kept = []
+    for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
+        if path.name.startswith((".", "__MACOSX")):
+            continue
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            problems.append(f"{path}: a link that leaves the folder (to {path.resolve()})")
+        elif path.is_symlink():
+            # Within the folder a link could bring images of the concept to forget among those to retain.
+            problems.append(f"{path}: a link; images must be files of the folder itself")
+        else:
+            kept.append(path)
+    return kept
+
+
+def find_images(folder: Path, inside: Path, problems: list[str]) -> list[Path]:
+    """All images of a folder and of the folders in it, by name; links as in `entries`."""
+    found: list[Path] = []
+    for path in entries(folder, inside, problems):
+        if path.is_dir():
+            found += find_images(path, inside, problems)
+        elif is_image(path) and path.is_file():
+            found.append(path)
+    return found
+
+
+def image_problems(paths: Iterable[Path]) -> list[str]:
+    """Why each of these files cannot be used: missing, empty, unreadable, tiny or absurdly large."""
+    found = ((path, _problem(path)) for path in paths)
+    return [f"{path}: {problem}" for path, problem in found if problem is not None]
+
+
+def check_folder(key: str, folder: Path, *, advice: str) -> None:
+    """Raises DataError unless `folder` is one."""
+    if not folder.is_dir():
+        raise DataError(f"{key}: there is no folder {folder}. {advice}")
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            return "an empty file"
+        if size > MAX_BYTES:
+            return f"{size / 2**20:.0f} MiB is too large for an image (at most {MAX_BYTES // 2**20} MiB)"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:  # reads the header alone
+                width, height = opened.size
+    except FileNotFoundError:
+        return "missing"
+    except Image.DecompressionBombError:
+        return f"too large: more than {MAX_PIXELS / 1e6:.0f} million pixels"
+    except UNREADABLE as error:
+        return f"unreadable ({error})"
+    if min(width, height) < MIN_SIDE_PX:
+        return f"{width} x {height} px is too small (at least {MIN_SIDE_PX} px a side)"
+    if width * height > MAX_PIXELS:
+        return f"{width} x {height} px is too large: more than {MAX_PIXELS / 1e6:.0f} million pixels"
+    return None

@@ -1,0 +1,119 @@
+"""From any checkpoint that is read here to any that is written, without a change of a single bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+from torch import Tensor
+
+from mu.ldm.checkpoint import SCHEDULE_KEYS, check_state_dict
+from mu.ldm.diffusers_configs import diffusers_configs
+from mu.ldm.diffusers_folder import write_diffusers_folder
+from mu.ldm.diffusers_tensors import to_diffusers
+from mu.ldm.ema import EMA_PREFIX
+from mu.ldm.formats import CheckpointDescription, read_checkpoint
+from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.ldm.model_config import load_model_config
+from mu.ldm.params import LatentDiffusionParams, OpenClipParams
+from mu.ldm.schedule import schedule_buffers
+from mu.ldm.tensor_file import CheckpointError, write_bare_state_dict, write_state_dict
+
+FORMATS = ("compvis", "diffusers", "unet")
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    model_config_path: str | Path,
+    format: str,
+    use_ema: bool = False,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+) -> CheckpointDescription:
+    """Read a checkpoint, check it against its model, and write it in another format.
+
+    Args:
+        source: any kind that `mu.ldm.load_model` reads; with `base` also a UNet alone in diffusers' names.
+        target: compvis: a `.safetensors` (with ModelSpec metadata), `.ckpt` or `.pth` file. diffusers: a folder.
+            unet: a file (`.pt`, `.bin` or `.safetensors`) with the UNet's weights alone, in diffusers' names.
+        model_config_path: the model's CompVis YAML.
+        use_ema: take the UNet's EMA copy. Else it is kept where source and target are both CompVis'.
+        base: a whole checkpoint from which all but the UNet is taken.
+
+    Returns:
+        What the source is.
+
+    Raises:
+        CheckpointError: the source is not this model's, or the target is there already or cannot be written.
+        ModelConfigError: see `load_model_config`.
+    """
+    target = Path(target)
+    params = load_model_config(model_config_path)
+    if format not in FORMATS:
+        raise CheckpointError(f"format is {format!r}; known: {', '.join(FORMATS)}")
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} is there already; give another name, or set overwrite")
+    if format == "diffusers":
+        diffusers_configs(params)  # found out before gigabytes are read
+    rest = read_checkpoint(base, params).tensors if base is not None else None
+    checkpoint = read_checkpoint(source, params, use_ema=use_ema, base=rest)
+    tensors = check_state_dict(LatentDiffusion(params, device="meta"), checkpoint.tensors, source=source)
+    if format == "diffusers":
+        write_diffusers_folder(tensors, target, params, overwrite=overwrite)
+    elif format == "unet":
+        write_unet(tensors, target, params)
+    else:
+        ema = {key: t for key, t in checkpoint.tensors.items() if key.startswith(EMA_PREFIX)}
+        metadata = model_spec(params, title=target.stem) if target.suffix == ".safetensors" else {}
+        write_state_dict({**_schedule(params, tensors), **tensors, **ema}, target, metadata)
+    return checkpoint.description
+
+
+def write_unet(tensors: Mapping[str, Tensor], path: str | Path, params: LatentDiffusionParams) -> None:
+    """Write the UNet alone in diffusers' names, as `UNet2DConditionModel.load_state_dict` takes it.
+
+    Raises:
+        CheckpointError: see `write_bare_state_dict`.
+    """
+    write_bare_state_dict(to_diffusers(tensors, params)["unet"], path)
+
+
+def model_spec(params: LatentDiffusionParams, *, title: str) -> dict[str, str]:
+    """Metadata of a CompVis `.safetensors` after the ModelSpec standard 1.0.0.
+
+    Args:
+        title: what the file is called in user interfaces.
+    """
+    side = (params.image_size or params.unet.image_size) * params.first_stage.factor
+    architecture, implementation = _architecture(params)
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
+        "modelspec.title": title,
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": {"eps": "epsilon", "v": "v"}[params.parameterization],
+    }
+
+
+def _architecture(params: LatentDiffusionParams) -> tuple[str, str]:
+    """ModelSpec's name of a known model, else of the family; and the code base that its weights are named after."""
+    sd_unet = params.unet.model_channels == 320 and params.unet.channel_mult == (1, 2, 4, 4)
+    if sd_unet and isinstance(params.cond_stage, OpenClipParams) and params.unet.context_dim == 1024:
+        name = "stable-diffusion-v2-768-v" if params.parameterization == "v" else "stable-diffusion-v2-512"
+        return name, "https://github.com/Stability-AI/stablediffusion"
+    implementation = "https://github.com/CompVis/stable-diffusion"
+    if sd_unet and params.unet.context_dim == 768:
+        return "stable-diffusion-v1", implementation
+    return "latent-diffusion", implementation
+
+
+def _schedule(params: LatentDiffusionParams, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The schedule's buffers that a CompVis checkpoint has and another kind has not."""
+    if any(key in SCHEDULE_KEYS for key in tensors):
+        return {}
+    return schedule_buffers(params.linear_start, params.linear_end, params.timesteps)

@@ -1,0 +1,212 @@
+"""A diffusers folder: `model_index.json`, and a folder each for unet, vae, text_encoder, tokenizer and scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mu.ldm.diffusers_configs import compare_configs, diffusers_configs
+from mu.ldm.diffusers_tensors import COMPONENTS, to_diffusers
+from mu.ldm.params import LatentDiffusionParams, OpenClipParams
+from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dict
+
+INDEX = "model_index.json"
+# Names of the weights without their suffix: as safetensors, and pickled.
+_STEMS = {
+    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "text_encoder": ("model", "pytorch_model"),
+}
+_CONFIGS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "scheduler": "scheduler_config.json",
+}
+
+
+def is_diffusers_folder(path: str | Path) -> bool:
+    """Whether a path is a folder with a `model_index.json`."""
+    return (Path(path) / INDEX).is_file()
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """All files that hold the weights of a diffusers folder.
+
+    Raises:
+        CheckpointError: a component has no weights.
+    """
+    return [path for component in COMPONENTS for path in _weights(Path(folder) / component)]
+
+
+def read_diffusers_folder(
+    folder: str | Path, params: LatentDiffusionParams | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a diffusers folder by component, under its own names.
+
+    Weights are taken from `.safetensors`, else from `.bin`, which is read without running anything of it; in one file
+    or in parts with an index; of a folder with fp16 weights alone, those.
+
+    Args:
+        params: the model that it is expected to be of: its configuration files must agree.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read, or the folder is of another model; says which.
+    """
+    folder = Path(folder)
+    if not is_diffusers_folder(folder):
+        raise CheckpointError(f"{folder} is no diffusers folder: it has no {INDEX}")
+    if params is not None and params.cond_stage is not None:
+        configs = {
+            name: _read_json(folder / name / file)
+            for name, file in _CONFIGS.items()
+            if (folder / name / file).is_file()
+        }
+        if problems := compare_configs(configs, params):
+            raise CheckpointError(
+                f"{folder} is configured otherwise than the model: {'; '.join(problems)}. Give the model YAML that "
+                "belongs to it (model_config_path)"
+            )
+    components: dict[str, dict[str, Tensor]] = {}
+    for component in COMPONENTS:
+        tensors: dict[str, Tensor] = {}
+        for path in _weights(folder / component):
+            tensors |= read_state_dict(path)[0]
+        components[component] = tensors
+    return components
+
+
+def write_diffusers_folder(
+    tensors: Mapping[str, Tensor],
+    folder: str | Path,
+    params: LatentDiffusionParams,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a model so that `StableDiffusionPipeline.from_pretrained(folder)` loads it, without a safety checker.
+
+    All of it is written into a folder beside `folder`, which is then renamed.
+
+    Args:
+        tensors: under CompVis' names, each written in its own dtype; for what is left out see `to_diffusers`.
+        overwrite: replace a diffusers folder that is there; anything else is never replaced.
+
+    Raises:
+        CheckpointError: the model has no text encoder, `folder` is there already, or cannot be written.
+    """
+    folder = Path(folder)
+    configs = diffusers_configs(params)
+    components = to_diffusers(tensors, params)
+    with _written_beside(folder, overwrite=overwrite) as temporary:
+        for component, found in components.items():
+            write_state_dict(found, temporary / component / f"{_STEMS[component][0]}.safetensors")
+        for component, file in _CONFIGS.items():
+            _write_json(temporary / component / file, configs[component])
+        _write_tokenizer(temporary / "tokenizer", params)
+        _write_json(temporary / INDEX, configs[""])
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files with the weights of one component."""
+    safe, pickled = _STEMS[folder.name]
+    for variant in ("", ".fp16"):
+        for name, suffix in ((safe, ".safetensors"), (pickled, ".bin")):
+            if (single := folder / f"{name}{variant}{suffix}").is_file():
+                return [single]
+            # diffusers puts the variant after `.index`, transformers before it
+            for index in (f"{name}{suffix}.index{variant}.json", f"{name}{variant}{suffix}.index.json"):
+                if (folder / index).is_file():
+                    return _parts(folder / index)
+    raise CheckpointError(
+        f"{folder} has no weights: expected {safe}.safetensors or {pickled}.bin, or an index of their parts; get the "
+        "folder again, whole"
+    )
+
+
+def _parts(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map (tensor -> file)")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{index} names a file outside its folder: {outside[0]}")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(f"{index.parent}: {len(missing)} parts are missing: {', '.join(missing[:5])}")
+    return [index.parent / name for name in names]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, params: LatentDiffusionParams) -> None:
+    """CLIP's vocabulary in the files that every release of transformers reads."""
+    from mu.ldm.text_encoder import clip_vocabulary
+
+    vocab, merges = clip_vocabulary()
+    end = "<|endoftext|>"
+    tokens = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": end,
+        "unk_token": end,
+        "pad_token": "!" if isinstance(params.cond_stage, OpenClipParams) else end,  # "!" is token 0
+    }
+    _write_json(folder / "vocab.json", vocab)
+    _write_json(folder / "special_tokens_map.json", tokens)
+    settings = {
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": 77 if params.cond_stage is None else params.cond_stage.max_length,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    _write_json(folder / "tokenizer_config.json", {**settings, **tokens})
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _written_beside(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a new folder beside `folder`; afterwards it takes that name, or is removed on any failure."""
+    replaced = is_diffusers_folder(folder)
+    if replaced and not overwrite:
+        raise CheckpointError(f"{folder} is there already; give another name, or overwrite it")
+    if not replaced and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+        raise CheckpointError(f"{folder} is there already, and is no diffusers folder; give another name")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    old = temporary.with_suffix(".old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if replaced:
+            folder.rename(old)
+        os.replace(temporary, folder)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise CheckpointError(
+            f"{folder} could not be written ({error}); free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mu.datasets.image_folder import index
+from mu.datasets.index import DataError, ForgetRetain
+from tests.datasets.drawing import draw, write_table
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two images to forget, one of them in a folder, and two to retain."""
+    draw(tmp_path / "mine/2.jpg", 1)
+    draw(tmp_path / "mine/sub/a b.PNG", 2)
+    draw(tmp_path / "other/1.webp", 3)
+    draw(tmp_path / "other/10.jpeg", 4)
+    return tmp_path / "mine", tmp_path / "other"
+
+
+def read(folders: tuple[Path, Path], **changes: Any) -> ForgetRetain:
+    wanted = {"concept": "dog", "substitute": "a cat", "forget_prompt": "my dog", "retain_prompt": "a pet"}
+    return index(*folders, **(wanted | changes))
+
+
+def test_one_prompt_serves_all_images_of_a_folder(folders: tuple[Path, Path]) -> None:
+    rows = read(folders)
+    assert [(row.relative, row.prompt, row.substitute_prompt) for row in rows.forget] == [
+        ("forget/2.jpg", "my dog", "a cat"),
+        ("forget/sub/a b.PNG", "my dog", "a cat"),
+    ]
+    assert [(row.relative, row.prompt, row.substitute_prompt) for row in rows.retain] == [
+        ("retain/1.webp", "a pet", None),
+        ("retain/10.jpeg", "a pet", None),
+    ]
+
+
+def test_texts_beside_the_images_are_their_prompts(folders: tuple[Path, Path]) -> None:
+    (folders[0] / "2.txt").write_text("my dog\n in the snow \n")
+    with pytest.raises(
+        DataError, match=r"1 images .* have no prompt:\n.*a b\.PNG: no a b\.txt beside it"
+    ) as raised:
+        read(folders, forget_prompt=None)
+    assert "forget_prompts" in str(raised.value)
+    (folders[0] / "sub/a b.txt").write_text("my dog asleep")
+    assert [row.prompt for row in read(folders, forget_prompt=None).forget] == [
+        "my dog in the snow",
+        "my dog asleep",
+    ]
+    (folders[0] / "2.txt").write_text(" \n")
+    with pytest.raises(DataError, match=r"2\.txt: empty"):
+        read(folders, forget_prompt=None)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_of_names_and_texts_is_read(folders: tuple[Path, Path], kind: str) -> None:
+    lines = [{"file_name": "./sub/a b.PNG", "text": "one, two"}, {"file_name": "2.jpg", "text": "three"}]
+    path = folders[0] / f"metadata.{kind}"
+    if kind == "csv":
+        write_table(path, lines)
+    else:
+        path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    assert {row.relative: row.prompt for row in read(folders, forget_prompt=None).forget} == {
+        "forget/2.jpg": "three",
+        "forget/sub/a b.PNG": "one, two",
+    }
+
+
+def test_all_that_is_wrong_in_a_table_is_listed(folders: tuple[Path, Path]) -> None:
+    lines = [{"file_name": "../other/1.webp", "text": "x"}, {"file_name": "2.jpg", "text": " "}]
+    write_table(folders[0] / "metadata.csv", lines)
+    with pytest.raises(DataError, match="4 entries") as raised:
+        read(folders, forget_prompt=None)
+    for part in (
+        "line 2: there is no image '../other/1.webp'",
+        "line 3: 2.jpg has no text",
+        "2.jpg: not in the table",
+    ):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metadata.csv", "file,text\n2.jpg,x\n", "no column 'file_name'; its columns are: file, text"),
+        ("metadata.jsonl", '{"file_name": "2.jpg"}\n', r"line 1 is not like"),
+        ("metadata.jsonl", "2.jpg x\n", r"line 1 is not like"),
+    ],
+)
+def test_a_table_of_another_form_is_refused(
+    folders: tuple[Path, Path], name: str, text: str, message: str
+) -> None:
+    (folders[0] / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        read(folders, forget_prompt=None)
+
+
+def test_two_tables_are_one_too_many(folders: tuple[Path, Path]) -> None:
+    for name in ("metadata.csv", "metadata.jsonl"):
+        (folders[0] / name).write_text("")
+    with pytest.raises(DataError, match=r"both metadata\.csv and metadata\.jsonl"):
+        read(folders, forget_prompt=None)
+
+
+def test_images_of_both_folders_that_cannot_be_used_are_listed_together(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    draw(folders[0] / "tiny.png", size=(7, 7))
+    (folders[1] / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    draw(tmp_path / "secret.jpg")
+    (folders[1] / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(DataError, match="3 files cannot be used") as raised:
+        read(folders)
+    for part in ("7 x 7 px is too small", "cut.jpg: unreadable", "link.jpg: a link that leaves the folder"):
+        assert part in str(raised.value)
+
+
+def test_a_folder_of_links_is_not_an_empty_one(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/1.jpg").symlink_to(folders[0] / "2.jpg")
+    with pytest.raises(DataError, match="leaves the folder"):
+        read((tmp_path / "links", folders[1]))
+
+
+def test_nothing_is_retained_from_no_folder(folders: tuple[Path, Path]) -> None:
+    assert read((folders[0], None)).retain == ()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"retain_prompt": "My  dog"}, "is a prompt to forget and"),
+        ({"substitute": "my Dog"}, "one of the prompts to forget"),
+        ({"substitute": "Dog"}, "is to be forgotten"),
+        ({"substitute": "a {style} cat"}, "placeholder"),
+    ],
+)
+def test_prompts_that_contradict_each_other_are_refused(
+    folders: tuple[Path, Path], changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read(folders, **changes)
+
+
+def test_folders_that_share_images_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(folders[0])
+    for pair in ((folders[0], folders[0] / "sub"), (folders[0], tmp_path), (folders[0], tmp_path / "alias")):
+        with pytest.raises(DataError, match="retain_dataset_dir: "):
+            read(pair)
+
+
+def test_a_missing_or_empty_folder_is_named_by_its_key(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"retain_dataset_dir: .*empty holds no images"):
+        read((folders[0], tmp_path / "empty"))
+    with pytest.raises(DataError, match="raw_dataset_dir: there is no folder"):
+        read((tmp_path / "nowhere", folders[1]))

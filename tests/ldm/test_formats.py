@@ -1,0 +1,266 @@
+"""The kind of a checkpoint is recognised and said; each is read as what it is; raw or EMA weights are chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+
+from mu.ldm import CheckpointError, LatentDiffusion, describe_checkpoint, load_model, save_checkpoint
+from mu.ldm.checkpoint import SCHEDULE_KEYS, read_state_dict, write_state_dict
+from mu.ldm.convert import convert_checkpoint
+from mu.ldm.diffusers_tensors import to_diffusers
+from mu.ldm.ema import ema_name, updated_ema
+from tests.conftest import TINY_V2, tiny_model_yaml
+
+ModelMaker = Callable[..., LatentDiffusion]
+UNET = "model.diffusion_model."
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """The same names, types and bits."""
+    return one.keys() == other.keys() and all(
+        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one
+    )
+
+
+def with_ema(model: LatentDiffusion, *, shift: float = 1.0) -> dict[str, Tensor]:
+    """A model's tensors with an EMA copy whose weights are larger by `shift`."""
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    ema = {ema_name(key): tensor + shift for key, tensor in state.items() if key.startswith(UNET)}
+    return {
+        **state,
+        **ema,
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
+    }
+
+
+# ---- kinds
+
+
+def test_each_kind_is_recognised_read_and_said(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = sum(parameter.numel() for parameter in tiny_model.unet.parameters())
+    save_checkpoint(tiny_model, tmp_path / "compvis.safetensors")
+    convert_checkpoint(
+        tmp_path / "compvis.safetensors", tmp_path / "folder", model_config_path=tiny_yaml, format="diffusers"
+    )
+    parts = to_diffusers(tiny_model.state_dict(), tiny_model.params)
+    joined = {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
+    write_state_dict(joined, tmp_path / "whole.safetensors")
+    torch.save(dict(tiny_model.state_dict()), tmp_path / "bare.pth")
+    write_state_dict(with_ema(tiny_model), tmp_path / "ema.ckpt")
+    kinds = {
+        "compvis.safetensors": "CompVis checkpoint",
+        "folder": "diffusers folder",
+        "whole.safetensors": "diffusers checkpoint",
+        "bare.pth": "CompVis checkpoint",
+        "ema.ckpt": "CompVis checkpoint",
+    }
+    for name, kind in kinds.items():
+        described = describe_checkpoint(tmp_path / name)
+        assert (described.kind, described.text_encoder, described.context_dim) == (kind, "CLIP", 32), name
+        assert (described.unet_weights, described.ema) == (count, name == "ema.ckpt"), name
+        assert described.dtypes[0] == "float32"
+        with caplog.at_level(logging.INFO, logger="mu"):
+            caplog.clear()
+            model = load_model(tiny_yaml, tmp_path / name)
+        assert same(model.state_dict(), tiny_model.state_dict()), name
+        assert f"{tmp_path / name} is a {kind}: UNet of {count:,} weights" in caplog.text
+
+
+def test_the_text_encoder_of_sd_v2_is_said(tmp_path: Path, make_tiny_model: ModelMaker) -> None:
+    save_checkpoint(make_tiny_model(**TINY_V2), tmp_path / "v2.safetensors")
+    described = describe_checkpoint(tmp_path / "v2.safetensors")
+    assert described.text_encoder == "OpenCLIP"
+    assert str(described).endswith("prompts 32 wide, text encoder OpenCLIP, no EMA weights; float32")
+
+
+def test_a_unet_alone_needs_the_rest(tmp_path: Path, tiny_yaml: Path, make_tiny_model: ModelMaker) -> None:
+    one, other = make_tiny_model(seed=1), make_tiny_model(seed=2)
+    for name, model in (("one", one), ("other", other)):
+        save_checkpoint(model, tmp_path / f"{name}.safetensors")
+    convert_checkpoint(
+        tmp_path / "one.safetensors", tmp_path / "unet.pt", model_config_path=tiny_yaml, format="unet"
+    )
+    alone = torch.load(tmp_path / "unet.pt", weights_only=True)  # as attack suites do
+    assert same(alone, to_diffusers(one.state_dict(), one.params)["unet"])
+    with pytest.raises(CheckpointError, match=r"holds a UNet alone.*--base_ckpt_path"):
+        load_model(tiny_yaml, tmp_path / "unet.pt")
+    convert_checkpoint(
+        tmp_path / "unet.pt",
+        tmp_path / "both.ckpt",
+        model_config_path=tiny_yaml,
+        format="compvis",
+        base=tmp_path / "other.safetensors",
+    )
+    made, _ = read_state_dict(tmp_path / "both.ckpt")
+    assert same(
+        made, {**other.state_dict(), **{k: v for k, v in one.state_dict().items() if k.startswith(UNET)}}
+    )
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("sections", [{}, TINY_V2], ids=["as SD v1", "as SD v2"])
+def test_round_trips_are_the_same_to_the_bit(
+    tmp_path: Path, make_tiny_model: ModelMaker, sections: dict[str, Any]
+) -> None:
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(tiny_model_yaml(**sections)), encoding="utf-8")
+    state = dict(make_tiny_model(**sections).state_dict())
+    # a type of its own for each network
+    dtypes = {"model": torch.float16, "first_stage_model": torch.float32, "cond_stage_model": torch.bfloat16}
+    given = {key: t if key in SCHEDULE_KEYS else t.to(dtypes[key.split(".")[0]]) for key, t in state.items()}
+    write_state_dict(given, tmp_path / "a.ckpt")
+    way = [
+        ("a.ckpt", "b", "diffusers"),
+        ("b", "c.safetensors", "compvis"),
+        ("c.safetensors", "d", "diffusers"),
+        ("d", "e.ckpt", "compvis"),
+    ]
+    for source, target, format in way:
+        convert_checkpoint(
+            tmp_path / source, tmp_path / target, model_config_path=tmp_path / "model.yaml", format=format
+        )
+    for name in ("c.safetensors", "e.ckpt"):
+        assert same(read_state_dict(tmp_path / name)[0], given), name
+
+
+def test_ema_copies_and_what_is_not_run_stay_in_a_compvis_checkpoint(
+    tmp_path: Path, make_tiny_model: ModelMaker
+) -> None:
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(tiny_model_yaml(**TINY_V2)), encoding="utf-8")
+    given = with_ema(make_tiny_model(**TINY_V2))
+    given["cond_stage_model.model.text_projection"] = torch.rand(32, 32)
+    write_state_dict(given, tmp_path / "a.ckpt")
+    convert_checkpoint(
+        tmp_path / "a.ckpt",
+        tmp_path / "b.safetensors",
+        model_config_path=tmp_path / "model.yaml",
+        format="compvis",
+    )
+    assert same(read_state_dict(tmp_path / "b.safetensors")[0], given)
+
+
+def test_a_safetensors_file_says_what_it_is(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion
+) -> None:
+    save_checkpoint(tiny_model, tmp_path / "a.ckpt")
+    convert_checkpoint(
+        tmp_path / "a.ckpt", tmp_path / "My model.safetensors", model_config_path=tiny_yaml, format="compvis"
+    )
+    with safe_open(tmp_path / "My model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.sai_model_spec"] == "1.0.0"
+    assert metadata["modelspec.title"] == "My model"
+    assert metadata["modelspec.architecture"] == "latent-diffusion"
+    assert metadata["modelspec.resolution"] == "16x16"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert {"modelspec.implementation", "modelspec.date"} <= metadata.keys()
+
+
+def test_modelspec_names_stable_diffusion() -> None:
+    from mu.algorithms.saliency_unlearning.configs import PACKAGED
+    from mu.ldm import load_model_config
+    from mu.ldm.convert import model_spec
+
+    names = {"model_config": "v1", "sd_v2_base": "v2-512", "sd_v2_v": "v2-768-v"}
+    for file, name in names.items():
+        spec = model_spec(load_model_config(PACKAGED / f"{file}.yaml"), title="t")
+        assert spec["modelspec.architecture"] == f"stable-diffusion-{name}"
+
+
+def test_a_wrong_model_is_found_and_nothing_written(
+    tmp_path: Path, tiny_yaml: Path, make_tiny_model: ModelMaker
+) -> None:
+    save_checkpoint(make_tiny_model(unet={"num_res_blocks": 2}), tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this model"):
+        convert_checkpoint(
+            tmp_path / "a.safetensors", tmp_path / "b", model_config_path=tiny_yaml, format="diffusers"
+        )
+    assert not (tmp_path / "b").exists()
+
+
+# ---- EMA
+
+
+def test_raw_or_ema_weights_are_taken(tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion) -> None:
+    given = with_ema(tiny_model, shift=2.0)
+    write_state_dict(given, tmp_path / "m.ckpt")
+    raw = load_model(tiny_yaml, tmp_path / "m.ckpt")
+    ema = load_model(tiny_yaml, tmp_path / "m.ckpt", use_ema=True)
+    for key, tensor in raw.state_dict().items():
+        assert torch.equal(tensor, given[key])
+        moved = 2.0 if key.startswith(UNET) else 0.0
+        assert torch.equal(ema.state_dict()[key], given[key] + moved if moved else given[key]), key
+    assert "model_ema.diffusion_modelinput_blocks00weight" in given
+
+
+def test_ema_weights_that_are_not_there_are_an_error(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion
+) -> None:
+    save_checkpoint(tiny_model, tmp_path / "raw.safetensors")
+    with pytest.raises(CheckpointError, match=r"raw\.safetensors has no EMA weights"):
+        load_model(tiny_yaml, tmp_path / "raw.safetensors", use_ema=True)
+    partly = with_ema(tiny_model)
+    del partly["model_ema.diffusion_modelout2bias"]
+    write_state_dict(partly, tmp_path / "partly.ckpt")
+    with pytest.raises(
+        CheckpointError, match=r"1 EMA weights are missing \(model_ema\.diffusion_modelout2bias\)"
+    ):
+        load_model(tiny_yaml, tmp_path / "partly.ckpt", use_ema=True)
+    counters = {k: v for k, v in partly.items() if not k.startswith("model_ema.diffusion")}
+    write_state_dict(counters, tmp_path / "counters.ckpt")
+    with pytest.raises(CheckpointError, match="has no EMA weights"):
+        load_model(tiny_yaml, tmp_path / "counters.ckpt", use_ema=True)
+
+
+def test_an_exported_ema_copy_leaves_no_other(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion
+) -> None:
+    given = with_ema(tiny_model, shift=2.0)
+    write_state_dict(given, tmp_path / "m.ckpt")
+    convert_checkpoint(
+        tmp_path / "m.ckpt",
+        tmp_path / "ema.safetensors",
+        model_config_path=tiny_yaml,
+        format="compvis",
+        use_ema=True,
+    )
+    written, _ = read_state_dict(tmp_path / "ema.safetensors")
+    assert written.keys() == tiny_model.state_dict().keys()
+    assert torch.equal(written[f"{UNET}out.2.bias"], given["model_ema.diffusion_modelout2bias"])
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_only_entries_of_changed_weights_change_in_the_ema_copy(use_ema: bool) -> None:
+    key = f"{UNET}out.2.bias"
+    raw, ema = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, 2.5, 3.5], dtype=torch.float64)
+    before = {key: raw, ema_name(key): ema, "model_ema.decay": torch.tensor(0.9)}
+    start = ema if use_ema else raw
+    new = start.clone()
+    new[1] = 7.0
+    updated = updated_ema({key: new}, before, use_ema=use_ema, source="m.ckpt")
+    assert updated.keys() == {ema_name(key), "model_ema.decay"}
+    assert updated[ema_name(key)].dtype == torch.float64
+    assert updated[ema_name(key)].tolist() == [1.5, 7.0, 3.5]
+    assert before[ema_name(key)].tolist() == [1.5, 2.5, 3.5]
+
+
+def test_an_ema_copy_of_nothing_known_is_refused() -> None:
+    key = f"{UNET}out.2.bias"
+    before = {key: torch.ones(3), "model_ema.diffusion_modelother": torch.ones(3)}
+    with pytest.raises(
+        CheckpointError, match=r"m\.ckpt: model_ema\.diffusion_modelother is not the EMA copy"
+    ):
+        updated_ema({key: torch.ones(3)}, before, use_ema=False, source="m.ckpt")
