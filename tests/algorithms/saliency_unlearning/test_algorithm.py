@@ -39,9 +39,9 @@ from mu.algorithms.saliency_unlearning.masking import (
 )
 from mu.algorithms.saliency_unlearning.model import TrainingError, names_of
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
-from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, unet_fingerprint
+from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, unet_fingerprint, write_unlearned
 from mu.config import ConfigError, load_config
-from mu.ldm import LatentDiffusion, load_model, save_checkpoint
+from mu.ldm import LatentDiffusion, load_model
 from mu.ldm.checkpoint import read_state_dict
 
 Result = dict[str, Any]
@@ -434,13 +434,13 @@ def test_a_weight_that_moves_outside_the_mask_stops_the_run(
             trained(tiny_runs, tmp_path / "memory")
     assert not list((tmp_path / "memory").rglob("model.*"))
 
-    def save_spoilt(model: LatentDiffusion, path: Path) -> None:
+    def write_spoilt(model: LatentDiffusion, config: TrainConfig, folder: Path) -> Path:
         spoil(model)
-        save_checkpoint(model, path)
+        return write_unlearned(model, config, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(algorithm, "fit", lambda *_: {})
-        patch.setattr(algorithm, "save_checkpoint", save_spoilt)
+        patch.setattr(algorithm, "write_unlearned", write_spoilt)
         with pytest.raises(TrainingError, match=r"quant_conv\.bias differs from .* outside the mask"):
             trained(tiny_runs, tmp_path / "file")
     assert not list((tmp_path / "file").rglob("metrics.json"))
