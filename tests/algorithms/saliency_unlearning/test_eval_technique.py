@@ -50,8 +50,8 @@ def test_the_distribution_offers_the_class(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     build = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('site')"
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
-    (found,) = metadata.distributions(path=[str(tmp_path / "site")])
-    (point,) = found.entry_points.select(group="eval_unlearn.techniques")
+    (info,) = (tmp_path / "site").glob("*.dist-info")
+    (point,) = metadata.Distribution.at(info).entry_points.select(group="eval_unlearn.techniques")
     assert point.name == "saliency_unlearning"
     assert point.load() is SaliencyUnlearningTechnique
 
