@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning import algorithm
+from mu.algorithms.saliency_unlearning import algorithm, utils
 from mu.algorithms.saliency_unlearning.algorithm import (
     MaskingAlgorithm,
     SaliencyUnlearnAlgorithm,
@@ -404,13 +404,13 @@ def test_a_weight_that_moves_outside_the_mask_stops_the_run(
             trained(tiny_runs, tmp_path / "memory")
     assert not list((tmp_path / "memory").rglob("model.*"))
 
-    def save_spoilt(model: LatentDiffusion, path: Path) -> None:
+    def save_spoilt(model: LatentDiffusion, path: Path, **others: Any) -> None:
         spoil(model)
-        save_checkpoint(model, path)
+        save_checkpoint(model, path, **others)
 
     with monkeypatch.context() as patch:
         patch.setattr(algorithm, "fit", lambda *_: {})
-        patch.setattr(algorithm, "save_checkpoint", save_spoilt)
+        patch.setattr(utils, "save_checkpoint", save_spoilt)
         with pytest.raises(TrainingError, match=r"quant_conv\.bias differs from .* outside the mask"):
             trained(tiny_runs, tmp_path / "file")
     assert not list((tmp_path / "file").rglob("metrics.json"))
