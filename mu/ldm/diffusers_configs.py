@@ -195,6 +195,9 @@ def _text_encoder(params: LatentDiffusionParams) -> Config:
         "num_hidden_layers": text.layers_run if isinstance(text, OpenClipParams) else text.num_hidden_layers,
         "pad_token_id": 0 if isinstance(text, OpenClipParams) else END_TOKEN,
         "projection_dim": text.hidden_size,
+        # Of the weights in memory, unless the caller says otherwise: diffusers' own networks are loaded into fp32, and
+        # transformers would take the type of the file, which does not go together where that is fp16.
+        "torch_dtype": "float32",
         "vocab_size": VOCAB_SIZE,
     }
 

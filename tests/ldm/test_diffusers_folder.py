@@ -94,6 +94,24 @@ def test_the_pipeline_gives_our_images(
     assert np.abs(images[0] - images[1]).max() > 0.05
 
 
+@torch.no_grad()
+def test_a_folder_of_half_precision_weights_runs_too(tmp_path: Path, make_tiny_model: ModelMaker) -> None:
+    """transformers takes the type of the file where nothing says otherwise, diffusers fp32."""
+    folder = write(make_tiny_model(dtype=torch.float16), tmp_path / "folder")
+    tensors = read_diffusers_folder(folder)["text_encoder"]
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    for asked, expected in ((None, torch.float32), (torch.float16, torch.float16)):
+        options = {} if asked is None else {"torch_dtype": asked}
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
+        assert {pipeline.text_encoder.dtype, pipeline.unet.dtype, pipeline.vae.dtype} == {expected}
+        if asked is None:
+            pipeline.set_progress_bar_config(disable=True)
+            latents = pipeline(
+                PROMPT, height=16, width=16, num_inference_steps=1, output_type="latent"
+            ).images
+            assert latents.isfinite().all()
+
+
 @pytest.mark.parametrize("sections", [{}, TINY_V2], ids=["as SD v1", "as SD v2"])
 def test_there_and_back_is_the_same_to_the_bit(
     tmp_path: Path, make_tiny_model: ModelMaker, sections: dict[str, Any]
