@@ -201,7 +201,7 @@ class EvaluateConfig(ScoringKeys, ModelKeys):
 
     def conflicts(self) -> Iterator[Problem]:
         yield from self._left_out_problems(
-            self.styles or STYLES, self.objects or OBJECTS, forgotten=[self.template_name]
+            self.styles or STYLES, self.objects or OBJECTS, forgotten=concept_names(self.template_name)
         )
         names = (self.styles or STYLES) if self.template == "style" else (self.objects or OBJECTS)
         unknown = [name for name in concept_names(self.template_name) if name not in names]
