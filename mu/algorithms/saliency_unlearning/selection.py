@@ -93,7 +93,7 @@ def mark(values: Mapping[str, Tensor], edges: Sequence[Edge], masks: Sequence[Ma
     dtype = _key_dtype(values)
 
     def mark_stripe(worker: int, workers: int) -> None:
-        outputs = [_chunks(mask[name] for name in values) for mask in masks]
+        outputs = [_chunks([mask[name] for name in values]) for mask in masks]
         for (start, pieces), *marked in islice(
             zip(_chunks(values.values()), *outputs, strict=True), worker, None, workers
         ):
@@ -168,7 +168,10 @@ def _count_with_numpy(
         return counts
 
     stripes = _in_stripes(count_stripe, values)
-    return {prefix: torch.from_numpy(sum(stripe[prefix] for stripe in stripes)) for prefix in prefixes}
+    return {
+        prefix: torch.from_numpy(np.sum([stripe[prefix] for stripe in stripes], axis=0))
+        for prefix in prefixes
+    }
 
 
 def _count_with_torch(
