@@ -187,9 +187,8 @@ def _count_with_torch(
             if first:
                 digits &= size - 1
             else:
-                digits -= (
-                    prefix << width
-                )  # 0 <= digit < size holds just where the leading bits are the prefix
+                # 0 <= digit < size then holds just where the leading bits are the prefix.
+                digits -= prefix << width
             count += _histogram(digits, size).to(device)
     return {prefix: count.cpu() for prefix, count in counts.items()}
 
