@@ -220,7 +220,8 @@ def _on_cpu(tensors: Iterable[Tensor]) -> bool:
 
 def _chunks(tensors: Iterable[Tensor]) -> Iterator[tuple[int, _Pieces]]:
     """The position of its first entry and the flat pieces of each chunk: a part of a tensor, or several small ones."""
-    start, held, pieces = 0, 0, []
+    start, held = 0, 0
+    pieces: _Pieces = []
     for tensor in tensors:
         size = _CHUNK.get(tensor.device.type, _CHUNK["cpu"])
         for piece in tensor.detach().reshape(-1).split(size):
