@@ -22,6 +22,7 @@ from mu.algorithms.saliency_unlearning.masking import (
     MaskLossError,
     accumulate_saliency,
     check_mask,
+    count_marked,
     load_mask,
     load_mask_metadata,
     random_mask,
@@ -109,7 +110,7 @@ class MaskingAlgorithm:
                 paths[threshold] = folder.path / f"mask_{repr(threshold).removesuffix('.0')}.safetensors"
                 groups = {"kept_fraction": layer_groups(mask)}
                 save_mask(mask, paths[threshold], {**described, "threshold": threshold, **groups})
-                kept[threshold] = sum(int(marked.count_nonzero()) for marked in mask.values())
+                kept[threshold] = sum(count_marked(marked) for marked in mask.values())
                 folder.logger.info(
                     "threshold %g keeps %d weights: %s", threshold, kept[threshold], paths[threshold]
                 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import ConceptKeys, ModelKeys, TrainConfig, mask_command
 from mu.algorithms.saliency_unlearning.configs.concept import DIFFUSERS_NAME
-from mu.algorithms.saliency_unlearning.mask_file import Mask, MaskError, load_mask_metadata
+from mu.algorithms.saliency_unlearning.mask_file import Mask, MaskError, count_marked, load_mask_metadata
 from mu.algorithms.saliency_unlearning.model import TrainingError
 from mu.config import resolve_path
 from mu.datasets.index import concept_label, concept_names
@@ -60,7 +60,7 @@ def layer_groups(mask: Mapping[str, Tensor]) -> dict[str, float]:
     for name, marked in mask.items():
         parts = name.split(".")
         group = ".".join(parts[:2]) if parts[0].endswith(("_blocks", "_block")) else parts[0]
-        kept[group] = kept.get(group, 0) + int(marked.count_nonzero())
+        kept[group] = kept.get(group, 0) + count_marked(marked)
         total[group] = total.get(group, 0) + marked.numel()
     return {group: kept[group] / total[group] for group in total}
 
