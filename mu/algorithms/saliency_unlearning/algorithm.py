@@ -159,6 +159,7 @@ class SaliencyUnlearningAlgorithm:
         with RunFolder.create(config.output_dir, run_name(config)) as folder:
             folder.save_config(config)
             mask_path = find_mask(config) if config.masking == "saliency" else None
+            source = config.checkpoint()  # once: in a folder of runs, this run will itself be the newest
             ldm = model_of(config)
             mask = self._mask(ldm, mask_path)
             data = SaliencyUnlearnDataHandler(config, ldm)
@@ -178,9 +179,9 @@ class SaliencyUnlearningAlgorithm:
             model.verify_unmasked()
             pictures.take("after")
 
-            checkpoint = write_unlearned(ldm, config, folder.path)
+            checkpoint = write_unlearned(ldm, config, folder.path, source=source)
             changed = verify_written(
-                config.checkpoint(), checkpoint, model.selected, params=ldm.params, use_ema=config.use_ema
+                source, checkpoint, model.selected, params=ldm.params, use_ema=config.use_ema
             )
             folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
             result = {

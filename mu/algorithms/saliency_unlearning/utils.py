@@ -92,11 +92,14 @@ def find_mask(config: TrainConfig) -> Path:
     return newest
 
 
-def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path) -> Path:
+def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path, *, source: Path) -> Path:
     """Write the unlearned model into a run's folder, in the form that `output_format` names; returns its path.
 
     Where the checkpoint that training started from has an EMA copy of the UNet, so has a CompVis checkpoint written
     here, updated: nobody gets the forgotten concept back by taking it. A diffusers folder has none.
+
+    Args:
+        source: the checkpoint that training started from.
 
     Raises:
         CheckpointError: see `mu.ldm.save_checkpoint` and `mu.ldm.diffusers_folder.write_diffusers_folder`.
@@ -108,10 +111,9 @@ def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path) -> 
     path = folder / f"model.{config.output_format}"
     ema: dict[str, Tensor] = {}
     if ldm.file_has_ema:
-        source = config.checkpoint()
         before = read_checkpoint(source, ldm.params).tensors
         ema = updated_ema(tensors_of(ldm, path), before, use_ema=config.use_ema, source=source)
-    spec = model_spec(ldm.params, title=f"{config.template_name} unlearned")
+    spec = model_spec(ldm.params, title=f"{concept_label(config.concepts)} unlearned")
     save_checkpoint(ldm, path, metadata=spec if path.suffix == ".safetensors" else None, ema=ema)
     return path
 
