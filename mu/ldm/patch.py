@@ -244,7 +244,8 @@ def _misfit(
 ) -> str:
     if done == total:
         state = "is not applied to" if removing else "is already applied to"
-        return f"{patch.source} {state} {source}: all of its entries hold the values {'before' if removing else 'after'} it"
+        when = "before" if removing else "after"
+        return f"{patch.source} {state} {source}: all of its entries hold the values {when} it"
     if removing:
         return (
             f"{patch.source} cannot be removed from {source}: at its entries, {len(wrong)} of its {total} tensors "
