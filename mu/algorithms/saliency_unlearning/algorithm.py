@@ -36,9 +36,11 @@ from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
     layer_groups,
     model_of,
+    read_both,
     run_name,
     unet_fingerprint,
-    verify_written,
+    verify_tensors,
+    write_patch,
     write_unlearned,
 )
 from mu.config import config_of, require_paths
@@ -144,9 +146,9 @@ class SaliencyUnlearningAlgorithm:
         """Fine-tune under the mask, check that nothing else moved, and write the unlearned checkpoint.
 
         Returns:
-            `run`, the run's folder; `checkpoint`; `pictures`, before and after (None without pictures); `mask`, its
-            path (None without); `weights_selected`, `weights_changed` (in the file), `weights_total`; `steps`; `loss`,
-            `forget_loss` and `retain_loss` of the last epoch; `seconds`.
+            `run`, the run's folder; `checkpoint`; `patch`, its path (None without); `pictures`, before and after (None
+            without); `mask`, its path (None without); `weights_selected`, `weights_changed` (in the file),
+            `weights_total`; `steps`; `loss`, `forget_loss` and `retain_loss` of the last epoch; `seconds`.
 
         Raises:
             ConfigError: a path is missing; names the command that makes what is missing.
@@ -180,13 +182,14 @@ class SaliencyUnlearningAlgorithm:
             pictures.take("after")
 
             checkpoint = write_unlearned(ldm, config, folder.path, source=source)
-            changed = verify_written(
-                source, checkpoint, model.selected, params=ldm.params, use_ema=config.use_ema
-            )
+            old, new = read_both(source, checkpoint, params=ldm.params, use_ema=config.use_ema)
+            changed = verify_tensors(old, new, model.selected, before=source, after=checkpoint)
             folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
+            patch = write_patch(old, new, config, folder.path) if config.patch else None
             result = {
                 "run": folder.path,
                 "checkpoint": checkpoint,
+                "patch": patch,
                 "pictures": pictures.save(folder.path / "pictures" / "before_after.png"),
                 "mask": mask_path,
                 "weights_selected": model.counts["selected"],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import ConceptKeys, ModelKeys, TrainConfig, mask_command
 from mu.algorithms.saliency_unlearning.configs.concept import DIFFUSERS_NAME
+from mu.algorithms.saliency_unlearning.configs.patching import PATCH_NAME
 from mu.algorithms.saliency_unlearning.mask_file import Mask, MaskError, count_marked, load_mask_metadata
 from mu.algorithms.saliency_unlearning.model import TrainingError
 from mu.config import resolve_path
@@ -21,8 +22,10 @@ from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict, tenso
 from mu.ldm.convert import model_spec
 from mu.ldm.diffusers_folder import write_diffusers_folder
 from mu.ldm.diffusers_tensors import UNET_PREFIX
-from mu.ldm.ema import EMA_PREFIX, ema_name, updated_ema, with_ema_weights
+from mu.ldm.ema import EMA_PREFIX, ema_name, has_ema, updated_ema, with_ema_weights
 from mu.ldm.formats import read_checkpoint
+from mu.ldm.patch import bits_of, make_patch
+from mu.ldm.patch_file import save_patch
 
 _log = logging.getLogger(__name__)
 
@@ -142,9 +145,26 @@ def verify_written(
         TrainingError: another entry differs, a tensor changed its dtype, a weight of the UNet is missing, there is one
             that was not there before, or an EMA copy still has the old value of a weight that changed.
     """
+    old, new = read_both(before, after, params=params, use_ema=use_ema)
+    return verify_tensors(old, new, selected, before=before, after=after)
+
+
+def read_both(
+    before: Path, after: Path, *, params: LatentDiffusionParams | None = None, use_ema: bool = False
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The tensors of both checkpoints, as `verify_written` compares them.
+
+    Raises:
+        CheckpointError: one cannot be read, or there are no EMA weights where they are asked for.
+    """
     old, new = _tensors(before, params), _tensors(after, params)
-    if use_ema:
-        old = with_ema_weights(old, source=before)
+    return (with_ema_weights(old, source=before) if use_ema else old), new
+
+
+def verify_tensors(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], selected: Mask, *, before: Path, after: Path
+) -> int:
+    """What `verify_written` does, with the tensors of both checkpoints; the paths are for errors."""
     lost = [name for name in old if name.startswith(UNET_PREFIX) and name not in new]
     if lost:
         raise TrainingError(f"{after}: {len(lost)} tensors of {before} are missing: {', '.join(lost[:5])}")
@@ -162,7 +182,7 @@ def verify_written(
             raise TrainingError(f"{after}: {name} was not in {before}")
         if original.dtype != tensor.dtype or original.shape != tensor.shape:
             raise TrainingError(f"{after}: {name} is {tensor.dtype}, in {before} it is {original.dtype}")
-        same = _bits(original) == _bits(tensor)  # of the tensor's shape
+        same = bits_of(original) == bits_of(tensor)  # of the tensor's shape
         if bool(same.all()):
             continue
         allowed = allowed_in.get(name)
@@ -177,11 +197,34 @@ def verify_written(
     return changed
 
 
+def write_patch(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], config: TrainConfig, folder: Path
+) -> Path:
+    """Write what turns the checkpoint that training started from into the unlearned one, and back; returns its path.
+
+    EMA copies in the original are in the patch, also where the unlearned checkpoint, a diffusers folder, has none.
+    With `use_ema`, what is patched is the original with its EMA weights in the place of the raw ones.
+
+    Args:
+        old, new: see `read_both`.
+        folder: of the run.
+
+    Raises:
+        PatchError: they are not two states of one UNet.
+        CheckpointError: the patch could not be written.
+    """
+    if has_ema(old) and not has_ema(new):
+        new = {**new, **updated_ema(new, old, use_ema=False, source=config.checkpoint())}
+    described = {
+        "template": config.template,
+        "template_name": config.concepts[0] if len(config.concepts) == 1 else list(config.concepts),
+        "train_method": config.train_method,
+        "masking": config.masking,
+        "use_ema": config.use_ema,
+    }
+    save_patch(make_patch(old, new, metadata=described), folder / PATCH_NAME)
+    return folder / PATCH_NAME
+
+
 def _tensors(path: Path, params: LatentDiffusionParams | None) -> Mapping[str, Tensor]:
     return read_state_dict(path)[0] if params is None else read_checkpoint(path, params).tensors
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers: NaN and -0.0 compare as what they are."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(integers[tensor.dtype.itemsize])

@@ -242,10 +242,12 @@ def test_a_training_run_leaves_its_files(train_run: Result, mask_run: Result, ti
         "log.txt",
         "metrics.csv",
         "metrics.json",
+        "model.patch.safetensors",
         "model.safetensors",
         "pictures/before_after.png",
     }
     assert train_run["checkpoint"] == run / "model.safetensors"
+    assert train_run["patch"] == run / "model.patch.safetensors"
     assert train_run["pictures"] == run / "pictures" / "before_after.png"
     assert train_run["mask"] == mask_run["masks"][0.5]
     assert train_run["weights_selected"] == mask_run["kept"][0.5]
