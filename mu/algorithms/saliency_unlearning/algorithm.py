@@ -185,7 +185,7 @@ class SaliencyUnlearningAlgorithm:
             old, new = read_both(source, checkpoint, params=ldm.params, use_ema=config.use_ema)
             changed = verify_tensors(old, new, model.selected, before=source, after=checkpoint)
             folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
-            patch = write_patch(old, new, config, folder.path) if config.patch else None
+            patch = write_patch(old, new, config, folder.path, source=source) if config.patch else None
             result = {
                 "run": folder.path,
                 "checkpoint": checkpoint,

@@ -198,7 +198,7 @@ def verify_tensors(
 
 
 def write_patch(
-    old: Mapping[str, Tensor], new: Mapping[str, Tensor], config: TrainConfig, folder: Path
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], config: TrainConfig, folder: Path, *, source: Path
 ) -> Path:
     """Write what turns the checkpoint that training started from into the unlearned one, and back; returns its path.
 
@@ -208,13 +208,14 @@ def write_patch(
     Args:
         old, new: see `read_both`.
         folder: of the run.
+        source: the checkpoint that training started from, for errors.
 
     Raises:
         PatchError: they are not two states of one UNet.
         CheckpointError: the patch could not be written.
     """
     if has_ema(old) and not has_ema(new):
-        new = {**new, **updated_ema(new, old, use_ema=False, source=config.checkpoint())}
+        new = {**new, **updated_ema(new, old, use_ema=False, source=source)}
     described = {
         "template": config.template,
         "template_name": config.concepts[0] if len(config.concepts) == 1 else list(config.concepts),

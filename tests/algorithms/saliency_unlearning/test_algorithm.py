@@ -477,6 +477,8 @@ def test_both_stages_on_a_folder_of_images(tiny_runs: Any, tmp_path: Path) -> No
         "raw_dataset_dir": str(tmp_path / "canvas"),
         "processed_dataset_dir": str(tmp_path / "processed"),
         "template_name": "Van_Gogh",
+        "styles": None,
+        "objects": None,
         "image_size": 16,
     }
     masks = tmp_path / "masks"
