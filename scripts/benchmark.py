@@ -1,0 +1,263 @@
+"""Time and memory of unlearning, by this library and by two other ways, all in one run (docs/speed.md).
+
+python scripts/benchmark.py --scale emoji --device cpu                   # writes benchmarks/speed_emoji_cpu.json
+python scripts/benchmark.py --scale sd1-narrow --device cpu --parts mask,threshold --arms plain,ours
+python scripts/benchmark.py --scale sd1 --device cuda --train_method xattn --output benchmarks/speed_sd1_cuda_xattn.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark_scales import SCALES
+
+# Nothing heavy is imported here: a process starts with the peak memory of the one that it comes from.
+
+ROOT = Path(__file__).resolve().parent.parent
+ARMS = ("plain", "careful", "ours")
+PARTS = ("mask", "threshold", "step", "job")
+
+Result = dict[str, Any]
+
+
+def run_part(spec: Result, folder: Path, timeout_s: float) -> Result:
+    """One part in a fresh process. What stops it is a result too: `status` says what happened."""
+    spec_path, result_path = folder / "spec.json", folder / "result.json"
+    spec_path.write_text(json.dumps(spec), encoding="utf-8")
+    result_path.unlink(missing_ok=True)
+    script = Path(__file__).with_name("benchmark_parts.py")
+    command = [sys.executable, str(script), str(spec_path), str(result_path)]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    try:
+        done = subprocess.run(
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+    except subprocess.TimeoutExpired:
+        return {"status": "timed out", "message": f"stopped after {timeout_s:g} s"}
+    if done.returncode == -signal.SIGKILL or "bad_alloc" in done.stderr[-2000:]:
+        return {"status": "out of memory", "message": f"stopped by signal {-done.returncode}"}
+    if done.returncode or not result_path.exists():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(done.stderr[-4000:], file=sys.stderr)
+        return {"status": "failed", "message": f"exit code {done.returncode}: {last}"}
+    result: Result = json.loads(result_path.read_text(encoding="utf-8"))
+    return result
+
+
+def benchmark(spec: Result, *, arms: Sequence[str], parts: Sequence[str], folder: Path, timeout_s: float,
+              save: Callable[[Result], None]) -> Result:  # fmt: skip
+    """All parts of all arms, arm after arm within a part; `save` is given what there is after each."""
+
+    def measured(part: str, arm: str | None = None) -> Result:
+        print(f"{part} {arm or ''}".strip(), end=": ", flush=True)
+        result = run_part({**spec, "part": part, "arm": arm}, folder, timeout_s)
+        seconds = f" {result['seconds']:.3f} s" if "seconds" in result else f" {result.get('message', '')}"
+        print(result["status"] + seconds.rstrip(), flush=True)
+        return result
+
+    report: Result = {
+        "device": measured("device"),
+        "model": measured("prepare"),
+        "arms": {a: {} for a in arms},
+    }
+    unfit = [name for name in ("device", "model") if report[name]["status"] != "measured"]
+    if unfit:
+        raise SystemExit(f"nothing can be measured: {report[unfit[0]]['message']}")
+    for part in parts:
+        for arm in arms:
+            results = report["arms"][arm]
+            if part == "job":
+                results["job_mask"] = measured("job_mask", arm)
+                if results["job_mask"]["status"] == "measured":
+                    results["job_train"] = measured("job_train", arm)
+                shutil.rmtree(folder / f"job-{arm}", ignore_errors=True)
+            else:
+                results[part] = measured(part, arm)
+            report["achieved"] = achieved(report)
+            report["summary"] = {name: summary(report, name) for name in arms}
+            report["ratios"] = ratios(report["summary"])
+            save(report)
+    return report
+
+
+def achieved(report: Result) -> Result:
+    """arm -> part -> TFLOP/s of the counted operations, and their shares of the measured matmul rates."""
+    flops, rates = report["device"]["flops"], report["device"]["matmul"]
+    table: Result = {}
+    for arm, results in report["arms"].items():
+        table[arm] = {}
+        for part, count in (("mask", flops["image_gradient"]), ("step", flops["training_step"])):
+            result = results.get(part, {})
+            if result.get("status") == "measured":
+                images = result["images"] if part == "mask" else 1
+                rate = count * images / result["seconds"] / 1e12
+                shares = {f"of_{kind}": rate / rates[f"{kind}_tflops"] for kind in ("bf16", "fp32")}
+                table[arm][part] = {"tflops": rate, **shares}
+    return table
+
+
+def summary(report: Result, arm: str) -> dict[str, float]:
+    """The numbers of an arm that are compared: seconds and bytes, less is better. Those not measured are absent."""
+    results = {part: r for part, r in report["arms"][arm].items() if r["status"] == "measured"}
+    numbers = {f"{part}_s": result["seconds"] for part, result in results.items()}
+    for part, result in results.items():
+        peak = result["peak"]
+        numbers[f"{part}_peak_bytes"] = peak.get("device_bytes", peak["host_bytes"])
+        numbers |= {key: result[key] for key in ("mask_bytes", "checkpoint_bytes") if key in result}
+    if "mask" in results:
+        numbers["mask_s"] += results["mask"]["encode_s"]  # plain encodes within the loop
+    if {"mask", "threshold"} <= results.keys():
+        numbers["mask_and_threshold_s"] = numbers["mask_s"] + numbers["threshold_s"]
+    if {"job_mask", "job_train"} <= results.keys():
+        numbers["job_s"] = numbers["job_mask_s"] + numbers["job_train_s"]
+        numbers["job_peak_bytes"] = max(numbers["job_mask_peak_bytes"], numbers["job_train_peak_bytes"])
+    return numbers
+
+
+def ratios(summaries: dict[str, dict[str, float]]) -> Result:
+    """`plain/ours` and `careful/ours`: how many times as much time or memory the other arm takes."""
+    ours = summaries.get("ours", {})
+    return {
+        f"{arm}/ours": {key: value / ours[key] for key, value in numbers.items() if ours.get(key)}
+        for arm, numbers in summaries.items()
+        if arm != "ours"
+    }
+
+
+def machine() -> Result:
+    """What measures: processor, cores, memory, and which state of this repository."""
+    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    memory = meminfo.read_text().split() if meminfo.exists() else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": cores,
+        "memory_bytes": int(memory[memory.index("MemTotal:") + 1]) * 1024 if memory else None,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_since_commit": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _memory_limit() -> int | None:
+    """What is free now, less 1 GiB for the rest of the machine; None where the system does not say."""
+    meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not meminfo.exists():
+        return None
+    words = meminfo.read_text().split()
+    free = int(words[words.index("MemAvailable:") + 1]) * 1024
+    allowed = cgroup.read_text().strip() if cgroup.exists() else "max"
+    return min(free, int(allowed) if allowed.isdigit() else free) - 2**30
+
+
+def _names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        chosen = [name.strip() for name in text.split(",")]
+        unknown = [name for name in chosen if name not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(allowed)}")
+        return [name for name in allowed if name in chosen]
+
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    # The scale "tiny", which the tests use, is not named.
+    parser.add_argument("--scale", required=True, choices=SCALES, metavar="{emoji,sd1,sd1-narrow}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: its device 0")
+    parser.add_argument("--parts", type=_names(PARTS), default=PARTS, help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--arms", type=_names(ARMS), default=ARMS, help=f"some of {','.join(ARMS)}")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/speed_<scale>_<device>.json")
+    parser.add_argument(
+        "--work_dir", type=Path, help="for models and images, three times the checkpoint's size"
+    )
+    whole = {"image_size": "px", "images": "to forget, and as many to retain", "epochs": "of the whole job"}
+    whole |= dict.fromkeys(("mask_batch_size", "batch_size", "retain_batch_size"), "images")
+    whole |= {"repeats": "runs that count, after one that does not", "threads": "default: torch's own"}
+    for name, text in whole.items():
+        parser.add_argument(f"--{name}", type=int, help=text)
+    parser.add_argument("--width", type=int, help="model_channels of the UNet; SD v1 has 320")
+    parser.add_argument("--train_method", help="which weights move, as in the config of training")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
+                        help="of careful, and of our training; weights are fp32 in all arms")  # fmt: skip
+    parser.add_argument("--budget_s", type=float, default=120.0,
+                        help="no further repeat begins after so many seconds of one measurement")  # fmt: skip
+    parser.add_argument("--timeout_s", type=float, default=3600.0, help="of one part of one arm")
+    parser.add_argument("--memory_limit_gb", type=float, help="on the CPU; default: what is free, less 1 GiB")
+    return parser
+
+
+def spec_of(given: argparse.Namespace, folder: Path) -> Result:
+    """The fields of `benchmark_setup.Spec` but part and arm."""
+    own = dict(SCALES[given.scale][given.device])
+    flags = {key: value for key, value in vars(given).items() if key in own and value is not None}
+    if given.width is not None:
+        own["overrides"] = {**own["overrides"], "model_channels": given.width}
+    limit = _memory_limit() if given.memory_limit_gb is None else int(given.memory_limit_gb * 1e9)
+    return {
+        **own,
+        **flags,
+        "device": "cpu" if given.device == "cpu" else "cuda:0",
+        "folder": str(folder),
+        "autocast": given.precision == "bf16",
+        "budget_s": given.budget_s,
+        "threads": given.threads,
+        "memory_limit": limit if given.device == "cpu" else None,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    output = given.output or ROOT / "benchmarks" / f"speed_{given.scale}_{given.device}.json"
+    with tempfile.TemporaryDirectory(dir=given.work_dir, prefix="benchmark-") as name:
+        spec = spec_of(given, Path(name))
+        head = {
+            "scale": given.scale,
+            "settings": {k: v for k, v in spec.items() if k != "folder"},
+            **machine(),
+        }
+
+        def save(report: Result) -> None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            beside = output.with_suffix(".tmp")
+            beside.write_text(json.dumps({**head, **report}, indent=2) + "\n", encoding="utf-8")
+            beside.replace(output)
+
+        report = benchmark(spec, arms=given.arms, parts=given.parts, folder=Path(name),
+                           timeout_s=given.timeout_s, save=save)  # fmt: skip
+    print(output)
+    statuses = [result["status"] for results in report["arms"].values() for result in results.values()]
+    return int("failed" in statuses)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
