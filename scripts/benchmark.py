@@ -237,6 +237,7 @@ def spec_of(given: argparse.Namespace, folder: Path) -> Result:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is stopped too
     output = given.output or ROOT / "benchmarks" / f"speed_{given.scale}_{given.device}.json"
     with tempfile.TemporaryDirectory(dir=given.work_dir, prefix="benchmark-") as name:
         spec = spec_of(given, Path(name))

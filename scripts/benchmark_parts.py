@@ -38,7 +38,6 @@ from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.mask_file import load_mask
 from mu.algorithms.saliency_unlearning.model import names_of
 from mu.ldm import LatentDiffusion, load_model_config
 from mu.run_folder import environment
@@ -47,7 +46,7 @@ from mu.run_folder import environment
 def measure_device(spec: Spec) -> Result:
     """What is computed with: the machine, its matmul rates, and the UNet's FLOPs."""
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    side = 1024 if spec.device == "cpu" else 8192
+    side = spec.matmul_side
     rates: Result = {"side": side}
     torch.set_float32_matmul_precision("highest")  # no TF32
     for name, dtype in kinds.items():
@@ -192,7 +191,7 @@ def job_train(spec: Spec) -> Result:
     started = time.perf_counter()
     clock = _Laps(spec)
     model = build_model(replace(spec, checkpoint=str(checkpoint_path(spec))))
-    mask = load_mask(mask_path) if spec.arm != "plain" else torch.load(mask_path)
+    mask = torch.load(mask_path)
     clock.lap("load")
     arm = make_arm(spec, model)
     forget, retain = read_examples(spec, "forget", model), read_examples(spec, "retain", model)

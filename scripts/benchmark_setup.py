@@ -52,6 +52,8 @@ class Spec:
     threshold: float
     autocast: bool
     """bf16 autocast of careful's two stages and of our training."""
+    matmul_side: int
+    """Of the square matrices whose product gives the device's rate."""
     repeats: int
     budget_s: float
     """No further repeat begins after so many seconds of one measurement."""
@@ -124,7 +126,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     return isinstance(error, RuntimeError) and any(
         sign in str(error)
-        for sign in ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+        for sign in (
+            "can't allocate memory",
+            "not enough memory",
+            "bad_alloc",
+            "out of memory",
+            "ALLOC_FAILED",
+        )
     )
 
 
