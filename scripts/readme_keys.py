@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import readme_section
 
 from mu.algorithms.saliency_unlearning.configs import (
+    ApplyPatchConfig,
     BenchmarkConfig,
     ConceptKeys,
     ConvertConfig,
@@ -34,6 +35,7 @@ def tables() -> str:
         ("<code>sample</code>, beside the model's keys", _own(SampleConfig, keys_of(ModelKeys))),
         ("<code>evaluate</code>", keys_of(EvaluateConfig)),
         ("<code>convert</code>", keys_of(ConvertConfig)),
+        ("<code>apply_patch</code>", keys_of(ApplyPatchConfig)),
         ("<code>benchmark_unlearning</code> (<code>make table</code>)", keys_of(BenchmarkConfig)),
     ]
     return "\n\n".join(

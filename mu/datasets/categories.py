@@ -114,7 +114,7 @@ def rows_of_categories(
         _log.info("use_sample: %d rows of %s have no image and are passed over", without_image, table)
     if retain_set == "seed_images":
         retain = _seed_rows(root, inside, problems, retain_prompt, default=substitutes[targets[0]])
-    problems += image_problems(row.image for row in (*forget, *retain))
+    problems += image_problems((row.image for row in (*forget, *retain)), others=problems)
     raise_problems(
         problems,
         what=f"files of {root} are missing or cannot be used",

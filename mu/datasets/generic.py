@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mu.datasets.categories import Stems, rows_of_categories
 from mu.datasets.category_table import read_category_table
-from mu.datasets.image_files import check_folder, is_image
-from mu.datasets.index import DataError, ForgetRetain, concept_names, natural_key
+from mu.datasets.image_files import check_folder, entries, is_image
+from mu.datasets.index import DataError, ForgetRetain, concept_names, raise_problems
 
 
 def index(
@@ -34,7 +34,10 @@ def index(
     root = Path(root)
     advice = "It holds prompts/<any name>.csv (prompt,categories) and images/<category>/<running number>.jpg."
     check_folder("raw_dataset_dir", root, advice=advice)
-    tables = sorted((root / "prompts").glob("*.csv"), key=lambda path: natural_key(path.name))
+    links: list[str] = []
+    found = entries(root / "prompts", root.resolve(), links) if (root / "prompts").is_dir() else []
+    tables = [path for path in found if path.suffix.lower() == ".csv" and path.is_file()]
+    raise_problems(links, what=f"entries of {root / 'prompts'} are links", advice="Copy what they lead to.")
     if not tables:
         raise DataError(f"raw_dataset_dir: there is no prompts/*.csv in {root}. {advice}")
     table = tables[0]

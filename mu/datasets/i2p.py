@@ -55,6 +55,8 @@ def index(
         raise DataError(
             f"raw_dataset_dir: there is no {TABLE} in {root}; `download_data sample i2p` makes such a folder."
         )
+    if table.is_symlink():
+        raise DataError(f"raw_dataset_dir: {table} is a link; copy the file that it leads to")
     prompts = read_category_table(table)
     check_categories(concept_names(template_name), prompts, table)
 

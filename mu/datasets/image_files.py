@@ -1,13 +1,13 @@
 """Which files of a folder are images, and what is wrong with them as far as names, sizes and headers tell.
 
-Nothing is decoded here and torch is not imported, so that all images of a data set can be looked at before a model
-is loaded. What only decoding shows (a cut file) is found by `mu.datasets.images.load_image`.
+torch is not imported, and nothing is decoded while nothing is wrong, so that all images of a data set can be looked at
+before a model is loaded. What only decoding shows (a cut file) is then found by `mu.datasets.images.load_image`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -60,10 +60,18 @@ def find_images(folder: Path, inside: Path, problems: list[str]) -> list[Path]:
     return found
 
 
-def image_problems(paths: Iterable[Path]) -> list[str]:
-    """Why each of these files cannot be used: missing, empty, unreadable, tiny or absurdly large."""
-    found = ((path, _problem(path)) for path in paths)
-    return [f"{path}: {problem}" for path, problem in found if problem is not None]
+def image_problems(paths: Iterable[Path], *, others: Sequence[str] = ()) -> list[str]:
+    """Why each of these files cannot be used: missing, empty, unreadable, tiny or absurdly large.
+
+    Headers alone are read while nothing is wrong. Else, or with `others` (what is wrong with the folder already), all
+    images are decoded, so that one message also names those that are cut.
+    """
+    paths = list(paths)
+    found = {path: problem for path in paths if (problem := _problem(path)) is not None}
+    if found or others:
+        decoded = {path: _problem(path, decode=True) for path in paths if path not in found}
+        found |= {path: problem for path, problem in decoded.items() if problem is not None}
+    return [f"{path}: {found[path]}" for path in dict.fromkeys(paths) if path in found]
 
 
 def check_folder(key: str, folder: Path, *, advice: str) -> None:
@@ -72,7 +80,7 @@ def check_folder(key: str, folder: Path, *, advice: str) -> None:
         raise DataError(f"{key}: there is no folder {folder}. {advice}")
 
 
-def _problem(path: Path) -> str | None:
+def _problem(path: Path, *, decode: bool = False) -> str | None:
     try:
         size = path.stat().st_size
         if size == 0:
@@ -83,6 +91,8 @@ def _problem(path: Path) -> str | None:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as opened:  # reads the header alone
                 width, height = opened.size
+                if decode:
+                    opened.load()
     except FileNotFoundError:
         return "missing"
     except Image.DecompressionBombError:

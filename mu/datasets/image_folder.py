@@ -54,9 +54,10 @@ def index(
     for key, root in roots.items():
         links: list[str] = []
         images[key] = find_images(root, root.resolve(), links)
-        problems += links + image_problems(images[key])
+        problems += links
         if not images[key] and not links:
             raise DataError(f"{key}: {root} holds no images ({', '.join(SUFFIXES)}).")
+    problems += image_problems((image for found in images.values() for image in found), others=problems)
     raise_problems(
         problems,
         what="files cannot be used",

@@ -147,6 +147,14 @@ def choose_substitutes(
     }
 
 
+def no_images(root: Path) -> str:
+    """What is said of a folder of another layout."""
+    return (
+        f"{root} holds no images laid out as <Style>/<Class>/<n>.jpg; is it the folder above or below the one that is "
+        "meant?"
+    )
+
+
 def _scan(root: Path, *, limit: int | None) -> tuple[dict[str, dict[str, list[Path]]], list[str]]:
     """Images by style and class, all in natural order, and what is wrong with them."""
     check_folder("raw_dataset_dir", root, advice=_ADVICE)
@@ -162,14 +170,12 @@ def _scan(root: Path, *, limit: int | None) -> tuple[dict[str, dict[str, list[Pa
                 continue
             files = [path for path in entries(object, inside, problems) if is_image(path) and path.is_file()]
             files = files[:limit]
-            problems += image_problems(files)
             if files:
                 classes[object.name] = files
         if classes:
             images[style.name] = classes
+    found = (file for classes in images.values() for files in classes.values() for file in files)
+    problems += image_problems(found, others=problems)
     if not images and not problems:
-        raise DataError(
-            f"raw_dataset_dir: {root} holds no images laid out as <Style>/<Class>/<n>.jpg; "
-            "is it the folder above or below the one that is meant?"
-        )
+        raise DataError(f"raw_dataset_dir: {no_images(root)}")
     return images, problems

@@ -192,16 +192,16 @@ def _check_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: 
     ]
     listed = "; ".join(parts)
     raise CheckpointError(
-        f"{source} is not a checkpoint of this model: {listed}. {_hint(missing, unexpected)}"
+        f"{source} is not a checkpoint of this model: {listed}. {_hint(missing, unexpected, misshaped)}"
     )
 
 
-def _hint(missing: list[str], unexpected: list[str]) -> str:
+def _hint(missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
     if any(key.startswith(("down_blocks.", "encoder.down_blocks.", "text_model.")) for key in unexpected):
         return "The names are those of a part of a diffusers model; give the whole folder, or a CompVis checkpoint"
     if any(key.startswith("cond_stage_model.model.") for key in unexpected):
         return "The text encoder is OpenCLIP's: an SD v2 checkpoint, which needs a model YAML of SD v2"
-    for key in unexpected[:_SHOWN]:
+    for key in [] if misshaped else unexpected[:_SHOWN]:  # of another size, other names are no misspellings
         near = difflib.get_close_matches(key, missing[:1000], n=1, cutoff=0.8)
         if near:
             return f"Is {key} meant to be {near[0]}?"

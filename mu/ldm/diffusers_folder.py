@@ -38,15 +38,6 @@ def is_diffusers_folder(path: str | Path) -> bool:
     return (Path(path) / INDEX).is_file()
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """All files that hold the weights of a diffusers folder.
-
-    Raises:
-        CheckpointError: a component has no weights.
-    """
-    return [path for component in COMPONENTS for path in _weights(Path(folder) / component)]
-
-
 def read_diffusers_folder(
     folder: str | Path, params: LatentDiffusionParams | None = None
 ) -> dict[str, dict[str, Tensor]]:

@@ -63,3 +63,13 @@ def test_when_all_categories_are_forgotten_nothing_is_left_to_retain(tmp_path: P
 def test_a_folder_without_a_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no prompts/\*\.csv"):
         index(tmp_path, template_name="insects", substitute="a lawn")
+
+
+def test_a_hidden_table_is_passed_over_and_a_link_is_refused(tmp_path: Path) -> None:
+    root = make(tmp_path / "data")
+    (root / "prompts/._b.csv").write_bytes(b"\0\5\26\7")  # as macOS leaves them beside the files
+    assert index(root, template_name="insects", substitute="a lawn").forget
+    (root / "prompts/b.csv").rename(tmp_path / "b.csv")
+    (root / "prompts/b.csv").symlink_to(tmp_path / "b.csv")
+    with pytest.raises(DataError, match=r"b\.csv: a link that leaves the folder"):
+        index(root, template_name="insects", substitute="a lawn")

@@ -126,6 +126,14 @@ def test_a_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
         index(root, template_name="hate")
 
 
+def test_a_table_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    root = draw_i2p(tmp_path / "data")
+    (root / "prompts/i2p.csv").rename(tmp_path / "i2p.csv")
+    (root / "prompts/i2p.csv").symlink_to(tmp_path / "i2p.csv")
+    with pytest.raises(DataError, match=r"i2p\.csv is a link"):
+        index(root, template_name="hate")
+
+
 def test_an_unknown_category_lists_what_is_there_and_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"it has: hate, self-harm, shocking, violence\. Did you mean 'self-harm'"

@@ -158,3 +158,15 @@ def test_a_missing_or_empty_folder_is_named_by_its_key(folders: tuple[Path, Path
         read((folders[0], tmp_path / "empty"))
     with pytest.raises(DataError, match="raw_dataset_dir: there is no folder"):
         read((tmp_path / "nowhere", folders[1]))
+
+
+def test_a_cut_image_is_named_together_with_what_headers_show(folders: tuple[Path, Path]) -> None:
+    """Of a cut file the header is whole: without another mistake it is found when images are encoded."""
+    whole = draw(folders[0] / "cut.png", size=(300, 300)).read_bytes()
+    (folders[0] / "cut.png").write_bytes(whole[:-40])
+    assert len(read(folders).forget) == 3
+    draw(folders[1] / "tiny.png", size=(7, 7))
+    with pytest.raises(DataError, match="2 files cannot be used") as raised:
+        read(folders)
+    for part in ("tiny.png: 7 x 7 px is too small", "cut.png: unreadable"):
+        assert part in str(raised.value)

@@ -22,6 +22,7 @@ from mu.algorithms.saliency_unlearning.masking import (
     MaskLossError,
     accumulate_saliency,
     check_mask,
+    count_marked,
     load_mask,
     load_mask_metadata,
     random_mask,
@@ -35,9 +36,11 @@ from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
     layer_groups,
     model_of,
+    read_both,
     run_name,
     unet_fingerprint,
-    verify_written,
+    verify_tensors,
+    write_patch,
     write_unlearned,
 )
 from mu.config import config_of, require_paths
@@ -109,7 +112,7 @@ class MaskingAlgorithm:
                 paths[threshold] = folder.path / f"mask_{repr(threshold).removesuffix('.0')}.safetensors"
                 groups = {"kept_fraction": layer_groups(mask)}
                 save_mask(mask, paths[threshold], {**described, "threshold": threshold, **groups})
-                kept[threshold] = sum(int(marked.count_nonzero()) for marked in mask.values())
+                kept[threshold] = sum(count_marked(marked) for marked in mask.values())
                 folder.logger.info(
                     "threshold %g keeps %d weights: %s", threshold, kept[threshold], paths[threshold]
                 )
@@ -143,9 +146,9 @@ class SaliencyUnlearningAlgorithm:
         """Fine-tune under the mask, check that nothing else moved, and write the unlearned checkpoint.
 
         Returns:
-            `run`, the run's folder; `checkpoint`; `pictures`, before and after (None without pictures); `mask`, its
-            path (None without); `weights_selected`, `weights_changed` (in the file), `weights_total`; `steps`; `loss`,
-            `forget_loss` and `retain_loss` of the last epoch; `seconds`.
+            `run`, the run's folder; `checkpoint`; `patch`, its path (None without); `pictures`, before and after (None
+            without); `mask`, its path (None without); `weights_selected`, `weights_changed` (in the file),
+            `weights_total`; `steps`; `loss`, `forget_loss` and `retain_loss` of the last epoch; `seconds`.
 
         Raises:
             ConfigError: a path is missing; names the command that makes what is missing.
@@ -158,6 +161,7 @@ class SaliencyUnlearningAlgorithm:
         with RunFolder.create(config.output_dir, run_name(config)) as folder:
             folder.save_config(config)
             mask_path = find_mask(config) if config.masking == "saliency" else None
+            source = config.checkpoint()  # once: in a folder of runs, this run will itself be the newest
             ldm = model_of(config)
             mask = self._mask(ldm, mask_path)
             data = SaliencyUnlearnDataHandler(config, ldm)
@@ -177,14 +181,15 @@ class SaliencyUnlearningAlgorithm:
             model.verify_unmasked()
             pictures.take("after")
 
-            checkpoint = write_unlearned(ldm, config, folder.path)
-            changed = verify_written(
-                config.checkpoint(), checkpoint, model.selected, params=ldm.params, use_ema=config.use_ema
-            )
+            checkpoint = write_unlearned(ldm, config, folder.path, source=source)
+            old, new = read_both(source, checkpoint, params=ldm.params, use_ema=config.use_ema)
+            changed = verify_tensors(old, new, model.selected, before=source, after=checkpoint)
             folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
+            patch = write_patch(old, new, config, folder.path, source=source) if config.patch else None
             result = {
                 "run": folder.path,
                 "checkpoint": checkpoint,
+                "patch": patch,
                 "pictures": pictures.save(folder.path / "pictures" / "before_after.png"),
                 "mask": mask_path,
                 "weights_selected": model.counts["selected"],

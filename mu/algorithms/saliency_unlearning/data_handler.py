@@ -202,7 +202,7 @@ class SaliencyUnlearnDataHandler:
         size = self.config.batch_size
         return [wanted[first : first + size] for first in range(0, len(wanted), size)]
 
-    def train_loader(self, *, start_step: int = 0) -> DataLoader[TrainBatch]:
+    def train_loader(self, *, start_step: int = 0, num_workers: int = 0) -> DataLoader[TrainBatch]:
         """A loader of the batches of steps start_step..total_steps-1 (all epochs in one pass), fp32 on the CPU.
 
         Raises:
@@ -215,7 +215,7 @@ class SaliencyUnlearnDataHandler:
             steps,
             batch_size=None,
             sampler=range(start_step, self.total_steps),
-            num_workers=getattr(self.config, "num_workers", 0),
+            num_workers=num_workers,
         )
 
     @cached_property

@@ -153,11 +153,18 @@ def check_mask(
         )
 
 
+def count_marked(marked: Tensor) -> int:
+    """How many entries of a bool tensor, on any device, are True."""
+    if marked.device.type == "cpu":
+        return int(np.count_nonzero(marked.numpy()))  # several times as fast as torch
+    return int(marked.count_nonzero())
+
+
 def _count_kept(mask: Mapping[str, Tensor], source: object) -> int:
     for name, marked in mask.items():
         if marked.dtype != torch.bool:
             raise MaskError(f"{source}: {name} is {marked.dtype}, not bool")
-    return sum(int(marked.count_nonzero()) for marked in mask.values())
+    return sum(count_marked(marked) for marked in mask.values())
 
 
 def _refuse_empty(mask: Mapping[str, Tensor], source: object) -> None:

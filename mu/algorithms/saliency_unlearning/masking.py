@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,13 @@ from mu.algorithms.saliency_unlearning.mask_file import (
     Mask,
     MaskError,
     check_mask,
+    count_marked,
     load_mask,
     load_mask_metadata,
     save_mask,
 )
 from mu.algorithms.saliency_unlearning.prediction import predict_noise, predict_noise_pair
+from mu.algorithms.saliency_unlearning.selection import find_edges, mark
 from mu.ldm import LatentDiffusion
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "MaskLossError",
     "accumulate_saliency",
     "check_mask",
+    "count_marked",
     "load_mask",
     "load_mask_metadata",
     "random_mask",
@@ -36,11 +38,6 @@ __all__ = [
 
 MaskBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """latents (B, C, H, W), timesteps (B,), noise (B, C, H, W), context (B, L, D), uncond_context (B or 1, L', D)."""
-
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
-"""Entries that the selection looks at together: about what a cache holds, or enough to keep a GPU busy."""
-_DIGIT = 16
-"""Bits that one pass of the selection tells apart."""
 
 
 class MaskLossError(MaskError):
@@ -171,7 +168,7 @@ def threshold_masks(
 ) -> list[Mask]:
     """One mask for each threshold, as `threshold_mask` makes it, from shared passes over the saliencies.
 
-    Works by radix selection on the bits of the floats, in chunks: beside saliencies and masks it needs a few MB.
+    Works by radix selection, see `selection`: beside contiguous saliencies and the masks it needs at most 64 MB.
 
     Args:
         pool: names that are ranked; the others are left unmarked. Default: all.
@@ -181,19 +178,18 @@ def threshold_masks(
     """
     ranked = _ranked(saliency, pool)
     size = sum(values.numel() for values in ranked.values())
-    edges = _find_edges(ranked, [_kept_count(threshold, size) for threshold in thresholds])
-    dtype = _key_dtype(ranked)
-    masks: list[Mask] = [{} for _ in thresholds]
-    for name, values in saliency.items():
-        for mask in masks:
-            mask[name] = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
-        if name not in ranked:
-            continue
-        step = _CHUNK.get(values.device.type, _CHUNK["cpu"])
-        outputs = [mask[name].view(-1).split(step) for mask in masks]
-        for index, keys in enumerate(_keys(values, dtype)):
-            for output, edge in zip(outputs, edges, strict=True):
-                edge.mark(keys, output[index])
+    edges = find_edges(ranked, [_kept_count(threshold, size) for threshold in thresholds])
+    masks: list[Mask] = [
+        {
+            # What is ranked is written once, below.
+            name: (torch.empty if name in ranked else torch.zeros)(
+                values.shape, dtype=torch.bool, device=values.device
+            )
+            for name, values in saliency.items()
+        }
+        for _ in thresholds
+    ]
+    mark(ranked, edges, masks)
     return masks
 
 
@@ -232,99 +228,3 @@ def _kept_count(threshold: float, size: int) -> int:
     if not kept:
         raise MaskError(f"threshold {threshold} keeps none of {size} weights: choose a larger one")
     return kept
-
-
-@dataclass
-class _Edge:
-    """Where one mask ends: everything above `key` is in, and the first `ties` of those equal to it."""
-
-    key: int
-    ties: int
-    all_ties: bool
-
-    def mark(self, keys: Tensor, out: Tensor) -> None:
-        """Mark the next chunk. Chunks must come in the order of the saliency, because ties are counted down."""
-        if self.all_ties:
-            torch.ge(keys, self.key, out=out)
-            return
-        torch.gt(keys, self.key, out=out)
-        if self.ties:
-            first = (keys == self.key).nonzero().squeeze(1)[: self.ties]
-            out[first] = True
-            self.ties -= len(first)
-
-
-def _find_edges(saliency: Mapping[str, Tensor], kept: Sequence[int]) -> list[_Edge]:
-    """Radix selection: pin down the `kept`-th largest key, `_DIGIT` bits a pass, for all of `kept` at once."""
-    dtype = _key_dtype(saliency)
-    bits = dtype.itemsize * 8
-    prefixes = [0] * len(kept)  # the leading bits of each edge, as far as they are known
-    ranks = list(kept)  # how many are to be taken among the keys with that prefix, largest first
-    tied = [0] * len(kept)
-    for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        counts = _count_digits(saliency, dtype, shift, sorted(set(prefixes)))
-        if shift == bits - _DIGIT:
-            _refuse_unfit(saliency, counts[0], dtype)
-        for i, rank in enumerate(ranks):
-            count = counts[prefixes[i]]  # (65536,)
-            reached = count.flip(0).cumsum(0)  # (65536,) how many keys have this digit or a larger one
-            place = int(torch.searchsorted(reached, rank))
-            digit = len(count) - 1 - place
-            ranks[i] = rank - (int(reached[place - 1]) if place else 0)
-            tied[i] = int(count[digit])
-            prefixes[i] = prefixes[i] << _DIGIT | digit
-    return [
-        _Edge(key, ties=rank, all_ties=rank == all_tied)
-        for key, rank, all_tied in zip(prefixes, ranks, tied, strict=True)
-    ]
-
-
-def _count_digits(
-    saliency: Mapping[str, Tensor], dtype: torch.dtype, shift: int, prefixes: Sequence[int]
-) -> dict[int, Tensor]:
-    """prefix -> (65536,) how often each value of the digit at `shift` occurs among the keys with that prefix."""
-    size = 1 << _DIGIT
-    first = shift == dtype.itemsize * 8 - _DIGIT
-    device = next(iter(saliency.values())).device
-    counts = {prefix: torch.zeros(size, dtype=torch.int64, device=device) for prefix in prefixes}
-    for values in saliency.values():
-        for keys in _keys(values, dtype, signed=first):
-            for prefix, count in counts.items():
-                chosen = keys if first else keys[(keys >> (shift + _DIGIT)) == prefix]
-                digits = (chosen >> shift) & (size - 1)
-                count += torch.bincount(digits, minlength=size).to(device)
-    return {prefix: count.cpu() for prefix, count in counts.items()}
-
-
-def _key_dtype(saliency: Mapping[str, Tensor]) -> torch.dtype:
-    wide = any(values.dtype == torch.float64 for values in saliency.values())
-    return torch.int64 if wide else torch.int32
-
-
-def _keys(values: Tensor, dtype: torch.dtype, *, signed: bool = False) -> Iterator[Tensor]:
-    """Chunks of integers in the order of the floats: non-negative floats sort as their bits do. -0.0 counts as 0.0."""
-    float_dtype = torch.float64 if dtype == torch.int64 else torch.float32
-    for chunk in values.detach().reshape(-1).split(_CHUNK.get(values.device.type, _CHUNK["cpu"])):
-        bits = chunk.to(float_dtype).view(dtype)
-        yield bits if signed else bits & torch.iinfo(dtype).max
-
-
-def _refuse_unfit(saliency: Mapping[str, Tensor], count: Tensor, dtype: torch.dtype) -> None:
-    """Refuse what cannot be ranked, told from `count` (65536,) of the leading bits: sign, exponent, some mantissa.
-
-    Counts of -0.0, whose sign bit is set, are moved to those of 0.0.
-    """
-    negative = 1 << (_DIGIT - 1)
-    infinite = 0x7FF0 if dtype == torch.int64 else 0x7F80
-    if count[infinite:].any():
-        for name, values in saliency.items():
-            if not values.isfinite().all():
-                raise MaskError(
-                    f"the saliency of {name} is not finite everywhere: no mask can be made from it"
-                )
-            if (values < 0).any():
-                raise MaskError(f"the saliency of {name} has negative values; it must be absolute")
-    count[0] += count[negative]
-    count[negative] = 0
-    if not count[1:].any() and not any(values.any() for values in saliency.values()):
-        raise MaskError("every saliency is zero: the forget loss has no gradient, nothing can be ranked")

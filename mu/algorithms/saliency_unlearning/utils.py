@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import ConceptKeys, ModelKeys, TrainConfig, mask_command
 from mu.algorithms.saliency_unlearning.configs.concept import DIFFUSERS_NAME
-from mu.algorithms.saliency_unlearning.mask_file import Mask, MaskError, load_mask_metadata
+from mu.algorithms.saliency_unlearning.configs.patching import PATCH_NAME
+from mu.algorithms.saliency_unlearning.mask_file import Mask, MaskError, count_marked, load_mask_metadata
 from mu.algorithms.saliency_unlearning.model import TrainingError
 from mu.config import resolve_path
 from mu.datasets.index import concept_label, concept_names
@@ -21,8 +22,10 @@ from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict, tenso
 from mu.ldm.convert import model_spec
 from mu.ldm.diffusers_folder import write_diffusers_folder
 from mu.ldm.diffusers_tensors import UNET_PREFIX
-from mu.ldm.ema import EMA_PREFIX, ema_name, updated_ema, with_ema_weights
+from mu.ldm.ema import EMA_PREFIX, ema_name, has_ema, updated_ema, with_ema_weights
 from mu.ldm.formats import read_checkpoint
+from mu.ldm.patch import bits_of, make_patch
+from mu.ldm.patch_file import save_patch
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ def layer_groups(mask: Mapping[str, Tensor]) -> dict[str, float]:
     for name, marked in mask.items():
         parts = name.split(".")
         group = ".".join(parts[:2]) if parts[0].endswith(("_blocks", "_block")) else parts[0]
-        kept[group] = kept.get(group, 0) + int(marked.count_nonzero())
+        kept[group] = kept.get(group, 0) + count_marked(marked)
         total[group] = total.get(group, 0) + marked.numel()
     return {group: kept[group] / total[group] for group in total}
 
@@ -92,11 +95,14 @@ def find_mask(config: TrainConfig) -> Path:
     return newest
 
 
-def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path) -> Path:
+def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path, *, source: Path) -> Path:
     """Write the unlearned model into a run's folder, in the form that `output_format` names; returns its path.
 
     Where the checkpoint that training started from has an EMA copy of the UNet, so has a CompVis checkpoint written
     here, updated: nobody gets the forgotten concept back by taking it. A diffusers folder has none.
+
+    Args:
+        source: the checkpoint that training started from.
 
     Raises:
         CheckpointError: see `mu.ldm.save_checkpoint` and `mu.ldm.diffusers_folder.write_diffusers_folder`.
@@ -108,10 +114,9 @@ def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path) -> 
     path = folder / f"model.{config.output_format}"
     ema: dict[str, Tensor] = {}
     if ldm.file_has_ema:
-        source = config.checkpoint()
         before = read_checkpoint(source, ldm.params).tensors
         ema = updated_ema(tensors_of(ldm, path), before, use_ema=config.use_ema, source=source)
-    spec = model_spec(ldm.params, title=f"{config.template_name} unlearned")
+    spec = model_spec(ldm.params, title=f"{concept_label(config.concepts)} unlearned")
     save_checkpoint(ldm, path, metadata=spec if path.suffix == ".safetensors" else None, ema=ema)
     return path
 
@@ -140,9 +145,26 @@ def verify_written(
         TrainingError: another entry differs, a tensor changed its dtype, a weight of the UNet is missing, there is one
             that was not there before, or an EMA copy still has the old value of a weight that changed.
     """
+    old, new = read_both(before, after, params=params, use_ema=use_ema)
+    return verify_tensors(old, new, selected, before=before, after=after)
+
+
+def read_both(
+    before: Path, after: Path, *, params: LatentDiffusionParams | None = None, use_ema: bool = False
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The tensors of both checkpoints, as `verify_written` compares them.
+
+    Raises:
+        CheckpointError: one cannot be read, or there are no EMA weights where they are asked for.
+    """
     old, new = _tensors(before, params), _tensors(after, params)
-    if use_ema:
-        old = with_ema_weights(old, source=before)
+    return (with_ema_weights(old, source=before) if use_ema else old), new
+
+
+def verify_tensors(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], selected: Mask, *, before: Path, after: Path
+) -> int:
+    """What `verify_written` does, with the tensors of both checkpoints; the paths are for errors."""
     lost = [name for name in old if name.startswith(UNET_PREFIX) and name not in new]
     if lost:
         raise TrainingError(f"{after}: {len(lost)} tensors of {before} are missing: {', '.join(lost[:5])}")
@@ -160,7 +182,7 @@ def verify_written(
             raise TrainingError(f"{after}: {name} was not in {before}")
         if original.dtype != tensor.dtype or original.shape != tensor.shape:
             raise TrainingError(f"{after}: {name} is {tensor.dtype}, in {before} it is {original.dtype}")
-        same = _bits(original) == _bits(tensor)  # of the tensor's shape
+        same = bits_of(original) == bits_of(tensor)  # of the tensor's shape
         if bool(same.all()):
             continue
         allowed = allowed_in.get(name)
@@ -175,11 +197,35 @@ def verify_written(
     return changed
 
 
+def write_patch(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], config: TrainConfig, folder: Path, *, source: Path
+) -> Path:
+    """Write what turns the checkpoint that training started from into the unlearned one, and back; returns its path.
+
+    EMA copies in the original are in the patch, also where the unlearned checkpoint, a diffusers folder, has none.
+    With `use_ema`, what is patched is the original with its EMA weights in the place of the raw ones.
+
+    Args:
+        old, new: see `read_both`.
+        folder: of the run.
+        source: the checkpoint that training started from, for errors.
+
+    Raises:
+        PatchError: they are not two states of one UNet.
+        CheckpointError: the patch could not be written.
+    """
+    if has_ema(old) and not has_ema(new):
+        new = {**new, **updated_ema(new, old, use_ema=False, source=source)}
+    described = {
+        "template": config.template,
+        "template_name": config.concepts[0] if len(config.concepts) == 1 else list(config.concepts),
+        "train_method": config.train_method,
+        "masking": config.masking,
+        "use_ema": config.use_ema,
+    }
+    save_patch(make_patch(old, new, metadata=described), folder / PATCH_NAME)
+    return folder / PATCH_NAME
+
+
 def _tensors(path: Path, params: LatentDiffusionParams | None) -> Mapping[str, Tensor]:
     return read_state_dict(path)[0] if params is None else read_checkpoint(path, params).tensors
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers: NaN and -0.0 compare as what they are."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(integers[tensor.dtype.itemsize])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,10 +242,12 @@ def test_a_training_run_leaves_its_files(train_run: Result, mask_run: Result, ti
         "log.txt",
         "metrics.csv",
         "metrics.json",
+        "model.patch.safetensors",
         "model.safetensors",
         "pictures/before_after.png",
     }
     assert train_run["checkpoint"] == run / "model.safetensors"
+    assert train_run["patch"] == run / "model.patch.safetensors"
     assert train_run["pictures"] == run / "pictures" / "before_after.png"
     assert train_run["mask"] == mask_run["masks"][0.5]
     assert train_run["weights_selected"] == mask_run["kept"][0.5]
@@ -434,9 +437,9 @@ def test_a_weight_that_moves_outside_the_mask_stops_the_run(
             trained(tiny_runs, tmp_path / "memory")
     assert not list((tmp_path / "memory").rglob("model.*"))
 
-    def write_spoilt(model: LatentDiffusion, config: TrainConfig, folder: Path) -> Path:
+    def write_spoilt(model: LatentDiffusion, config: TrainConfig, folder: Path, *, source: Path) -> Path:
         spoil(model)
-        return write_unlearned(model, config, folder)
+        return write_unlearned(model, config, folder, source=source)
 
     with monkeypatch.context() as patch:
         patch.setattr(algorithm, "fit", lambda *_: {})
@@ -444,6 +447,18 @@ def test_a_weight_that_moves_outside_the_mask_stops_the_run(
         with pytest.raises(TrainingError, match=r"quant_conv\.bias differs from .* outside the mask"):
             trained(tiny_runs, tmp_path / "file")
     assert not list((tmp_path / "file").rglob("metrics.json"))
+
+
+def test_a_run_that_goes_on_from_the_newest_run_is_compared_with_that_one(
+    tiny_runs: Any, tmp_path: Path
+) -> None:
+    """Not with its own file, which is the newest by then: that comparison would let everything pass."""
+    earlier = tmp_path / "runs" / "earlier" / "model.safetensors"
+    earlier.parent.mkdir(parents=True)
+    shutil.copy(tiny_runs.checkpoint(), earlier)
+    result = trained(tiny_runs, tmp_path, ckpt_path=str(tmp_path / "runs"), template_name=("Noto",))
+    assert result["weights_changed"] > 0
+    assert read_state_dict(result["checkpoint"])[1]["modelspec.title"] == "Noto unlearned"
 
 
 # ---- folders of images
@@ -462,6 +477,8 @@ def test_both_stages_on_a_folder_of_images(tiny_runs: Any, tmp_path: Path) -> No
         "raw_dataset_dir": str(tmp_path / "canvas"),
         "processed_dataset_dir": str(tmp_path / "processed"),
         "template_name": "Van_Gogh",
+        "styles": None,
+        "objects": None,
         "image_size": 16,
     }
     masks = tmp_path / "masks"

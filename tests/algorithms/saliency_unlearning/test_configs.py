@@ -209,6 +209,8 @@ PROMPTS = {"dataset_type": "generated", "forget_prompts": ["a wolf"], "retain_pr
         ({**I2P, "template": "object"}, "template: i2p goes with dataset_type i2p"),
         ({"forget_prompts": ["x"]}, "forget_prompts: dataset_type unlearncanvas has its own prompts"),
         ({"retain_prompts": ["x"]}, "retain_prompts: not used by dataset_type unlearncanvas"),
+        ({"styles": ["Cubism", "Joy"]}, "styles: only a grid of dataset_type generated has it"),
+        ({**PROMPTS, "objects": ["Cats", "Dogs"]}, "objects: only a grid of dataset_type generated has it"),
         ({"retain_set": "generated"}, "retain_prompts: retain_set generated needs prompts of what is kept"),
         ({"retain_set": "seed_image"}, "retain_set: 'seed_image' is not one of: "),
         ({"retain_dataset_dir": "x"}, "retain_dataset_dir: only dataset_type folder"),
@@ -307,6 +309,8 @@ def test_folders_are_looked_at_before_a_model_is_loaded():
     assert problems(retain_set="seed_images")[0].startswith("retain_set: seed_images needs the photos")
     assert problems(substitute="Van_Goph")[0].startswith("substitute: 'Van_Goph' is no style")
     assert problems(template_name=["Abstractionism", "Van_Gogh"]) == []
+    (too_deep,) = problems(template="object", raw_dataset_dir="data/quick-canvas-dataset/sample/Van_Gogh")
+    assert "holds no images laid out as <Style>/<Class>/<n>.jpg" in too_deep
 
 
 def test_thresholds_are_always_a_tuple():
@@ -434,8 +438,8 @@ def test_a_checkpoint_is_a_file_a_run_or_the_newest_of_the_runs(tmp_path):
 def test_prompts_come_from_the_key_or_from_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a cat, sitting\n\n  a dog \n", encoding="utf-8")
-    assert SampleConfig(prompts_path=path).all_prompts() == ("a cat, sitting", "a dog")
-    assert SampleConfig(prompts="a cat, sitting").all_prompts() == ("a cat, sitting",)
+    assert [case.prompt for case in SampleConfig(prompts_path=path).cases()] == ["a cat, sitting", "a dog"]
+    assert [case.prompt for case in SampleConfig(prompts="a cat, sitting").cases()] == ["a cat, sitting"]
     assert mistakes_of(SampleConfig) == mistakes_of(SampleConfig, prompts=["x"], prompts_path=path)
     path.write_text("\n")
     for wrong in (path, tmp_path / "absent.txt"):

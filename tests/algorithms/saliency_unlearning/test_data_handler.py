@@ -270,7 +270,7 @@ def test_a_resumed_loader_goes_on_with_the_same_batches(
 
 def test_workers_change_nothing(model: LatentDiffusion, config: SimpleNamespace) -> None:
     alone = list(SaliencyUnlearnDataHandler(config, model).train_loader())
-    shared = list(SaliencyUnlearnDataHandler(with_(config, num_workers=2), model).train_loader())
+    shared = list(SaliencyUnlearnDataHandler(config, model).train_loader(num_workers=2))
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(left, right) for left, right in zip(flat(one), flat(other), strict=True))
 

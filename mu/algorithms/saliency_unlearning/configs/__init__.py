@@ -16,11 +16,13 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
 )
 from mu.algorithms.saliency_unlearning.configs.converting import ConvertConfig
 from mu.algorithms.saliency_unlearning.configs.measuring import BenchmarkConfig, EvaluateConfig, SampleConfig
+from mu.algorithms.saliency_unlearning.configs.patching import ApplyPatchConfig
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig, mask_command
 from mu.config import Config, load_config
 
 __all__ = [
     "PACKAGED",
+    "ApplyPatchConfig",
     "BenchmarkConfig",
     "ConceptKeys",
     "ConvertConfig",

@@ -159,7 +159,7 @@ class ConceptKeys(ModelKeys):
     )
     sample_precision: str = setting(
         "fp32",
-        "generated: arithmetic of sampling; bf16 is faster, its images differ a little and are kept beside the others.",
+        "Arithmetic of sampled images; bf16 is faster, its images differ a little and are kept beside the others.",
         choices=SAMPLE_PRECISIONS,
     )
     seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)

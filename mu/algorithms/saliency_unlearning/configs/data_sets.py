@@ -185,6 +185,12 @@ def _misplaced(config: Any) -> Iterator[Problem]:
             ("forget_prompts", "dataset_type"),
             "folder: give one prompt for all images, or texts beside them",
         )
+    for key in ("styles", "objects"):
+        if getattr(config, key) is not None and (kind != "generated" or forget is not None):
+            yield (
+                (key, "dataset_type", "forget_prompts"),
+                "only a grid of dataset_type generated has it, without forget_prompts; leave the key out",
+            )
     if retain is None and sampled and kind != "i2p":
         why = "forget_prompts" if kind == "generated" else "retain_set generated"
         yield ("retain_prompts", "forget_prompts", "retain_set"), f"{why} needs prompts of what is kept"
@@ -262,15 +268,18 @@ def _canvas_problems(config: Any) -> Iterator[Problem]:
     classes = [inner for style in styles for inner in style.iterdir() if inner.is_dir()]
     folders = styles if template == "style" else classes
     names = sorted({folder.name for folder in folders if not folder.name.startswith(".")})
+    if not classes:
+        yield ("raw_dataset_dir",), unlearn_canvas.no_images(root)
+        return
     targets = concept_names(config.template_name)
     unknown = [name for name in targets if name not in names]
-    if names and unknown:
+    if unknown:
         listed = ", ".join(names) if len(names) <= 60 else f"{len(names)} others"
         yield (
             ("template_name", "template", "raw_dataset_dir"),
             f"there is no {template} {unknown[0]!r} in {root}; it has: {listed}.{nearest(unknown[0], names)}",
         )
-    elif names:
+    else:
 
         def check() -> None:
             unlearn_canvas.check_seed_images(

@@ -110,10 +110,6 @@ class SampleConfig(ModelKeys):
             raise ConfigError([f"prompts_path: {path} has no prompt; write one a line"])
         return _numbered(prompts)
 
-    def all_prompts(self) -> tuple[str, ...]:
-        """The prompts of `cases`."""
-        return tuple(case.prompt for case in self.cases())
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringKeys(Config):

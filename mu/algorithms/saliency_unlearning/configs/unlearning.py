@@ -22,6 +22,7 @@ MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 _MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
+_NARROW = ("selfattn", "xattn", "selflayer", "xlayer")
 _TRAIN_METHOD_HELP = (
     "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
     "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
@@ -119,6 +120,11 @@ class TrainConfig(ConceptKeys):
         "Form of the unlearned checkpoint: CompVis' by its suffix, or a diffusers folder.",
         choices=("safetensors", "ckpt", "pth", "diffusers"),
     )
+    patch: bool = setting(
+        True,
+        "Also write model.patch.safetensors, only what changed: apply_patch makes the unlearned checkpoint from the "
+        "original with it, and the original from the unlearned one.",
+    )
     sample_prompts: tuple[str, ...] | None = setting(
         None,
         "Prompts of the pictures before and after; null: some forgotten and some retained ones; []: no pictures.",
@@ -158,11 +164,18 @@ class TrainConfig(ConceptKeys):
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
         elif is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
-            needed = (
-                checkpoint_bytes(checkpoint) + 50_000_000
-            )  # the unlearned checkpoint, and what goes with it
+            # the unlearned checkpoint, its patch, and what goes with them
+            needed = int(checkpoint_bytes(checkpoint) * (1 + self._patch_share())) + 50_000_000
             if (problem := space_problem(self.output_dir, needed)) is not None:
                 yield ("output_dir", "ckpt_path"), problem
+
+    def _patch_share(self) -> float:
+        """The most that the patch takes of the checkpoint's size: the selected weights, and up to a bit for each."""
+        if not self.patch:
+            return 0.0
+        # In SD v1, attention of one kind is a twentieth of the UNet.
+        selected = 0.1 if self.train_method in _NARROW else 1.0 if self.masking == "none" else self.threshold
+        return selected + 1 / 16
 
 
 def mask_command(config: TrainConfig) -> str:

@@ -33,9 +33,10 @@ def _run(config: ConvertConfig) -> object:
     from mu.ldm.convert import convert_checkpoint
 
     assert config.output_path is not None
+    source = config.checkpoint()  # once: the output may be the newest in a folder of runs
     base = resolve_path(config.base_ckpt_path) if config.base_ckpt_path is not None else None
     description = convert_checkpoint(
-        config.checkpoint(),
+        source,
         config.output_path,
         model_config_path=resolve_path(config.model_config_path),
         format=config.output_kind,
@@ -44,7 +45,7 @@ def _run(config: ConvertConfig) -> object:
         overwrite=config.overwrite,
     )
     return {
-        "read": f"{config.checkpoint()} ({description})",
+        "read": f"{source} ({description})",
         "wrote": f"{config.output_path} ({config.output_kind})",
     }
 
