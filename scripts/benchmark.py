@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,75 +29,140 @@ from benchmark_scales import SCALES
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("plain", "careful", "ours")
 PARTS = ("mask", "threshold", "step", "job")
+SUMS = {"mask_and_threshold": ("mask", "threshold"), "job": ("job_mask", "job_train")}
+"""What consists of two measurements."""
+FILES = ("mask_bytes", "checkpoint_bytes", "patch_bytes")
+
+_LOOK_S = 0.05
+"""Seconds between two looks at the memory of a part."""
 
 Result = dict[str, Any]
 
 
-def run_part(spec: Result, folder: Path, timeout_s: float) -> Result:
-    """One part in a fresh process. What stops it is a result too: `status` says what happened."""
+def run_part(spec: Result, folder: Path, *, timeout_s: float, memory_limit: int | None) -> Result:
+    """One part in a fresh process. What stops it is a result too: `status` says what happened.
+
+    Args:
+        memory_limit: bytes of memory that is not a copy of a file; a process that takes more is stopped, before a full
+            machine would. None: no limit.
+    """
     spec_path, result_path = folder / "spec.json", folder / "result.json"
     spec_path.write_text(json.dumps(spec), encoding="utf-8")
     result_path.unlink(missing_ok=True)
     script = Path(__file__).with_name("benchmark_parts.py")
-    command = [sys.executable, str(script), str(spec_path), str(result_path)]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    try:
-        done = subprocess.run(
-            command,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-    except subprocess.TimeoutExpired:
-        return {"status": "timed out", "message": f"stopped after {timeout_s:g} s"}
-    if done.returncode == -signal.SIGKILL or "bad_alloc" in done.stderr[-2000:]:
-        return {"status": "out of memory", "message": f"stopped by signal {-done.returncode}"}
-    if done.returncode or not result_path.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(done.stderr[-4000:], file=sys.stderr)
-        return {"status": "failed", "message": f"exit code {done.returncode}: {last}"}
+    started, largest, stopped = time.monotonic(), 0, None
+    with subprocess.Popen(
+        [sys.executable, str(script), str(spec_path), str(result_path)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONPATH": paths},
+    ) as process:
+        try:
+            while True:
+                try:
+                    _, errors = process.communicate(timeout=_LOOK_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    largest = max(largest, anonymous_memory(process.pid))
+                if memory_limit and largest > memory_limit:
+                    stopped = {"status": "out of memory", "message": f"more than {memory_limit / 1e9:.1f} GB"}
+                elif time.monotonic() - started > timeout_s:
+                    stopped = {"status": "timed out", "message": f"stopped after {timeout_s:g} s"}
+                if stopped:
+                    process.kill()
+        except BaseException:
+            process.kill()
+            raise
+    if stopped:
+        return stopped
+    if process.returncode == -signal.SIGKILL or "bad_alloc" in errors[-2000:]:
+        return {"status": "out of memory", "message": f"exit code {process.returncode}"}
+    if process.returncode or not result_path.exists():
+        last = (errors.strip().splitlines() or ["no message"])[-1]
+        print(errors[-4000:], file=sys.stderr)
+        return {"status": "failed", "message": f"exit code {process.returncode}: {last}"}
     result: Result = json.loads(result_path.read_text(encoding="utf-8"))
+    if largest:
+        result["peak"]["anonymous_bytes"] = largest
     return result
 
 
-def benchmark(spec: Result, *, arms: Sequence[str], parts: Sequence[str], folder: Path, timeout_s: float,
-              save: Callable[[Result], None]) -> Result:  # fmt: skip
-    """All parts of all arms, arm after arm within a part; `save` is given what there is after each."""
+def anonymous_memory(pid: int) -> int:
+    """Bytes of a process' memory that are no copy of a file, which the system could drop; 0 where it does not say."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
+    return int(sizes[0]) * 1024 if sizes else 0
+
+
+def benchmark(
+    run: Callable[[str, str | None], Result],
+    *,
+    arms: Sequence[str],
+    parts: Sequence[str],
+    save: Callable[[Result], None],
+) -> Result:
+    """All parts of all arms, arm after arm within a part; `save` is given what there is after each.
+
+    Args:
+        run: (part, arm) -> its result, see `run_part`.
+    """
+    stages = {part: ("job_mask", "job_train") if part == "job" else (part,) for part in parts}
+    total = 2 + len(arms) * sum(map(len, stages.values()))
+    started, done = time.monotonic(), 0
 
     def measured(part: str, arm: str | None = None) -> Result:
-        print(f"{part} {arm or ''}".strip(), end=": ", flush=True)
-        result = run_part({**spec, "part": part, "arm": arm}, folder, timeout_s)
-        seconds = f" {result['seconds']:.3f} s" if "seconds" in result else f" {result.get('message', '')}"
-        print(result["status"] + seconds.rstrip(), flush=True)
+        nonlocal done
+        done += 1
+        print(f"[{done:2}/{total}] {part:9} {arm or '':7} ", end="", flush=True)
+        begun = time.monotonic()
+        result = run(part, arm)
+        now = time.monotonic()
+        print(f"{described(result)}  [{now - begun:.0f} s, {now - started:.0f} s in all]", flush=True)
         return result
 
     report: Result = {
         "device": measured("device"),
         "model": measured("prepare"),
-        "arms": {a: {} for a in arms},
+        "arms": {arm: {} for arm in arms},
     }
     unfit = [name for name in ("device", "model") if report[name]["status"] != "measured"]
     if unfit:
-        raise SystemExit(f"nothing can be measured: {report[unfit[0]]['message']}")
+        raise SystemExit(f"nothing can be measured: {report[unfit[0]].get('message')}")
     for part in parts:
         for arm in arms:
-            results = report["arms"][arm]
-            if part == "job":
-                results["job_mask"] = measured("job_mask", arm)
-                if results["job_mask"]["status"] == "measured":
-                    results["job_train"] = measured("job_train", arm)
-                shutil.rmtree(folder / f"job-{arm}", ignore_errors=True)
-            else:
-                results[part] = measured(part, arm)
-            report["achieved"] = achieved(report)
-            report["summary"] = {name: summary(report, name) for name in arms}
-            report["ratios"] = ratios(report["summary"])
+            for stage in stages[part]:
+                result = report["arms"][arm][stage] = measured(stage, arm)
+                if result["status"] != "measured":
+                    break  # without a mask nothing can be trained
+            report |= conclusions(report)
             save(report)
     return report
+
+
+def described(result: Result) -> str:
+    """One line for whoever waits."""
+    if result["status"] != "measured":
+        return f"{result['status']}: {result.get('message', '')}"
+    seconds = f"{result['seconds']:9.3f} s" if "seconds" in result else " " * 11
+    return f"{seconds} {peak_bytes(result) / 1e9:6.2f} GB"
+
+
+def peak_bytes(result: Result) -> int:
+    """Of the GPU's memory; or of this machine's, where possible without copies of files, which take no room."""
+    peak = result["peak"]
+    return int(peak.get("device_bytes", peak.get("anonymous_bytes", peak["host_bytes"])))
+
+
+def conclusions(report: Result) -> Result:
+    """What follows from the results so far."""
+    summaries = {arm: summary(results) for arm, results in report["arms"].items()}
+    return {"achieved": achieved(report), "summary": summaries, "ratios": ratios(summaries)}
 
 
 def achieved(report: Result) -> Result:
@@ -115,21 +181,23 @@ def achieved(report: Result) -> Result:
     return table
 
 
-def summary(report: Result, arm: str) -> dict[str, float]:
+def summary(stages: dict[str, Result]) -> dict[str, float]:
     """The numbers of an arm that are compared: seconds and bytes, less is better. Those not measured are absent."""
-    results = {part: r for part, r in report["arms"][arm].items() if r["status"] == "measured"}
-    numbers = {f"{part}_s": result["seconds"] for part, result in results.items()}
-    for part, result in results.items():
-        peak = result["peak"]
-        numbers[f"{part}_peak_bytes"] = peak.get("device_bytes", peak["host_bytes"])
-        numbers |= {key: result[key] for key in ("mask_bytes", "checkpoint_bytes") if key in result}
+    results = {stage: result for stage, result in stages.items() if result["status"] == "measured"}
+    numbers: dict[str, float] = {}
+    for stage, result in results.items():
+        numbers[f"{stage}_s"] = result["seconds"]
+        numbers[f"{stage}_peak_bytes"] = peak_bytes(result)
+        numbers[f"{stage}_host_bytes"] = result["peak"]["host_bytes"]
+        numbers |= {key: result[key] for key in FILES if key in result}
     if "mask" in results:
         numbers["mask_s"] += results["mask"]["encode_s"]  # plain encodes within the loop
-    if {"mask", "threshold"} <= results.keys():
-        numbers["mask_and_threshold_s"] = numbers["mask_s"] + numbers["threshold_s"]
-    if {"job_mask", "job_train"} <= results.keys():
-        numbers["job_s"] = numbers["job_mask_s"] + numbers["job_train_s"]
-        numbers["job_peak_bytes"] = max(numbers["job_mask_peak_bytes"], numbers["job_train_peak_bytes"])
+    for whole, (first, second) in SUMS.items():
+        if {first, second} <= results.keys():
+            numbers[f"{whole}_s"] = numbers[f"{first}_s"] + numbers[f"{second}_s"]
+            for kind in ("peak", "host"):
+                both = numbers[f"{first}_{kind}_bytes"], numbers[f"{second}_{kind}_bytes"]
+                numbers[f"{whole}_{kind}_bytes"] = max(both)
     return numbers
 
 
@@ -209,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train_method", help="which weights move, as in the config of training")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                         help="of careful, and of our training; weights are fp32 in all arms")  # fmt: skip
-    parser.add_argument("--budget_s", type=float, default=120.0,
+    parser.add_argument("--budget_s", type=float, default=20.0,
                         help="no further repeat begins after so many seconds of one measurement")  # fmt: skip
     parser.add_argument("--timeout_s", type=float, default=3600.0, help="of one part of one arm")
     parser.add_argument("--memory_limit_gb", type=float, help="on the CPU; default: what is free, less 1 GiB")
@@ -222,7 +290,6 @@ def spec_of(given: argparse.Namespace, folder: Path) -> Result:
     flags = {key: value for key, value in vars(given).items() if key in own and value is not None}
     if given.width is not None:
         own["overrides"] = {**own["overrides"], "model_channels": given.width}
-    limit = _memory_limit() if given.memory_limit_gb is None else int(given.memory_limit_gb * 1e9)
     return {
         **own,
         **flags,
@@ -231,7 +298,6 @@ def spec_of(given: argparse.Namespace, folder: Path) -> Result:
         "autocast": given.precision == "bf16",
         "budget_s": given.budget_s,
         "threads": given.threads,
-        "memory_limit": limit if given.device == "cpu" else None,
     }
 
 
@@ -240,12 +306,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is stopped too
     output = given.output or ROOT / "benchmarks" / f"speed_{given.scale}_{given.device}.json"
     with tempfile.TemporaryDirectory(dir=given.work_dir, prefix="benchmark-") as name:
-        spec = spec_of(given, Path(name))
-        head = {
-            "scale": given.scale,
-            "settings": {k: v for k, v in spec.items() if k != "folder"},
-            **machine(),
-        }
+        folder = Path(name)
+        spec = spec_of(given, folder)
+        limit = None
+        if given.device == "cpu":
+            limit = _memory_limit() if given.memory_limit_gb is None else int(given.memory_limit_gb * 1e9)
+        settings = {key: value for key, value in spec.items() if key != "folder"}
+        head = {"scale": given.scale, "settings": {**settings, "memory_limit": limit}, **machine()}
+
+        def run(part: str, arm: str | None) -> Result:
+            return run_part(
+                {**spec, "part": part, "arm": arm}, folder, timeout_s=given.timeout_s, memory_limit=limit
+            )
 
         def save(report: Result) -> None:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -253,8 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             beside.write_text(json.dumps({**head, **report}, indent=2) + "\n", encoding="utf-8")
             beside.replace(output)
 
-        report = benchmark(spec, arms=given.arms, parts=given.parts, folder=Path(name),
-                           timeout_s=given.timeout_s, save=save)  # fmt: skip
+        report = benchmark(run, arms=given.arms, parts=given.parts, save=save)
     print(output)
     statuses = [result["status"] for results in report["arms"].values() for result in results.values()]
     return int("failed" in statuses)

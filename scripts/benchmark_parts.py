@@ -187,6 +187,7 @@ def job_train(spec: Spec) -> Result:
             "seconds": seconds,
             "steps": made["steps"],
             "checkpoint_bytes": made["checkpoint"].stat().st_size,
+            "patch_bytes": made["patch"].stat().st_size,
         }
     started = time.perf_counter()
     clock = _Laps(spec)
@@ -296,11 +297,6 @@ def main() -> int:
     spec = Spec(**json.loads(spec_path.read_text(encoding="utf-8")))
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    if spec.memory_limit and spec.device == "cpu":
-        import resource
-
-        # Data, not the address space: mapped files and reserved addresses take no memory.
-        resource.setrlimit(resource.RLIMIT_DATA, (spec.memory_limit, spec.memory_limit))
     result = run(spec)
     result_path.write_text(json.dumps(result, indent=2), encoding="utf-8")
     return 0

@@ -58,8 +58,6 @@ class Spec:
     budget_s: float
     """No further repeat begins after so many seconds of one measurement."""
     threads: int | None
-    memory_limit: int | None
-    """Bytes of memory beyond which a CPU allocation fails, as it would on a full machine."""
 
 
 # ---------------------------------------------------------------------------------------------- time and memory
@@ -100,7 +98,9 @@ def repeated(function: Callable[[], Any], spec: Spec) -> Result:
 
 
 def peak_memory(device: str) -> Result:
-    """`host_bytes`: the largest resident size of this process so far; `device_bytes`: allocated by torch on CUDA."""
+    """`host_bytes`: the largest resident size of this process so far, with libraries and mapped files;
+    `device_bytes`: the most that torch had allocated on CUDA.
+    """
     peak: Result = {"host_bytes": _host_peak()}
     if device != "cpu":
         peak["device_bytes"] = torch.cuda.max_memory_allocated(device)
