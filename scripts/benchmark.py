@@ -315,9 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         head = {"scale": given.scale, "settings": {**settings, "memory_limit": limit}, **machine()}
 
         def run(part: str, arm: str | None) -> Result:
-            return run_part(
-                {**spec, "part": part, "arm": arm}, folder, timeout_s=given.timeout_s, memory_limit=limit
-            )
+            one = {**spec, "part": part, "arm": arm}
+            result = run_part(one, folder, timeout_s=given.timeout_s, memory_limit=limit)
+            if part == "job_train":  # room for the next arm's
+                shutil.rmtree(folder / f"job-{arm}", ignore_errors=True)
+            return result
 
         def save(report: Result) -> None:
             output.parent.mkdir(parents=True, exist_ok=True)

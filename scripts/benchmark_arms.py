@@ -78,7 +78,7 @@ def attention_written_out() -> Iterator[None]:
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)  # (B, heads, N, L)
         return weights @ v  # (B, heads, N, dim_head)
 
-    F.scaled_dot_product_attention = written_out
+    F.scaled_dot_product_attention = written_out  # type: ignore[assignment]
     try:
         yield
     finally:
