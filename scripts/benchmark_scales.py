@@ -30,10 +30,10 @@ _EMOJI: dict[str, Any] = {
     "mask_batch_size": 20,
     "batch_size": 12,
     "retain_batch_size": 20,
-    "epochs": 8,
+    "epochs": 5,
     "train_method": "xattn",
     "threshold": 0.5,
-    "repeats": 5,
+    "repeats": 3,
 }
 _TINY: dict[str, Any] = {
     **_EMOJI,
@@ -58,7 +58,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
     # A width at which the plain arm still fits a machine of 24 GB: 314 million weights, of which it takes 42 bytes each
     # to sort, beside the model. At 224 it takes all of such a machine.
     "sd1-narrow": {
-        "cpu": {**_SD, **_ON_CPU, "images": 8, "overrides": {"model_channels": 192}},
+        "cpu": {**_SD, **_ON_CPU, "images": 8, "repeats": 2, "overrides": {"model_channels": 192}},
         "cuda": {**_SD, **_ON_CUDA, "overrides": {"model_channels": 192}},
     },
     "tiny": {"cpu": _TINY, "cuda": _TINY},  # for the tests: a model of a moment
