@@ -1,0 +1,71 @@
+"""This library as it is, as an arm of scripts/benchmark.py: its functions in the order of its two commands.
+
+The parts *mask*, *threshold* and *step* are measured here; the whole job runs the library's two algorithms themselves
+(`benchmark_parts.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from benchmark_arms import ALPHA, C_GUIDANCE, LR, Arm, Careful, EncodedOnce, Examples, Plain, Values
+from torch import Tensor
+
+from mu.algorithms.saliency_unlearning.masking import accumulate_saliency, save_mask, threshold_masks
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer, salun_loss
+from mu.ldm import save_checkpoint
+
+
+class Ours(EncodedOnce):
+    """The library's own functions, in the order in which its two algorithms call them."""
+
+    def saliency(self, batches: Iterable[Examples]) -> Values:
+        def ready() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+            for batch in batches:
+                count = len(batch)
+                context, empty = self._context(batch.prompt, count), self._context("", count)
+                latents = self._latents(batch)
+                yield latents, batch.timesteps.to(self.device), batch.noise.to(self.device), context, empty
+
+        return accumulate_saliency(self.model, ready(), c_guidance=C_GUIDANCE)
+
+    @staticmethod
+    def mask(saliency: Values, threshold: float) -> Values:
+        return threshold_masks(saliency, [threshold])[0]
+
+    def save_mask(self, mask: Values, folder: Path) -> Path:
+        path = folder / "mask.safetensors"
+        save_mask(mask, path, {})
+        return path
+
+    def start_training(self, mask: Values, train_method: str) -> None:
+        on_device = {name: marked.to(self.device) for name, marked in mask.items()}
+        self.unlearned = SaliencyUnlearnModel(self.model, train_method, on_device)
+        self.trainer = SaliencyUnlearnTrainer(self.unlearned, alpha=ALPHA, lr=LR)
+        self.optimizer = self.trainer.configure_optimizers()
+
+    def step(self, forget: Examples, retain: Examples) -> None:
+        def ready(batch: Examples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            timesteps, noise = batch.timesteps.to(self.device), batch.noise.to(self.device)
+            return self._latents(batch), timesteps, noise, self._context(batch.prompt, len(batch))
+
+        substitute = self._context(self.substitute, len(forget))
+        with self.precision():
+            loss, _, _ = salun_loss(self.model, (*ready(forget), substitute), ready(retain), ALPHA)
+        if not torch.isfinite(loss):
+            raise ValueError("the loss is not finite: the random weights of this benchmark are no good")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.trainer.on_before_optimizer_step(self.optimizer)
+        self.optimizer.step()
+
+    def save_model(self, folder: Path) -> Path:
+        path = folder / "model.safetensors"
+        save_checkpoint(self.model, path)
+        return path
+
+
+ARMS: Mapping[str, type[Arm]] = {"plain": Plain, "careful": Careful, "ours": Ours}
