@@ -1,4 +1,4 @@
-"""How the UNet computes while gradients are taken: its precision, its memory layout, and what memory holds meanwhile."""
+"""How the UNet computes while gradients are taken: precision, memory layout, and what memory holds meanwhile."""
 
 from __future__ import annotations
 
@@ -79,13 +79,17 @@ def choose(
     cuda = ldm.device.type == "cuda"
     precision = keys.precision
     if precision == "auto":
-        precision = "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        precision = (
+            "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        )
     recompute = keys.gradient_checkpointing
     if recompute is None:
         needed = images * activation_bytes(ldm, latent_shape) * (1.0 if precision == "fp32" else _BF16_SHARE)
         left = free_bytes(ldm.device) - reserved
         recompute = needed > _SHARE * left
-        _log.info("activations of %d images: about %.1f GB, of %.1f GB left", images, needed / 1e9, left / 1e9)
+        _log.info(
+            "activations of %d images: about %.1f GB, of %.1f GB left", images, needed / 1e9, left / 1e9
+        )
     compute = Compute(
         precision=precision,
         channels_last=cuda if keys.channels_last is None else keys.channels_last,
@@ -143,8 +147,8 @@ def computing(ldm: LatentDiffusion, compute: Compute) -> Iterator[dict[str, Tens
     With precision bf16 its weights are rounded, and come back from the full ones in the end.
 
     Yields:
-        UNet-relative name -> the full weights on the CPU, which come back when the block ends; what training changes has
-        to be written into them (`MaskedAdam.write_master_`). Empty where the weights are not rounded.
+        UNet-relative name -> the full weights on the CPU, which come back when the block ends; what training changes
+        has to be written into them (`MaskedAdam.write_master_`). Empty where the weights are not rounded.
     """
     unet, device = ldm.unet, ldm.device
     originals: dict[str, Tensor] = {}
@@ -217,7 +221,11 @@ def halved(images: int, *, reason: str) -> int:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if images <= 1:
-        raise OutOfMemoryError(f"out of memory with one image at a time ({reason}). What saves memory: {_FLAGS}")
+        raise OutOfMemoryError(
+            f"out of memory with one image at a time ({reason}). What saves memory: {_FLAGS}"
+        )
     smaller = images // 2
-    _log.warning("out of memory with %d images at a time; going on with %d at the same batch", images, smaller)
+    _log.warning(
+        "out of memory with %d images at a time; going on with %d at the same batch", images, smaller
+    )
     return smaller

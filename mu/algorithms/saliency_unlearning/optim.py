@@ -20,8 +20,8 @@ _FUSED_DEVICES = ("cpu", "cuda")
 class SelectedEntries:
     """The selected entries of one tensor, read and written as one packed vector.
 
-    Entries are taken in the order in which they lie in memory, so that neither a contiguous nor a channels-last
-    tensor is copied; a tensor of the same shape in another layout is.
+    Entries come in row-major order, whether they lie so in memory or channels-last: what is packed fits a tensor in
+    either layout. Neither is copied; a tensor in another layout than `like` is.
 
     Args:
         like: the tensor whose shape, layout and device count.
@@ -29,13 +29,17 @@ class SelectedEntries:
     """
 
     def __init__(self, like: Tensor, mask: Tensor) -> None:
-        aligned = torch.empty_like(like, dtype=torch.bool, requires_grad=False).copy_(mask)
-        flat = _in_memory_order(aligned)  # (n,)
+        _in_memory_order(like)  # refuses other layouts
+        mask = mask.to(like.device)
         self.strides = like.stride()
-        self.count = int(flat.count_nonzero())
-        self.index: Tensor | None = None  # (count,); None: all entries
-        if self.count < like.numel():
-            self.index = flat.nonzero().squeeze(1).to(torch.int32)  # half of int64's memory
+        self.count = int(mask.count_nonzero())
+        self.index: Tensor | None = None  # (count,) places in memory; None: all entries, as they lie there
+        if not like.is_contiguous():
+            n, c, h, w = like.shape
+            places = torch.arange(like.numel(), dtype=torch.int32, device=like.device)  # (n,)
+            self.index = places.view(n, h, w, c).permute(0, 3, 1, 2)[mask]
+        elif self.count < like.numel():
+            self.index = mask.reshape(-1).nonzero().squeeze(1).to(torch.int32)  # half of int64's memory
 
     def read(self, tensor: Tensor) -> Tensor:
         """(count,) selected entries of `tensor`; a view of it when all are selected."""

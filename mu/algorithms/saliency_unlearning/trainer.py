@@ -142,7 +142,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
         if schedule is not None:
-            schedule.step()  # type: ignore[union-attr, call-arg]
+            schedule.step()  # type: ignore[union-attr]
         terms = {"loss": loss, "forget": forget_term, "retain": retain_term}
         self.log_dict(terms, prog_bar=True, batch_size=len(batch["forget"][0]))
 
@@ -216,4 +216,4 @@ def _pieces(
             within = slice(first, first + size) if first < count else slice(0, 1)
             pieces.append(tuple(tensor[within] for tensor in part))
             shares.append(len(pieces[-1][0]) / count if first < count else 0.0)
-        yield pieces[0], pieces[1], shares[0], shares[1]  # type: ignore[misc]
+        yield pieces[0], pieces[1], shares[0], shares[1]
