@@ -245,6 +245,7 @@ class SaliencyUnlearningAlgorithm:
                 lr=config.lr,
                 decay_steps=data.total_steps if config.lr_schedule == "linear" else None,
                 target=config.target,
+                retain_target=config.retain_target,
                 compute=compute,
                 micro_batch_size=config.micro_batch_size,
                 optimizer=config.optimizer,
