@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mu.ldm.attention import SpatialTransformer
 from mu.ldm.layers import NORM_GROUPS, Downsample, ResBlock, Upsample, timestep_embedding, zero_init
@@ -29,11 +30,16 @@ class UNet(nn.Module):
 
     Blocks are numbered as in CompVis checkpoints: `input_blocks.0` is the first convolution, then per level
     `num_res_blocks` stages and a downsampling; `output_blocks` mirrors it, upsampling inside a level's last stage.
+
+    Attributes:
+        gradient_checkpointing: keep only the features between blocks for the backward pass, which computes those inside
+            them again (Chen et al. 2016): less memory, a third more time.
     """
 
     def __init__(self, params: UNetParams) -> None:
         super().__init__()
         self.params = params
+        self.gradient_checkpointing = False
         width = params.model_channels
         emb_dim = 4 * width
         last_level = len(params.channel_mult) - 1
@@ -107,9 +113,15 @@ class UNet(nn.Module):
         h = x
         skips: list[Tensor] = []
         for block in self.input_blocks:
-            h = block(h, emb, context)  # (B, C_i, H_i, W_i)
+            h = self._run(block, h, emb, context)  # (B, C_i, H_i, W_i)
             skips.append(h)
-        h = self.middle_block(h, emb, context)  # (B, C_last, H_last, W_last)
+        h = self._run(self.middle_block, h, emb, context)  # (B, C_last, H_last, W_last)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)  # (B, C_i, H_i, W_i)
+            h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, context)  # (B, C_i, H_i, W_i)
         return self.out(h)  # (B, C_out, H, W)
+
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(h, emb, context)
+        # Only dropout would draw random numbers again.
+        return checkpoint(block, h, emb, context, use_reentrant=False, preserve_rng_state=self.training)

@@ -6,21 +6,26 @@ SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, template_nam
 
 from __future__ import annotations
 
+import gc
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
+from mu.algorithms.saliency_unlearning.compute import choose, computing
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
 from mu.algorithms.saliency_unlearning.fit import fit
 from mu.algorithms.saliency_unlearning.masking import (
     Mask,
+    MaskBatch,
     MaskError,
     MaskLossError,
-    accumulate_saliency,
+    accumulate_within_memory,
     check_mask,
     count_marked,
     load_mask,
@@ -85,14 +90,10 @@ class MaskingAlgorithm:
             pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
             data = SaliencyUnlearnDataHandler(config, model)
 
-            batches = tqdm(
-                data.mask_batches(), total=data.mask_batch_count, desc="saliency", unit="batch", disable=None
-            )
-            try:
-                saliency = accumulate_saliency(model, batches, c_guidance=config.c_guidance)
-            except MaskLossError as error:
-                raise MaskError(f"{error}; its images: {', '.join(data.mask_images(error.batch))}") from error
+            saliency = self._saliency(model, data)
+            total = sum(values.numel() for values in saliency.values())
             masks = threshold_masks(saliency, config.thresholds, pool=pool)
+            del saliency  # 4 bytes a weight
 
             described = {
                 "concept": concept_label(config.concepts),
@@ -120,12 +121,39 @@ class MaskingAlgorithm:
                 "run": folder.path,
                 "masks": paths,
                 "kept": kept,
-                "total": sum(values.numel() for values in saliency.values()),
+                "total": total,
                 "images": len(data.rows.forget),
                 "seconds": time.monotonic() - started,
             }
             _save(folder, result)
             return result
+
+    def _saliency(self, model: LatentDiffusion, data: SaliencyUnlearnDataHandler) -> dict[str, Tensor]:
+        config = self.config
+        data.mask_batches()  # samples and encodes what is missing, by the model as it was loaded
+
+        def batches() -> Iterable[MaskBatch]:
+            found = data.mask_batches()
+            return tqdm(found, total=data.mask_batch_count, desc="saliency", unit="batch", disable=None)
+
+        compute = choose(
+            config,
+            model,
+            images=config.batch_size * (2 if config.c_guidance else 1),
+            latent_shape=model.latent_shape(data.image_size),
+            reserved=4 * sum(parameter.numel() for parameter in model.unet.parameters()),
+        )
+        try:
+            with computing(model, compute):
+                return accumulate_within_memory(
+                    model,
+                    batches,
+                    c_guidance=config.c_guidance,
+                    batch_size=config.batch_size,
+                    compute=compute,
+                )
+        except MaskLossError as error:
+            raise MaskError(f"{error}; its images: {', '.join(data.mask_images(error.batch))}") from error
 
 
 class SaliencyUnlearningAlgorithm:
@@ -170,15 +198,8 @@ class SaliencyUnlearningAlgorithm:
 
             pictures = ProgressPictures(config, ldm, data.rows)
             pictures.take("before")
-            trainer = SaliencyUnlearnTrainer(
-                model,
-                alpha=config.alpha,
-                lr=config.lr,
-                decay_steps=data.total_steps if config.lr_schedule == "linear" else None,
-                target=config.target,
-                retain_target=config.retain_target,
-            )
-            losses = fit(trainer, data, config, folder)
+            losses = self._train(model, data, folder)
+            gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
             model.verify_unmasked()
             pictures.take("after")
 
@@ -202,6 +223,35 @@ class SaliencyUnlearningAlgorithm:
             }
             _save(folder, result)
             return result
+
+    def _train(
+        self, model: SaliencyUnlearnModel, data: SaliencyUnlearnDataHandler, folder: RunFolder
+    ) -> dict[str, float]:
+        """All steps; returns the losses of `fit`."""
+        config = self.config
+        steps = data.train_steps  # sampled and encoded here, by the model as it was loaded
+        most = config.micro_batch_size or math.inf
+        compute = choose(
+            config,
+            model.ldm,
+            images=int(min(steps.batch_size, most) + min(steps.retain_batch_size, most)),
+            latent_shape=model.ldm.latent_shape(data.image_size),
+            reserved=4 * model.counts["train_method"] + 12 * model.counts["selected"],
+        )
+        with computing(model.ldm, compute) as originals:
+            trainer = SaliencyUnlearnTrainer(
+                model,
+                alpha=config.alpha,
+                lr=config.lr,
+                decay_steps=data.total_steps if config.lr_schedule == "linear" else None,
+                target=config.target,
+                retain_target=config.retain_target,
+                compute=compute,
+                micro_batch_size=config.micro_batch_size,
+                optimizer=config.optimizer,
+                originals=originals,
+            )
+            return fit(trainer, data, config, folder)
 
     def _mask(self, ldm: LatentDiffusion, mask_path: Path | None) -> Mask | None:
         """The mask that `masking` asks for; None is all weights."""

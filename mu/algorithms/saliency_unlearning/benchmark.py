@@ -213,9 +213,10 @@ class Benchmark:
 
 def _deciding(config: Config) -> dict[str, Any]:
     """The keys that decide what a concept becomes."""
+    first = set(_FIRST_KEYS.split()) - ({"precision"} if isinstance(config, MaskConfig) else set())
     return {
         key.name: value
         for key in keys_of(type(config))
         if key.name not in _PLACES
-        and ((value := getattr(config, key.name)) != key.default or key.name in _FIRST_KEYS.split())
+        and ((value := getattr(config, key.name)) != key.default or key.name in first)
     }

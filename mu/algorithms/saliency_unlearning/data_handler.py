@@ -172,9 +172,12 @@ class SaliencyUnlearnDataHandler:
     def mask_batches(self) -> Iterator[MaskBatch]:
         """Batches of the images to forget, `draws_per_image` draws of each, fp32 on the model's device.
 
-        The context is that of the image's own prompt, the uncond_context that of "".
+        The context is that of the image's own prompt, the uncond_context that of "". Images are sampled and encoded
+        in this call, not while the batches are taken.
         """
-        forget = self._forget
+        return self._mask_batches(self._forget)
+
+    def _mask_batches(self, forget: EncodedRows) -> Iterator[MaskBatch]:
         device = next(self.model.parameters()).device
         empty = forget.contexts[""]  # (L, D)
         num_timesteps = min(self.config.num_timesteps, self.model.num_timesteps)

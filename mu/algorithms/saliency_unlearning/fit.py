@@ -1,4 +1,4 @@
-"""Lightning's loop around the trainer: device, precision, loggers, and the losses of each step on disk."""
+"""Lightning's loop around the trainer: device, loggers, and the losses of each step on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
@@ -20,7 +20,6 @@ from mu.config import as_dict
 from mu.devices import resolve_devices
 from mu.run_folder import RunFolder
 
-_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16-mixed": "bf16-mixed"}
 _TERMS = ("loss", "forget", "retain")
 
 _log = logging.getLogger(__name__)
@@ -52,7 +51,6 @@ def fit(
         loop = pl.Trainer(
             accelerator="cpu" if device == "cpu" else "gpu",
             devices=1 if device == "cpu" else [int(device.removeprefix("cuda:"))],
-            precision=_PRECISIONS[config.precision],
             max_epochs=1,  # all epochs of the config are one pass of the loader
             logger=logger or False,
             callbacks=[history, TQDMProgressBar(refresh_rate=1)],
@@ -73,7 +71,6 @@ def fit(
         finally:
             if logger is not None:
                 logger.experiment.finish()  # else the next run of this process would go on in this one
-    trainer.model.ldm.to(device)  # Lightning leaves the model on the CPU
     last = history.rows[-data.steps_per_epoch :]
     means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
     return dict(zip(("loss", "forget_loss", "retain_loss"), means, strict=True))

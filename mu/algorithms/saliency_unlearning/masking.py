@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory
 from mu.algorithms.saliency_unlearning.mask_file import (
     Mask,
     MaskError,
@@ -26,6 +27,7 @@ __all__ = [
     "MaskError",
     "MaskLossError",
     "accumulate_saliency",
+    "accumulate_within_memory",
     "check_mask",
     "count_marked",
     "load_mask",
@@ -48,8 +50,45 @@ class MaskLossError(MaskError):
         self.batch = batch
 
 
+def accumulate_within_memory(
+    model: LatentDiffusion,
+    make_batches: Callable[[], Iterable[MaskBatch]],
+    *,
+    c_guidance: float,
+    batch_size: int,
+    compute: Compute | None = None,
+) -> dict[str, Tensor]:
+    """`accumulate_saliency`, begun again with half as many images at once whenever memory runs out.
+
+    Begun again, because a backward pass that fails has added some of its gradients to the sums and others not.
+
+    Args:
+        make_batches: gives the same batches whenever it is called.
+        batch_size: images of the largest of them.
+
+    Raises:
+        OutOfMemoryError: memory does not suffice for one image.
+    """
+    size = batch_size
+    while True:
+        try:
+            return accumulate_saliency(
+                model, make_batches(), c_guidance=c_guidance, compute=compute, micro_batch_size=size
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        size = halved(size, reason=reason)  # only here is the error, which holds tensors, gone
+
+
 def accumulate_saliency(
-    model: LatentDiffusion, batches: Iterable[MaskBatch], *, c_guidance: float
+    model: LatentDiffusion,
+    batches: Iterable[MaskBatch],
+    *,
+    c_guidance: float,
+    compute: Compute | None = None,
+    micro_batch_size: int | None = None,
 ) -> dict[str, Tensor]:
     """Absolute gradient of the forget loss at the model's own weights (Fan et al. 2024, equation 5).
 
@@ -63,6 +102,8 @@ def accumulate_saliency(
         model: left as it was found, except that gradients of the UNet are cleared.
         batches: see `MaskBatch`; the latents are clean, scaled, already drawn from the posterior.
         c_guidance: 0 gives the plain diffusion loss; the unconditional branch is then not computed.
+        compute: the precision of the arithmetic, see `compute.computing`.
+        micro_batch_size: batches are cut so that at most so many images go through the UNet at once.
 
     Returns:
         UNet-relative name -> fp32 tensor, for every UNet parameter, in the order of `unet.named_parameters()`.
@@ -96,8 +137,8 @@ def accumulate_saliency(
                     parameter.register_post_accumulate_grad_hook(lambda p, name=name: take_gradient(name, p))
                 )
         images = 0
-        for index, batch in enumerate(batches):
-            with torch.enable_grad():
+        for index, batch in _pieces(batches, micro_batch_size):
+            with torch.enable_grad(), (compute or Compute()).autocast(batch[0].device):
                 loss = _forget_loss(model, batch, c_guidance)  # ()
             if not torch.isfinite(loss):
                 raise MaskLossError(
@@ -127,6 +168,16 @@ def accumulate_saliency(
             module.training = True
 
 
+def _pieces(batches: Iterable[MaskBatch], size: int | None) -> Iterator[tuple[int, MaskBatch]]:
+    """Batches in pieces of at most `size` images, each with the index of the batch that it is of."""
+    for index, batch in enumerate(batches):
+        latents, timesteps, noise, context, uncond_context = batch
+        uncond_context = uncond_context.expand(len(latents), -1, -1)  # (B, L', D)
+        parts = (latents, timesteps, noise, context, uncond_context)
+        for pieces in zip(*(part.split(size or len(latents)) for part in parts), strict=True):
+            yield index, pieces
+
+
 def _forget_loss(model: LatentDiffusion, batch: MaskBatch, c_guidance: float) -> Tensor:
     """Sum over the images of the mean over elements."""
     latents, timesteps, noise, context, uncond_context = batch
@@ -135,7 +186,7 @@ def _forget_loss(model: LatentDiffusion, batch: MaskBatch, c_guidance: float) ->
         conditional, unconditional = predict_noise_pair(
             model,
             (noisy, timesteps, context),
-            (noisy, timesteps, uncond_context.expand(len(latents), -1, -1)),
+            (noisy, timesteps, uncond_context),
         )  # two of (B, C, H, W)
         prediction = (1 + c_guidance) * conditional - c_guidance * unconditional  # (B, C, H, W)
     else:

@@ -14,13 +14,14 @@ from mu.algorithms.saliency_unlearning.mask_file import MaskError
 
 _BUCKET_ENTRIES = 1 << 25
 """Parameters are updated together up to this many selected entries: few kernel launches, bounded extra memory."""
+_FUSED_DEVICES = ("cpu", "cuda")
 
 
 class SelectedEntries:
     """The selected entries of one tensor, read and written as one packed vector.
 
-    Entries are taken in the order in which they lie in memory, so that neither a contiguous nor a channels-last
-    tensor is copied; a tensor of the same shape in another layout is.
+    Entries come in row-major order, whether they lie so in memory or channels-last: what is packed fits a tensor in
+    either layout. Neither is copied; a tensor in another layout than `like` is.
 
     Args:
         like: the tensor whose shape, layout and device count.
@@ -28,13 +29,17 @@ class SelectedEntries:
     """
 
     def __init__(self, like: Tensor, mask: Tensor) -> None:
-        aligned = torch.empty_like(like, dtype=torch.bool, requires_grad=False).copy_(mask)
-        flat = _in_memory_order(aligned)  # (n,)
+        _in_memory_order(like)  # refuses other layouts
+        mask = mask.to(like.device)
         self.strides = like.stride()
-        self.count = int(flat.count_nonzero())
-        self.index: Tensor | None = None  # (count,); None: all entries
-        if self.count < like.numel():
-            self.index = flat.nonzero().squeeze(1).to(torch.int32)  # half of int64's memory
+        self.count = int(mask.count_nonzero())
+        self.index: Tensor | None = None  # (count,) places in memory; None: all entries, as they lie there
+        if not like.is_contiguous():
+            n, c, h, w = like.shape
+            places = torch.arange(like.numel(), dtype=torch.int32, device=like.device)  # (n,)
+            self.index = places.view(n, h, w, c).permute(0, 3, 1, 2)[mask]
+        elif self.count < like.numel():
+            self.index = mask.reshape(-1).nonzero().squeeze(1).to(torch.int32)  # half of int64's memory
 
     def read(self, tensor: Tensor) -> Tensor:
         """(count,) selected entries of `tensor`; a view of it when all are selected."""
@@ -66,7 +71,7 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
 class MaskedAdam(torch.optim.Optimizer):
     """Adam (Kingma & Ba 2015) on the entries that a mask selects.
 
-    The selected entries move exactly as `torch.optim.Adam` would move them on gradients multiplied by the mask; the
+    The selected entries move as `torch.optim.Adam(fused=True)` would move them on gradients multiplied by the mask; the
     others are never written. State exists for selected entries only: two fp32 moments and, for weights of lower
     precision, an fp32 master copy, each packed into one vector per parameter.
 
@@ -76,6 +81,8 @@ class MaskedAdam(torch.optim.Optimizer):
         lr: learning rate.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator.
+        originals: name -> values of a whole parameter in higher precision, on any device, from which its master copy
+            starts; by default it starts from the parameter itself.
 
     Raises:
         MaskError: a parameter has no mask or one of another shape, or nothing at all is selected.
@@ -89,11 +96,14 @@ class MaskedAdam(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        *,
+        originals: Mapping[str, Tensor] | None = None,
     ) -> None:
         if not (0.0 <= lr < math.inf and 0.0 <= eps < math.inf and all(0.0 <= beta < 1.0 for beta in betas)):
             raise ValueError(f"lr {lr} and eps {eps} must be finite and >= 0, betas {betas} in [0, 1)")
         selected: list[tuple[str, Tensor]] = []
         self._entries: dict[Tensor, SelectedEntries] = {}
+        self._originals: dict[Tensor, Tensor] = {}
         for name, parameter in named_parameters:
             if name not in mask:
                 raise MaskError(f"the mask has no entry for parameter {name}; it has {len(mask)} others")
@@ -107,6 +117,7 @@ class MaskedAdam(torch.optim.Optimizer):
             if entries.count:
                 selected.append((name, parameter))
                 self._entries[parameter] = entries
+                self._originals[parameter] = (originals or {}).get(name, parameter)
         if not selected:
             raise MaskError("the mask selects no entry of any of these parameters: there is nothing to train")
         super().__init__(selected, {"lr": lr, "betas": betas, "eps": eps})
@@ -123,9 +134,25 @@ class MaskedAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            for parameter in group["params"]:  # should memory run out for the state, no weight has moved yet
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter] = self._new_state(parameter)
+        for group in self.param_groups:
             for bucket in self._buckets(group["params"]):
                 self._update(bucket, group)
         return loss
+
+    def write_master_(self, parameter: Tensor, out: Tensor) -> None:
+        """Write the master copy of a parameter's selected entries, where it has one, over those of `out`.
+
+        Args:
+            out: of the parameter's shape, in the precision of the master copy.
+        """
+        if "master" in self.state[parameter]:
+            # The entries are found by their place in the parameter's memory layout, whatever that of `out`.
+            whole = torch.empty_like(parameter, dtype=out.dtype).copy_(out)
+            self._entries[parameter].write_(whole, self.state[parameter]["master"])
+            out.copy_(whole)
 
     def _buckets(self, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         bucket: list[Tensor] = []
@@ -143,22 +170,17 @@ class MaskedAdam(torch.optim.Optimizer):
             yield bucket
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        values, grads, states = [], [], []
-        for parameter in parameters:
-            entries, state = self._entries[parameter], self._state_of(parameter)
-            value = state["master"] if "master" in state else entries.read(parameter)  # (count,)
-            assert parameter.grad is not None
-            values.append(value)
-            grads.append(entries.read(parameter.grad).to(value.dtype))  # (count,)
-            states.append(state)
-        # torch's own update on the packed vectors: equal to dense Adam by construction.
+        values, grads = zip(*(self._packed(parameter) for parameter in parameters), strict=True)
+        states = [self.state[parameter] for parameter in parameters]
+        # torch's own update on the packed vectors, in one kernel that reads and writes each number once.
         adam(
-            values,
-            grads,
+            list(values),
+            list(grads),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
+            fused=values[0].device.type in _FUSED_DEVICES,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -170,18 +192,34 @@ class MaskedAdam(torch.optim.Optimizer):
         for parameter, value in zip(parameters, values, strict=True):
             self._entries[parameter].write_(parameter, value)
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[parameter]
-        if not state:
-            lower = parameter.dtype in (torch.bfloat16, torch.float16)
-            dtype = torch.float32 if lower else parameter.dtype
-            count = self._entries[parameter].count
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros(count, dtype=dtype, device=parameter.device)  # (count,)
-            state["exp_avg_sq"] = torch.zeros(count, dtype=dtype, device=parameter.device)  # (count,)
-            if lower:
-                state["master"] = self._entries[parameter].read(parameter).to(dtype)  # (count,)
+    def _packed(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """(count,) selected values, the master copy's where there is one, and (count,) their gradients."""
+        entries, state = self._entries[parameter], self.state[parameter]
+        value = state["master"] if "master" in state else entries.read(parameter)  # (count,)
+        assert parameter.grad is not None
+        return value, entries.read(parameter.grad).to(value.dtype)  # (count,) both
+
+    def _new_state(self, parameter: Tensor) -> dict[str, Any]:
+        entries = self._entries[parameter]
+        lower = parameter.dtype in (torch.bfloat16, torch.float16)
+        dtype = torch.float32 if lower else parameter.dtype
+        state = {
+            "step": torch.zeros((), device=self._step_device(parameter)),
+            **self._new_moments(entries.count, dtype, parameter.device),
+        }
+        if lower:
+            original = self._originals[parameter].to(parameter.device)
+            state["master"] = entries.read(original).to(dtype, copy=True)  # (count,)
         return state
+
+    def _step_device(self, parameter: Tensor) -> torch.device:
+        """Where the number of steps is counted: where the fused update reads it."""
+        return parameter.device
+
+    def _new_moments(self, count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros(count, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")
+        }  # (count,) each
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state that `state_dict()` gave, of an optimizer of the same parameters under the same mask.
@@ -196,12 +234,11 @@ class MaskedAdam(torch.optim.Optimizer):
             for index, parameter in zip(saved_group["params"], group["params"], strict=True):
                 saved = state_dict["state"].get(index, {})
                 count = self._entries[parameter].count
-                for key in saved.keys() - {"step"}:
-                    if saved[key].numel() != count:
-                        raise MaskError(
-                            f"the optimizer state has {saved[key].numel()} entries for parameter {index}, "
-                            f"the mask selects {count}: it was made under another mask"
-                        )
-                    self.state[parameter][key] = saved[key].detach().to(parameter.device, copy=True)
-                if saved:
-                    self.state[parameter]["step"] = saved["step"].detach().clone()
+                if saved and saved["exp_avg"].numel() != count:
+                    raise MaskError(
+                        f"the optimizer state has {saved['exp_avg'].numel()} entries for parameter {index}, "
+                        f"the mask selects {count}: it was made under another mask"
+                    )
+                for key, value in saved.items():
+                    device = self._step_device(parameter) if key == "step" else parameter.device
+                    self.state[parameter][key] = value.detach().to(device, copy=True)

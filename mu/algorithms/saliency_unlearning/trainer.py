@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory
 from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel, TrainingError
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
+from mu.algorithms.saliency_unlearning.optim_8bit import MaskedAdam8bit
 from mu.algorithms.saliency_unlearning.prediction import NoisePredictor, predict_noise, predict_noise_pair
 from mu.ldm import LatentDiffusion
 
@@ -20,6 +23,7 @@ ForgetBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """latents (B, C, H, W), timesteps (B,), noise (B, C, H, W), context (B, L, D), substitute_context (B, L', D)."""
 RetainBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 """latents (B', C, H, W), timesteps (B',), noise (B', C, H, W), context (B', L, D)."""
+_OPTIMIZERS: dict[str, type[MaskedAdam]] = {"adam": MaskedAdam, "adam8bit": MaskedAdam8bit}
 
 
 def salun_loss(
@@ -72,22 +76,30 @@ def salun_loss(
 
 
 class SaliencyUnlearnTrainer(pl.LightningModule):
-    """Lightning's view of the training: one `salun_loss` a step, `MaskedAdam`, and a stop at anything not finite.
+    """Lightning's view of the training: one step of `MaskedAdam` on the mean `salun_loss` of a batch.
 
-    A batch is {"forget": `ForgetBatch`, "retain": `RetainBatch`}.
+    A batch is {"forget": `ForgetBatch`, "retain": `RetainBatch`, "images": see `TrainBatch`}. It goes through the UNet
+    in pieces if asked, or if memory does not suffice for the whole; its loss and gradient are the same to rounding.
 
     Args:
-        model: which weights move.
-        alpha: weight of retaining.
+        model: which weights move. It has to be on its device already, and Lightning leaves it there.
+        alpha: weight of the retain term.
         lr: learning rate of Adam.
         decay_steps: the learning rate falls linearly to 0 over so many steps; None keeps it constant.
         target: which model predicts for the substitute prompt: the current one, or the frozen original.
         retain_target: what the retained images are to give: the noise, or what the frozen original predicts.
+        compute: the precision of the arithmetic, see `computing`, within which training has to take place.
+        micro_batch_size: images of each part, forget and retain, that go through the UNet at once; None: all.
+        optimizer: "adam", or "adam8bit" for moments in 8 bits.
+        originals: what `computing` gave: the trained weights are written into them at the end.
 
     Raises:
         TrainingError: while training, a loss or a gradient is NaN or infinite; names the step and its
             images, and nothing is written.
+        OutOfMemoryError: memory does not suffice for one image of each part.
     """
+
+    model: SaliencyUnlearnModel
 
     def __init__(
         self,
@@ -98,24 +110,37 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         decay_steps: int | None = None,
         target: str = "current",
         retain_target: str = "noise",
+        compute: Compute | None = None,
+        micro_batch_size: int | None = None,
+        optimizer: str = "adam",
+        originals: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         if target not in ("current", "frozen"):
             raise ValueError(f"target is {target!r}; known: current, frozen")
         if retain_target not in ("noise", "frozen"):
             raise ValueError(f"retain_target is {retain_target!r}; known: noise, frozen")
-        self.model = model
+        if optimizer not in _OPTIMIZERS:
+            raise ValueError(f"optimizer is {optimizer!r}; known: {', '.join(_OPTIMIZERS)}")
+        # No submodule: Lightning would move all of it, encoders too, to the GPU and afterwards to the CPU.
+        object.__setattr__(self, "model", model)
         self.alpha = alpha
         self.lr = lr
         self.decay_steps = decay_steps
         original = FrozenOriginal(model) if "frozen" in (target, retain_target) else None
         self.target_model = original if target == "frozen" else None
         self.retain_model = original if retain_target == "frozen" else None
+        self.compute_settings = compute or Compute()
+        self.micro_batch_size = micro_batch_size
+        self.optimizer = optimizer
+        self.originals = originals or {}
         self._images = ""
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with a schedule of its learning rate where there are `decay_steps`."""
-        optimizer = MaskedAdam(self.model.parameters_to_train(), self.model.selected, self.lr)
+        named = self.model.parameters_to_train()
+        optimizer = _OPTIMIZERS[self.optimizer](named, self.model.selected, self.lr, originals=self.originals)
         if self.decay_steps is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LinearLR(
@@ -123,28 +148,61 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
-        loss, forget_term, retain_term = salun_loss(
-            self.model.ldm,
-            batch["forget"],
-            batch["retain"],
-            self.alpha,
-            self.target_model,
-            retain_model=self.retain_model,
-        )
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
         self._images = "; ".join(f"{part}: {', '.join(files)}" for part, files in batch["images"].items())
+        loss, forget_term, retain_term = self._gradients_within_memory(batch)
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"step {self.global_step}: the loss is {loss.item()} (forget {forget_term.item()}, retain "
                 f"{retain_term.item()}) on the images to {self._images}. Training stops before any weight is changed "
                 "by it"
             )
-        terms = {"loss": loss.detach(), "forget": forget_term.detach(), "retain": retain_term.detach()}
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        if schedule is not None:
+            schedule.step()  # type: ignore[union-attr]
+        terms = {"loss": loss, "forget": forget_term, "retain": retain_term}
         self.log_dict(terms, prog_bar=True, batch_size=len(batch["forget"][0]))
-        return loss
+
+    def _gradients_within_memory(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """`_gradients`, begun again with half as many images at once whenever memory runs out."""
+        while True:
+            try:
+                return self._gradients(batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # Only here is the error, which holds the tensors of the pass that failed, gone.
+            for _, parameter in self.model.parameters_to_train():
+                parameter.grad = None
+            most = max(len(batch[part][0]) for part in ("forget", "retain"))
+            self.micro_batch_size = halved(min(most, self.micro_batch_size or most), reason=reason)
+
+    def _gradients(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Leave the gradient of the mean loss of a batch in the parameters; returns loss, forget and retain term."""
+        totals: list[Tensor] = []
+        for forget, retain, forget_share, retain_share in _pieces(batch, self.micro_batch_size):
+            with self.compute_settings.autocast(self.model.ldm.device):
+                _, forget_term, retain_term = salun_loss(
+                    self.model.ldm,
+                    forget,
+                    retain,
+                    self.alpha,
+                    self.target_model,
+                    retain_model=self.retain_model,
+                )
+            terms = forget_share * forget_term, retain_share * retain_term
+            loss = terms[0] + self.alpha * terms[1]
+            self.manual_backward(loss)
+            found = [term.detach() for term in (loss, *terms)]
+            totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
+        loss, forget_term, retain_term = totals
+        return loss, forget_term, retain_term
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        """Look at all gradients; Lightning calls this before it clips them, and before the optimizer writes."""
+        """Look at all gradients; Lightning calls this before the optimizer writes."""
         named = [(name, p.grad) for name, p in self.model.parameters_to_train() if p.grad is not None]
         largest = torch.nn.utils.get_total_norm([grad for _, grad in named], norm_type=float("inf"))
         if not torch.isfinite(largest):
@@ -154,3 +212,32 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
                 f"({', '.join(names[:5])}), from the images to {self._images}. Training stops before any weight is "
                 "changed by them"
             )
+
+    def on_train_end(self) -> None:
+        """Write what was trained in full precision beside rounded weights to where those came from."""
+        if self.originals:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, MaskedAdam)
+            for name, parameter in self.model.parameters_to_train():
+                optimizer.write_master_(parameter, self.originals[name])
+
+
+def _pieces(
+    batch: Mapping[str, Any], size: int | None
+) -> Iterator[tuple[ForgetBatch, RetainBatch, float, float]]:
+    """A batch cut into pieces of at most `size` images a part, with the share of each part that a piece has.
+
+    Where one part has fewer images than there are pieces, it lends its first image, of which nothing then counts.
+    """
+    forget, retain = batch["forget"], batch["retain"]
+    counts = len(forget[0]), len(retain[0]) if retain else 0
+    if size is None or max(counts) <= size:
+        yield forget, retain, 1.0, 1.0
+        return
+    for first in range(0, max(counts), size):
+        pieces, shares = [], []
+        for part, count in zip((forget, retain), counts, strict=True):
+            within = slice(first, first + size) if first < count else slice(0, 1)
+            pieces.append(tuple(tensor[within] for tensor in part))
+            shares.append(len(pieces[-1][0]) / count if first < count else 0.0)
+        yield pieces[0], pieces[1], shares[0], shares[1]

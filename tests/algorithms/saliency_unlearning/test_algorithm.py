@@ -36,6 +36,7 @@ from mu.algorithms.saliency_unlearning.masking import (
     accumulate_saliency,
     load_mask,
     load_mask_metadata,
+    random_mask,
     threshold_mask,
 )
 from mu.algorithms.saliency_unlearning.model import TrainingError, names_of
@@ -511,3 +512,50 @@ def test_a_ready_made_training_config_is_not_changed_by_overrides() -> None:
         ready, template_name="Blob"
     )
     assert ready == load_config(TrainConfig, config_path="emoji_canvas/train_style.yaml", packaged=PACKAGED)
+
+
+# ---- ways to compute
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"ckpt": "half", "precision": "bf16", "channels_last": True, "optimizer": "adam8bit"},
+        {"ckpt": "tiny", "precision": "bf16", "target": "frozen", "micro_batch_size": 2},
+        {"ckpt": "tiny", "precision": "bf16-mixed", "gradient_checkpointing": True, "channels_last": True},
+    ],
+    ids=lambda keys: "-".join(str(value) for value in keys.values()),
+)
+def test_whatever_the_way_to_compute_only_the_mask_moves_and_the_file_keeps_its_type(
+    tiny_runs: Any, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    keys = dict(keys)
+    source = tiny_runs.checkpoint(keys.pop("ckpt"))
+    result = trained(tiny_runs, tmp_path, ckpt_path=str(source), **keys)
+    changed = changed_entries(source, result["checkpoint"])  # compares the types too
+    unet = dict(load_model(tiny_runs.model_config).unet.named_parameters())
+    mask = random_mask(unet, 0.5, seed=0)
+    assert changed
+    for name, where in changed.items():
+        assert not (where & ~mask[name.removeprefix(UNET_PREFIX)]).any()
+    assert result["weights_changed"] > 0.5 * result["weights_selected"]
+
+
+def test_a_mask_is_the_same_to_rounding_when_memory_runs_out(
+    tiny_runs: Any, tmp_path: Path, mask_run: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, batches = LatentDiffusion.predict_noise, []
+
+    def predict_noise(model: LatentDiffusion, x: Tensor, *args: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            batches.append(len(x) // 2)  # both branches of guidance go in one call
+            if batches[-1] > 1:
+                torch.empty(2**60, dtype=torch.uint8)
+        return whole(model, x, *args)
+
+    monkeypatch.setattr(LatentDiffusion, "predict_noise", predict_noise)
+    result = MaskingAlgorithm(tiny_runs.mask_config(batch_size=3, output_dir=str(tmp_path))).run()
+    assert batches == [3, 1, 1, 1, 1]
+    one, other = load_mask(result["masks"][0.5]), load_mask(mask_run["masks"][0.5])
+    differing = sum(int((one[name] != other[name]).sum()) for name in one)
+    assert differing < 1e-3 * result["total"]

@@ -69,20 +69,6 @@ def test_the_losses_are_means_of_the_last_epoch_and_every_step_is_on_disk(
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
-def test_precision_is_of_the_arithmetic_and_not_of_the_weights(
-    train: Callable[..., dict[str, float]], tiny_runs: Any, precision: str
-) -> None:
-    seen = set()
-
-    def look(model: SaliencyUnlearnModel) -> None:
-        dtypes = {p.dtype for p in model.ldm.parameters()}
-        seen.add((torch.is_autocast_enabled("cpu"), *dtypes))
-
-    train(tiny_runs.train_config(precision=precision), look)
-    assert seen == {(precision == "bf16-mixed", torch.float32)}
-
-
 def test_ctrl_c_ends_the_run_as_ctrl_c_and_stays_switched_on(
     train: Callable[..., dict[str, float]], tiny_runs: Any
 ) -> None:

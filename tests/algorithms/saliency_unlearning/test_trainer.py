@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mu.algorithms.saliency_unlearning.compute import Compute, OutOfMemoryError, computing
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer, TrainingError, salun_loss
 from mu.ldm import LatentDiffusion
@@ -204,7 +205,7 @@ def test_training_is_the_plain_loop_and_moves_only_the_mask(
     model.verify_unmasked()
 
     named = {name: p for name, p in plain.unet.named_parameters() if name in model.selected}
-    optimizer = torch.optim.Adam(named.values(), lr=1e-3)
+    optimizer = torch.optim.Adam(named.values(), lr=1e-3, fused=True)
     for batch in batches:
         optimizer.zero_grad()
         salun_loss(plain, batch["forget"], batch["retain"], 0.5)[0].backward()
@@ -315,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_written(tiny_model: Latent
 def test_a_gradient_that_is_not_finite_stops_before_it_is_written(
     tiny_model: LatentDiffusion, bad: float
 ) -> None:
-    """Also where it is clipped, which would spread it, and where the entry is outside the mask."""
+    """Also where the entry is outside the mask."""
     model = SaliencyUnlearnModel(tiny_model, "full", half_mask(tiny_model))
     name = "out.2.weight"
     parameter = tiny_model.unet.get_parameter(name)
@@ -333,7 +334,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_written(
         match=r"step 0: the gradients of 1 tensors are not finite \(out\.2\.weight\), from the images to "
         r"forget: forget/0-0\.png, forget/0-1\.png; retain: retain/0-0\.png",
     ):
-        fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3), [tiny_batch(0)], gradient_clip_val=1.0)
+        fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3), [tiny_batch(0)])
     handle.remove()
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
 
@@ -367,7 +368,7 @@ def test_the_learning_rate_falls_in_equal_steps(make_tiny_model: Callable[..., L
         assert used == pytest.approx(expected, rel=1e-6)
 
         named = {name: p for name, p in plain.unet.named_parameters() if "attn2" in name}
-        optimizer = torch.optim.Adam(named.values(), lr=1e-3)
+        optimizer = torch.optim.Adam(named.values(), lr=1e-3, fused=True)
         for batch, lr in zip(batches, expected, strict=True):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
@@ -375,3 +376,192 @@ def test_the_learning_rate_falls_in_equal_steps(make_tiny_model: Callable[..., L
             optimizer.step()
         for name, parameter in named.items():
             torch.testing.assert_close(ldm.unet.get_parameter(name), parameter, rtol=0.0, atol=1e-5)
+
+
+# ---- in pieces
+
+
+class Pieces(pl.Callback):
+    """Notes the gradient of each step, (n,), before the optimizer writes."""
+
+    def __init__(self, ldm: LatentDiffusion) -> None:
+        self.ldm = ldm
+        self.gradients: list[Tensor] = []
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        found = [p.grad.reshape(-1) for p in self.ldm.unet.parameters() if p.grad is not None]
+        self.gradients.append(torch.cat(found).clone())
+
+
+def uneven_batch(seed: int) -> Batch:
+    """5 images to forget, 3 to retain."""
+    forget, retain = tiny_batch(seed, images=5), tiny_batch(seed + 100, images=3)
+    images = {"forget": forget["images"]["forget"], "retain": retain["images"]["retain"]}
+    return {"forget": forget["forget"], "retain": retain["retain"], "images": images}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_batch_in_pieces_is_the_whole_batch_to_rounding(
+    make_tiny_model: Callable[..., LatentDiffusion], size: int
+) -> None:
+    """Gradient, terms and first update; parts of unequal size, pieces that are not full, a part that runs out."""
+    seen: dict[int | None, Any] = {}
+    for micro in (None, size):
+        ldm = make_tiny_model()
+        model, look = SaliencyUnlearnModel(ldm, "full", half_mask(ldm)), Pieces(ldm)
+        terms: dict[str, Tensor] = {}
+
+        class Terms(pl.Callback):
+            def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+                terms.update({k: v.clone() for k, v in trainer.callback_metrics.items()})  # noqa: B023
+
+        trainer = SaliencyUnlearnTrainer(model, alpha=0.3, lr=1e-3, micro_batch_size=micro)
+        fit(trainer, [uneven_batch(0)], callbacks=[look, Terms()])
+        seen[micro] = look.gradients[0], terms, torch.cat([p.reshape(-1) for p in ldm.unet.parameters()])
+    whole, cut = seen[None], seen[size]
+    assert ((cut[0] - whole[0]).norm() / whole[0].norm()).item() < 1e-5
+    for name in ("loss", "forget", "retain"):
+        torch.testing.assert_close(cut[1][name], whole[1][name], rtol=1e-5, atol=0.0)
+    # Adam's first step is lr times the sign of the gradient: where that is not rounding alone, it is the same.
+    clear = whole[0].abs() > 1e-4 * whole[0].abs().max()
+    torch.testing.assert_close(cut[2][clear], whole[2][clear], rtol=0.0, atol=1e-6)
+
+
+def needs_memory(ldm: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, *, most: int, when: str) -> list[int]:
+    """From now on the UNet runs out of memory with more than so many images; returns where batches are noted.
+
+    when: "forward" or "backward", by an allocation that the CPU refuses; "cuda", by the error of a GPU.
+    """
+    whole, batches = ldm.unet.forward, []
+
+    def too_much() -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    def forward(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            batches.append(len(x))
+        if len(x) > most and torch.is_grad_enabled():
+            if when == "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            if when == "forward":
+                too_much()
+            weight = ldm.unet.get_parameter("input_blocks.0.0.weight")  # the last to get its gradient
+            handle = weight.register_hook(lambda _: (handle.remove(), too_much())[1])  # type: ignore[func-returns-value]
+        return whole(x, timesteps, context)
+
+    monkeypatch.setitem(ldm.unet.__dict__, "forward", forward)
+    return batches
+
+
+@pytest.mark.parametrize("when", ["forward", "backward", "cuda"])
+def test_out_of_memory_halves_the_pieces_and_not_the_batch(
+    make_tiny_model: Callable[..., LatentDiffusion],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    when: str,
+) -> None:
+    gradients = []
+    for most in (None, 4):
+        ldm = make_tiny_model()
+        look = Pieces(ldm)
+        trainer = SaliencyUnlearnTrainer(SaliencyUnlearnModel(ldm, "full"), alpha=0.5, lr=1e-3)
+        if most is not None:
+            calls = needs_memory(ldm, monkeypatch, most=most, when=when)
+        fit(trainer, [tiny_batch(k, images=6) for k in range(2)], callbacks=[look])
+        gradients.append(look.gradients)
+    whole, cut = gradients
+    assert len(whole) == len(cut) == 2
+    assert ((cut[0] - whole[0]).norm() / whole[0].norm()).item() < 1e-5
+    # 6 + 6 images and 3 + 3 are too many; 1 + 1 are not, and the second step begins with them.
+    assert calls == [12, 6, *[2] * 12]
+    said = [message for message in caplog.messages if "out of memory" in message]
+    assert [message.split(";")[0] for message in said] == [
+        "out of memory with 6 images at a time",
+        "out of memory with 3 images at a time",
+    ]
+
+
+def test_memory_that_does_not_suffice_for_one_image_is_an_error(
+    tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SaliencyUnlearnModel(tiny_model, "full")
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    needs_memory(tiny_model, monkeypatch, most=0, when="forward")
+    with pytest.raises(
+        OutOfMemoryError, match=r"one image at a time .*allocate.*gradient_checkpointing true"
+    ):
+        fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3), [tiny_batch(0)])
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
+
+
+def test_another_error_is_not_taken_for_memory(
+    tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the expanded size of the tensor must match")
+
+    monkeypatch.setattr(tiny_model.unet, "forward", broken)
+    trainer = SaliencyUnlearnTrainer(SaliencyUnlearnModel(tiny_model, "full"), alpha=0.5, lr=1e-3)
+    with pytest.raises(RuntimeError, match="must match"):
+        fit(trainer, [tiny_batch(0)])
+    assert trainer.micro_batch_size is None
+
+
+# ---- precision
+
+
+def test_precision_is_that_of_the_arithmetic(
+    make_tiny_model: Callable[..., LatentDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast for bf16-mixed alone; weights are of another type for bf16 alone."""
+    for precision in ("fp32", "bf16-mixed", "bf16"):
+        ldm = make_tiny_model()
+        whole, seen = ldm.unet.forward, set()
+
+        def forward(x: Tensor, *args: Tensor) -> Tensor:
+            weights = {p.dtype for p in ldm.unet.parameters()}  # noqa: B023
+            seen.add((torch.is_autocast_enabled("cpu"), x.dtype, *weights))  # noqa: B023
+            return whole(x, *args)  # noqa: B023
+
+        monkeypatch.setattr(ldm.unet, "forward", forward)
+        compute = Compute(precision=precision)
+        with computing(ldm, compute) as originals:
+            model = SaliencyUnlearnModel(ldm, "full")
+            trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3, compute=compute, originals=originals)
+            monkeypatch.setattr(ldm.unet, "forward", forward)
+            fit(trainer, [tiny_batch(0)])
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        assert seen == {(precision == "bf16-mixed", dtype, dtype)}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("target", ["current", "frozen"])
+def test_bf16_weights_end_as_full_ones_that_only_training_has_moved(
+    make_tiny_model: Callable[..., LatentDiffusion], target: str, channels_last: bool
+) -> None:
+    """Against fp32 training; entries outside the mask, and the rounding of those inside, are not touched."""
+    batches = [tiny_batch(k) for k in range(3)]
+    ldm, plain, start = make_tiny_model(), make_tiny_model(), make_tiny_model()
+    compute = Compute(precision="bf16", channels_last=channels_last)
+    model = SaliencyUnlearnModel(ldm, "noxattn", half_mask(ldm))
+    with computing(ldm, compute) as originals:
+        trainer = SaliencyUnlearnTrainer(
+            model, alpha=0.5, lr=1e-5, target=target, compute=compute, originals=originals
+        )
+        fit(trainer, batches)
+    model.verify_unmasked()
+    fit(
+        SaliencyUnlearnTrainer(
+            SaliencyUnlearnModel(plain, "noxattn", half_mask(plain)), alpha=0.5, lr=1e-5, target=target
+        ),
+        batches,
+    )
+    apart, moved = [], []
+    for name, parameter in ldm.unet.named_parameters():
+        assert parameter.dtype == torch.float32
+        begin, simple = start.unet.get_parameter(name), plain.unet.get_parameter(name)
+        # Adam's steps are about lr long: by rounding to bf16, weights would move a hundred times as far.
+        assert (parameter - begin).abs().max().item() < 1e-4
+        apart.append((parameter - simple).reshape(-1))
+        moved.append((simple - begin).reshape(-1))
+    assert (torch.cat(apart).norm() / torch.cat(moved).norm()).item() < 0.6

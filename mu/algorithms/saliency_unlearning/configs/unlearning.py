@@ -31,13 +31,41 @@ _TRAIN_METHOD_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig(ConceptKeys):
+class ComputeKeys(ConceptKeys):
+    """How the UNet computes in both stages; docs/speed.md says what each key costs and what is chosen by itself."""
+
+    precision: str = setting(
+        "auto",
+        "Arithmetic of the UNet: fp32; bf16-mixed, fp32 weights computed with in bf16; bf16, weights too, with the "
+        "full ones kept in main memory. Files keep their own type. auto: bf16-mixed on a GPU that has it, else fp32.",
+        choices=("auto", "fp32", "bf16-mixed", "bf16"),
+    )
+    channels_last: bool | None = setting(
+        None, "Convolutions with the channels together in memory; null: on a GPU, where it is faster."
+    )
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "Compute the inside of the UNet's blocks again for the backward pass instead of keeping it: much less memory, "
+        "about a third more time; null: where memory would not suffice otherwise.",
+    )
+    compile: bool = setting(
+        False, "Translate the UNet with torch.compile: minutes at first, then faster steps; for long runs."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(ComputeKeys):
     """Stage 1: the saliency mask of a concept."""
 
     c_guidance: float = setting(
         7.5, "Guidance w of the forget loss, (1+w) eps(prompt) - w eps(''); 0: the plain loss.", ge=0, le=100
     )
-    batch_size: int = setting(4, "Images a gradient pass; memory and speed, not the mask.", ge=1, le=100_000)
+    batch_size: int = setting(
+        4,
+        "Images a gradient pass; memory and speed, not the mask. Halved when memory runs out.",
+        ge=1,
+        le=100_000,
+    )
     num_timesteps: int = setting(
         1000, "Timesteps are drawn from 0..num_timesteps-1; at most the model's own number.", ge=1, le=100_000
     )
@@ -70,7 +98,7 @@ class MaskConfig(ConceptKeys):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ConceptKeys):
+class TrainConfig(ComputeKeys):
     """Stage 2: masked fine-tuning."""
 
     train_method: str = setting(
@@ -116,10 +144,17 @@ class TrainConfig(ConceptKeys):
     retain_batch_size: int | None = setting(
         None, "Images to retain in a step; null: as many as batch_size.", ge=1, le=100_000
     )
-    precision: str = setting(
-        "fp32",
-        "Arithmetic of training; weights stay fp32 in memory and keep the file's type on disk.",
-        choices=("fp32", "bf16-mixed"),
+    micro_batch_size: int | None = setting(
+        None,
+        "Images to forget, and to retain, that go through the UNet at once; the step is that of the whole batch, to "
+        "rounding. null: all of the batch. Either is halved when memory runs out.",
+        ge=1,
+        le=100_000,
+    )
+    optimizer: str = setting(
+        "adam",
+        "adam; adam8bit: with moments in 8 bits, 2 bytes a moving weight instead of 8 (needs bitsandbytes).",
+        choices=("adam", "adam8bit"),
     )
     output_format: str = setting(
         "safetensors",

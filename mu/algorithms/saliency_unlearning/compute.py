@@ -1,0 +1,231 @@
+"""How the UNet computes while gradients are taken: precision, memory layout, and what memory holds meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mu.errors import MuError
+from mu.ldm import LatentDiffusion
+
+_log = logging.getLogger(__name__)
+_SHARE = 0.8
+"""Share of the memory left that activations may take before they are computed again instead."""
+_BF16_SHARE = 0.7
+"""What bf16 arithmetic keeps of what fp32 keeps: matrix products in 2 bytes, normalisations in 4."""
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+_FLAGS = "gradient_checkpointing true, precision bf16, optimizer adam8bit, train_method xattn, a smaller image_size"
+
+
+class ComputeKeys(Protocol):
+    """The keys of a config that are read here; None and "auto" leave the choice to `choose`."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def channels_last(self) -> bool | None: ...
+    @property
+    def gradient_checkpointing(self) -> bool | None: ...
+    @property
+    def compile(self) -> bool: ...
+
+
+class OutOfMemoryError(MuError, RuntimeError):
+    """Memory does not suffice for a single image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the UNet computes. None of it changes a result by more than the rounding of its precision."""
+
+    precision: str = "fp32"
+    """fp32; bf16-mixed, fp32 weights computed with in bf16; bf16, weights too."""
+    channels_last: bool = False
+    """Whether features and kernels of convolutions lie in memory with the channels together."""
+    gradient_checkpointing: bool = False
+    """Whether the inside of each block is computed again for the backward pass instead of being kept."""
+    compile: bool = False
+    """Whether torch.compile translates the UNet."""
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """bf16 arithmetic for forward passes inside, where the precision is bf16-mixed."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+
+def choose(
+    keys: ComputeKeys, ldm: LatentDiffusion, *, images: int, latent_shape: tuple[int, ...], reserved: int
+) -> Compute:
+    """What a config asks for, and for what it leaves open, the choice for this device and its free memory.
+
+    precision: bf16-mixed on a GPU that computes in bf16, else fp32. channels_last: on a GPU.
+    gradient_checkpointing: where the activations of one pass are estimated at more than 80 % of the memory that is
+    left.
+
+    Args:
+        images: that go through the UNet at once with gradient.
+        latent_shape: (C, h, w) of one of them.
+        reserved: bytes that gradients and the optimizer's state are going to take.
+    """
+    cuda = ldm.device.type == "cuda"
+    precision = keys.precision
+    if precision == "auto":
+        precision = (
+            "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        )
+    recompute = keys.gradient_checkpointing
+    if recompute is None:
+        needed = images * activation_bytes(ldm, latent_shape) * (1.0 if precision == "fp32" else _BF16_SHARE)
+        left = free_bytes(ldm.device) - reserved
+        recompute = needed > _SHARE * left
+        _log.info(
+            "activations of %d images: about %.1f GB, of %.1f GB left", images, needed / 1e9, left / 1e9
+        )
+    compute = Compute(
+        precision=precision,
+        channels_last=cuda if keys.channels_last is None else keys.channels_last,
+        gradient_checkpointing=recompute,
+        compile=keys.compile,
+    )
+    _log.info("%s", compute)
+    return compute
+
+
+def activation_bytes(ldm: LatentDiffusion, latent_shape: tuple[int, ...]) -> int:
+    """What the UNet keeps of one image for the backward pass, measured by sending one through, without autocast."""
+    unet, device = ldm.unet, ldm.device
+    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    kept: dict[int, Tensor] = {}  # storage -> a tensor in it; what several operations keep counts once
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.zeros(1, *latent_shape, device=device, dtype=ldm.dtype, requires_grad=True)  # (1, C, h, w)
+    width = ldm.params.unet.context_dim
+    context = None if width is None else x.new_zeros(1, 77, width).requires_grad_()  # (1, L, D)
+    timesteps = torch.zeros(1, dtype=torch.int64, device=device)  # (1,)
+    required = [parameter.requires_grad for parameter in unet.parameters()]
+    try:
+        unet.requires_grad_(True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            unet(x, timesteps, context)
+    finally:
+        for parameter, before in zip(unet.parameters(), required, strict=True):
+            parameter.requires_grad_(before)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is left: of the GPU, or what the system, or the container, can give without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if _MEMINFO.exists():
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (_CGROUP / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+        free = min(free, int(most) - int(used.read_text(encoding="ascii")))
+    return free
+
+
+@contextmanager
+def computing(ldm: LatentDiffusion, compute: Compute) -> Iterator[dict[str, Tensor]]:
+    """Let the UNet compute as asked, with autoencoder and text encoder out of the GPU's memory, until the block ends.
+
+    With precision bf16 its weights are rounded, and come back from the full ones in the end.
+
+    Yields:
+        UNet-relative name -> the full weights on the CPU, which come back when the block ends; what training changes
+        has to be written into them (`MaskedAdam.write_master_`). Empty where the weights are not rounded.
+    """
+    unet, device = ldm.unet, ldm.device
+    originals: dict[str, Tensor] = {}
+    with _encoders_parked(ldm), _tf32(compute.precision != "fp32"):
+        try:
+            unet.gradient_checkpointing = compute.gradient_checkpointing
+            if compute.precision == "bf16":
+                for name, parameter in unet.named_parameters():
+                    originals[name] = parameter.detach().cpu()
+                    parameter.data = parameter.data.to(torch.bfloat16)
+            if compute.channels_last:
+                unet.to(memory_format=torch.channels_last)
+            if compute.compile:  # in the place of the method: wrapping the module would rename its weights
+                unet.__dict__["forward"] = torch.compile(unet.forward)
+            yield originals
+        finally:
+            unet.__dict__.pop("forward", None)
+            unet.gradient_checkpointing = False
+            if compute.channels_last:
+                unet.to(memory_format=torch.contiguous_format)
+            for name, parameter in unet.named_parameters():
+                if name in originals:
+                    parameter.data = originals.pop(name).to(device)
+
+
+@contextmanager
+def _encoders_parked(ldm: LatentDiffusion) -> Iterator[None]:
+    """Autoencoder and text encoder on the CPU; there they are where they belong already if the model is."""
+    encoders = [part for part in (ldm.first_stage_model, ldm.cond_stage_model) if part is not None]
+    if ldm.device.type != "cuda":
+        yield
+        return
+    try:
+        for encoder in encoders:
+            encoder.cpu()
+        torch.cuda.empty_cache()
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.to(ldm.device)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """TF32 for what is left in fp32 on a GPU: never where fp32 is asked for, always beside bf16, which is coarser."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is that of an allocation, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("DefaultCPUAllocator", "ALLOC_FAILED")
+    )
+
+
+def halved(images: int, *, reason: str) -> int:
+    """How many images to send through the UNet at once, after so many were too many.
+
+    Raises:
+        OutOfMemoryError: one was too many; names the keys that save memory.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if images <= 1:
+        raise OutOfMemoryError(
+            f"out of memory with one image at a time ({reason}). What saves memory: {_FLAGS}"
+        )
+    smaller = images // 2
+    _log.warning(
+        "out of memory with %d images at a time; going on with %d at the same batch", images, smaller
+    )
+    return smaller

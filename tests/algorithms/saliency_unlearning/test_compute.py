@@ -1,0 +1,237 @@
+"""Each faster or smaller way to compute, against the simple one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mu.algorithms.saliency_unlearning import compute as compute_module
+from mu.algorithms.saliency_unlearning.compute import (
+    Compute,
+    OutOfMemoryError,
+    activation_bytes,
+    choose,
+    computing,
+    free_bytes,
+    halved,
+    is_out_of_memory,
+)
+from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.trainer import salun_loss
+from mu.ldm import LatentDiffusion
+from tests.algorithms.saliency_unlearning.test_trainer import tiny_batch
+
+LATENT = (4, 8, 8)
+AUTO = SimpleNamespace(precision="auto", channels_last=None, gradient_checkpointing=None, compile=False)
+
+
+def gradients(ldm: LatentDiffusion, compute: Compute) -> Tensor:
+    """(n,) of the loss of training, over all weights of the UNet."""
+    batch = tiny_batch(0)
+    ldm.requires_grad_(True)
+    with computing(ldm, compute):
+        with compute.autocast(ldm.device):
+            loss, *_ = salun_loss(ldm, batch["forget"], batch["retain"], 0.5)
+        loss.backward()
+        found = torch.cat([p.grad.float().reshape(-1) for p in ldm.unet.parameters()])  # type: ignore[union-attr]
+        ldm.zero_grad(set_to_none=True)
+    return found
+
+
+def saliency(ldm: LatentDiffusion, compute: Compute) -> Tensor:
+    """(n,), from one batch."""
+    latents, timesteps, noise, context, uncond = tiny_batch(0)["forget"]
+    with computing(ldm, compute):
+        found = accumulate_saliency(
+            ldm, [(latents, timesteps, noise, context, uncond)], c_guidance=7.5, compute=compute
+        )
+    assert all(values.dtype == torch.float32 and values.is_contiguous() for values in found.values())
+    return torch.cat([values.reshape(-1) for values in found.values()])
+
+
+@pytest.mark.parametrize("measure", [gradients, saliency])
+@pytest.mark.parametrize(
+    ("compute", "bound"),
+    [
+        (Compute(gradient_checkpointing=True), 1e-6),
+        (Compute(channels_last=True), 1e-5),
+        (Compute(channels_last=True, gradient_checkpointing=True), 1e-5),
+        (Compute(precision="bf16-mixed"), 0.05),
+        (Compute(precision="bf16-mixed", gradient_checkpointing=True), 0.05),
+        (Compute(precision="bf16"), 0.1),
+        (Compute(precision="bf16", channels_last=True), 0.1),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_the_simple_way(
+    tiny_model: LatentDiffusion, measure: Any, compute: Compute, bound: float
+) -> None:
+    """The bound is on the norm of the difference, relative to the gradient's."""
+    simple, found = measure(tiny_model, Compute()), measure(tiny_model, compute)
+    assert ((found - simple).norm() / simple.norm()).item() < bound
+    if compute.precision != "fp32":
+        assert not torch.equal(found, simple)  # it did compute in another precision
+
+
+@pytest.mark.slow
+def test_compiled_gradients_are_those_of_the_simple_way(tiny_model: LatentDiffusion) -> None:
+    simple, found = gradients(tiny_model, Compute()), gradients(tiny_model, Compute(compile=True))
+    assert ((found - simple).norm() / simple.norm()).item() < 1e-5
+
+
+def test_compile_translates_the_unet_and_is_undone(
+    tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def translated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any) -> Tensor:
+            calls.append(args)
+            return forward(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", translated)
+    names = [name for name, _ in tiny_model.named_parameters()]
+    simple = gradients(tiny_model, Compute())
+    assert not calls
+    assert torch.equal(gradients(tiny_model, Compute(compile=True)), simple)
+    assert len(calls) == 2
+    assert torch.equal(gradients(tiny_model, Compute()), simple)
+    assert len(calls) == 2
+    assert [name for name, _ in tiny_model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_the_model_is_what_it_was(tiny_model: LatentDiffusion, fails: bool) -> None:
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    parameters = list(tiny_model.unet.parameters())
+    compute = Compute(precision="bf16", channels_last=True, gradient_checkpointing=True)
+    layout = tiny_model.unet.input_blocks[0][0].weight  # type: ignore[index]
+    try:
+        with computing(tiny_model, compute) as originals:
+            assert {p.dtype for p in parameters} == {torch.bfloat16}
+            assert layout.is_contiguous(memory_format=torch.channels_last)
+            assert not layout.is_contiguous()
+            assert tiny_model.unet.gradient_checkpointing
+            assert all(torch.equal(originals[n], before[f"model.diffusion_model.{n}"]) for n in originals)
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    assert all(p is q for p, q in zip(parameters, tiny_model.unet.parameters(), strict=True))
+    assert not tiny_model.unet.gradient_checkpointing
+    for name, value in tiny_model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert value.is_contiguous()
+        assert torch.equal(value, before[name])
+
+
+# ---- what is chosen
+
+
+def chosen(ldm: LatentDiffusion, **keys: Any) -> Compute:
+    wanted = SimpleNamespace(**{**vars(AUTO), **keys})
+    return choose(wanted, ldm, images=4, latent_shape=LATENT, reserved=0)
+
+
+def test_on_a_cpu_with_memory_the_choice_is_the_simple_way(tiny_model: LatentDiffusion) -> None:
+    assert chosen(tiny_model) == Compute()
+
+
+def test_what_is_asked_for_is_taken(tiny_model: LatentDiffusion) -> None:
+    asked = {"precision": "bf16", "channels_last": True, "gradient_checkpointing": True, "compile": True}
+    assert chosen(tiny_model, **asked) == Compute(**asked)  # type: ignore[arg-type]
+
+
+def test_activations_that_do_not_fit_are_computed_again(
+    tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 4 * activation_bytes(tiny_model, LATENT)
+    for free, expected in ((1.3 * needed, False), (1.2 * needed, True)):
+        monkeypatch.setattr(compute_module, "free_bytes", lambda _, free=free: int(free))
+        assert chosen(tiny_model).gradient_checkpointing is expected
+        assert chosen(tiny_model, gradient_checkpointing=False).gradient_checkpointing is False
+    monkeypatch.setattr(compute_module, "free_bytes", lambda _: int(1.3 * needed))
+    reserving = choose(AUTO, tiny_model, images=4, latent_shape=LATENT, reserved=needed)  # type: ignore[arg-type]
+    assert reserving.gradient_checkpointing
+
+
+def test_activations_grow_with_the_image_and_fall_with_checkpointing(tiny_model: LatentDiffusion) -> None:
+    small, large = activation_bytes(tiny_model, LATENT), activation_bytes(tiny_model, (4, 16, 16))
+    assert 3 < large / small < 4.5
+    tiny_model.unet.gradient_checkpointing = True
+    assert activation_bytes(tiny_model, (4, 16, 16)) < large / 4
+    assert all(p.grad is None for p in tiny_model.parameters())
+
+
+def test_a_frozen_model_is_measured_as_a_moving_one_and_stays_frozen(tiny_model: LatentDiffusion) -> None:
+    whole = activation_bytes(tiny_model, LATENT)
+    SaliencyUnlearnModel(tiny_model, "xattn")
+    moving = [p.requires_grad for p in tiny_model.unet.parameters()]
+    assert activation_bytes(tiny_model, LATENT) == whole
+    assert [p.requires_grad for p in tiny_model.unet.parameters()] == moving
+
+
+def test_free_memory_is_less_than_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    free = free_bytes(torch.device("cpu"))
+    assert 0 < free < 2**50
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(compute_module, "_CGROUP", tmp_path)
+    assert free_bytes(torch.device("cpu")) == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu")) > 2000
+
+
+# ---- out of memory
+
+
+def test_errors_of_allocation_are_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2) @ torch.ones(3)
+    assert not is_out_of_memory(caught.value)
+
+
+def test_half_as_many_images_until_there_is_one() -> None:
+    assert [halved(n, reason="full") for n in (8, 7, 3, 2)] == [4, 3, 1, 1]
+    with pytest.raises(OutOfMemoryError, match=r"one image at a time \(full\).*gradient_checkpointing true"):
+        halved(1, reason="full")
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_encoders_leave_its_memory_and_come_back(make_tiny_model: Any) -> None:
+    ldm = make_tiny_model().cuda()
+    before = {name: value.clone() for name, value in ldm.state_dict().items()}
+    found = chosen(ldm)
+    assert found.channels_last
+    assert found.precision == "bf16-mixed"
+    with computing(ldm, found):
+        assert {p.device.type for p in ldm.first_stage_model.parameters()} == {"cpu"}
+        assert {p.device.type for p in ldm.cond_stage_model.parameters()} == {"cpu"}
+        assert {p.device.type for p in ldm.unet.parameters()} == {"cuda"}
+    assert {p.device.type for p in ldm.parameters()} == {"cuda"}
+    assert all(torch.equal(value, before[name]) for name, value in ldm.state_dict().items())
+
+
+def test_tf32_is_for_what_is_beside_bf16_alone(make_tiny_model: Any) -> None:
+    ldm = make_tiny_model()
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    for precision in ("fp32", "bf16-mixed", "bf16"):
+        with computing(ldm, Compute(precision=precision)):
+            allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+            assert set(allowed) == {precision != "fp32"}
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
