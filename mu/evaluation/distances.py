@@ -140,8 +140,16 @@ def _pairs(weights: Tensor, kernel: Tensor) -> Tensor:
 def _draw(
     generator: numpy.random.Generator, n: int, n_reference: int, *, paired: bool
 ) -> tuple[Tensor, Tensor]:
-    rows = torch.from_numpy(generator.integers(n, size=n))
-    return rows, rows if paired else torch.from_numpy(generator.integers(n_reference, size=n_reference))
+    """Rows of both sets, drawn with replacement."""
+    rows = _some(generator, n)
+    return rows, rows if paired else _some(generator, n_reference)
+
+
+def _some(generator: numpy.random.Generator, n: int) -> Tensor:
+    while True:
+        rows = generator.integers(n, size=n)
+        if (rows != rows[0]).any():  # of one image alone there is neither a covariance nor a pair
+            return torch.from_numpy(rows)
 
 
 def _checked(features: Tensor, reference: Tensor, *, paired: bool) -> tuple[Tensor, Tensor]:

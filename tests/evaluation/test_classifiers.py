@@ -22,8 +22,11 @@ STYLES, OBJECTS = ("Monet", "Seed_Images", "Crayon"), ("Cats", "Sea")
 
 
 @pytest.fixture
-def tiny_vits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vision transformers of two small blocks, under their usual name."""
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Two checkpoints as UnlearnCanvas writes them, beside things that only its training needs.
+
+    Their vision transformers have two small blocks, under their usual name.
+    """
     create = timm.create_model
 
     def small(name: str, **options: object) -> torch.nn.Module:
@@ -31,11 +34,6 @@ def tiny_vits(monkeypatch: pytest.MonkeyPatch) -> None:
         return create(name, depth=2, embed_dim=48, num_heads=2, **options)
 
     monkeypatch.setattr(timm, "create_model", small)
-
-
-@pytest.fixture
-def files(tiny_vits: None, tmp_path: Path) -> list[Path]:
-    """Two checkpoints as UnlearnCanvas writes them, beside things that only its training needs."""
     paths = []
     for seed, (name, names) in enumerate({"style50.pth": STYLES, "style50_cls.pth": OBJECTS}.items()):
         torch.manual_seed(seed)
@@ -82,9 +80,13 @@ def test_unlearn_canvas_checkpoints_say_what_timm_says(files: list[Path], tmp_pa
 
 
 def test_a_checkpoint_of_other_classes_is_refused(files: list[Path]) -> None:
-    with pytest.raises(ClassifierError, match=r"style50.pth does not fit .* with 2 classes: head.weight is \(3, 48\)"):
+    with pytest.raises(
+        ClassifierError, match=r"style50.pth does not fit .* with 2 classes: head.weight is \(3, 48\)"
+    ):
         load(files, styles=STYLES[:2])
-    with pytest.raises(ClassifierError, match=r"style50_cls.pth does not fit vit_tiny_patch16_224 with 3 classes"):
+    with pytest.raises(
+        ClassifierError, match=r"style50_cls.pth does not fit vit_tiny_patch16_224 with 3 classes"
+    ):
         load([files[1], files[1]])
 
 

@@ -50,12 +50,15 @@ def test_the_interval_of_fid_is_as_wide_as_fid_varies_between_draws() -> None:
     values = [frechet_distance(draw(seed, 0.0), draw(seed + 1000, 1.0)) for seed in range(200)]
     low, high = numpy.percentile(values, (2.5, 97.5))  # of new images each time
     found = [
-        fid(draw(seed, 0.0), draw(seed + 1000, 1.0), paired=False, resamples=100) for seed in range(2000, 2012)
+        fid(draw(seed, 0.0), draw(seed + 1000, 1.0), paired=False, resamples=100)
+        for seed in range(2000, 2012)
     ]
     widths = [one.bootstrap_95[1] - one.bootstrap_95[0] for one in found if one.bootstrap_95]
     assert len(widths) == 12
     assert numpy.mean(widths) == pytest.approx(high - low, rel=0.2)
-    held = [one.bootstrap_95[0] < numpy.mean(values) < one.bootstrap_95[1] for one in found if one.bootstrap_95]
+    held = [
+        one.bootstrap_95[0] < numpy.mean(values) < one.bootstrap_95[1] for one in found if one.bootstrap_95
+    ]
     assert sum(held) >= 10
 
 
@@ -104,6 +107,13 @@ def test_the_interval_of_kid_is_as_wide_as_kid_varies_between_draws() -> None:
     values = [kid_of(draw(seed, 0.0), draw(seed + 1000, 1.0)) for seed in range(2, 202)]
     wide = float(numpy.diff(numpy.percentile(values, (2.5, 97.5)))[0])
     assert high - low == pytest.approx(wide, rel=0.4)
+
+
+def test_two_images_a_side_still_have_finite_intervals() -> None:
+    x, y = torch.eye(2), torch.eye(2) + 1
+    for found in (fid(x, y, paired=False, resamples=50), kid(x, y, paired=False), kid(x, y, paired=True)):
+        assert found.bootstrap_95 is not None
+        assert numpy.isfinite(found.bootstrap_95).all()
 
 
 def kid_of(x: torch.Tensor, y: torch.Tensor) -> float:
