@@ -15,12 +15,17 @@ from mu.datasets.image_files import UNREADABLE
 from mu.datasets.index import DataError
 
 
-def load_image(path: Path | str, size: int) -> Tensor:
-    """Reads an image: centre square crop, bicubic resize, RGB; (3, size, size) float32 in [-1, 1].
+def load_image(path: Path | str, size: int, *, interpolation: str = "bicubic") -> Tensor:
+    """Reads an image: centre square crop, resize, RGB; (3, size, size) float32 in [-1, 1].
 
     A rotation noted by a camera is applied; transparency is laid on white. Raises DataError for a file that is
     missing, is no whole image, has deep grey levels, or is smaller than an eighth of `size` on its short side.
     """
+    return to_unit_range(load_pixels(path, size, interpolation=interpolation))
+
+
+def load_pixels(path: Path | str, size: int | None = None, *, interpolation: str = "bicubic") -> Tensor:
+    """As `load_image`, but the 8-bit values themselves, uint8 (3, H, W); with size None the whole image as saved."""
     try:
         with Image.open(path) as opened:
             if opened.mode.startswith(("I", "F")):
@@ -34,15 +39,14 @@ def load_image(path: Path | str, size: int) -> Tensor:
         raise
     except UNREADABLE as error:
         raise DataError(f"{path}: unreadable ({error})") from error
-    side = min(picture.size)
-    if side * 8 < size:
-        raise DataError(f"{path}: {picture.width} x {picture.height} px is too small for {size} px")
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    if side != size:
-        square = square.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(numpy.asarray(square, dtype=numpy.float32))  # (size, size, 3) in 0..255
-    return (pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()  # (3, size, size)
+    if size is not None:
+        picture = _square(picture, size, Path(path), Image.Resampling[interpolation.upper()])
+    return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """8-bit values 0..255 to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -68,3 +72,12 @@ def _on_white(picture: Image.Image) -> Image.Image:
     layers = picture.convert("RGBA")
     white = Image.new("RGBA", layers.size, "white")
     return Image.alpha_composite(white, layers).convert("RGB")
+
+
+def _square(picture: Image.Image, size: int, path: Path, resample: Image.Resampling) -> Image.Image:
+    side = min(picture.size)
+    if side * 8 < size:
+        raise DataError(f"{path}: {picture.width} x {picture.height} px is too small for {size} px")
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return square if side == size else square.resize((size, size), resample)

@@ -139,9 +139,13 @@ class EmojiClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of both heads for images (B, 3, input_size, input_size) in [-1, 1]."""
-        h = self.trunk(images)  # (B, F, h, w)
-        h = self.norm(h.mean(dim=(2, 3)))  # (B, F)
+        h = self.features(images)  # (B, F)
         return self.style_head(h), self.object_head(h)  # (B, S), (B, O)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What both heads read, (B, F), for images as `forward` takes them, on any device."""
+        h = self.trunk(images.to(self.style_head.weight))  # (B, F, h, w)
+        return self.norm(h.mean(dim=(2, 3)))
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:

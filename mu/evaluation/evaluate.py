@@ -1,262 +1,239 @@
-"""Measures what a model forgot and what it kept: sample every prompt of the grid, classify, count.
+"""Measures what a model forgot and what it kept: images of every prompt of the grid, classified and counted.
 
-The images are kept in `<output_dir>/grids`, see `mu.evaluation.grid`, the results in a new run folder beside it.
+Images are sampled from a checkpoint and kept in `<output_dir>/grids`, see `mu.evaluation.grid`, or lie in a folder, see
+`mu.evaluation.images`. The results go into a new run folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
-
-from PIL import Image
 
 from mu.atomic import write_atomically
 from mu.config import Config, resolve_path
-from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.datasets.generated import SampleSettings
-from mu.datasets.index import concept_label
+from mu.datasets.generated import GeneratedImages, SampleSettings
+from mu.datasets.index import Row, concept_label
 from mu.devices import resolve_devices
-from mu.evaluation.classifier import load_classifier
-from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, measure
+from mu.evaluation.classifiers import Classifier
+from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, classify, measure
+from mu.evaluation.images import (
+    AskedImage,
+    any_images,
+    folder_images,
+    has_concepts,
+    of_rows,
+    paired,
+    rebased,
+)
 from mu.evaluation.metrics import (
-    Share,
+    Prediction,
     UnlearningScores,
-    accuracy_by_class,
+    memorised,
     predictions_csv,
-    table_csv,
     unlearning_scores,
 )
-from mu.evaluation.pictures import before_after_grid
+from mu.evaluation.quality import Quality, Reference, interpolation, load_scorer
+from mu.evaluation.results import draw, image_table, percent, sentence, summary, write_metrics
+from mu.evaluation.settings import EvaluationSettings
 from mu.ldm import load_model
-from mu.ldm.checkpoint import fingerprint
 from mu.run_folder import RunFolder
 
-__all__ = ["EvaluationError", "EvaluationSettings", "Grid", "MeasuredModel", "measure", "run"]
-
-SCORES = ("UA", "IRA", "CRA", "own")
-
-
-class EvaluationSettings(Protocol):
-    """What `run` reads of its config; the meaning of each key is in the config class of the evaluate command."""
-
-    @property
-    def base_ckpt_path(self) -> str | None: ...
-    @property
-    def model_config_path(self) -> str: ...
-    @property
-    def use_ema(self) -> bool: ...
-    @property
-    def devices(self) -> str: ...
-    @property
-    def template(self) -> str: ...
-    @property
-    def template_name(self) -> str | tuple[str, ...]: ...
-    @property
-    def styles(self) -> tuple[str, ...] | None: ...
-    @property
-    def objects(self) -> tuple[str, ...] | None: ...
-    @property
-    def seeds(self) -> tuple[int, ...]: ...
-    @property
-    def sample_steps(self) -> int: ...
-    @property
-    def guidance_scale(self) -> float: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def cra_prompts(self) -> str: ...
-    @property
-    def left_out(self) -> tuple[str, ...]: ...
-    @property
-    def classifier_path(self) -> str: ...
-    @property
-    def output_dir(self) -> str: ...
-    def checkpoint(self) -> Path: ...
+__all__ = ["EvaluationError", "EvaluationSettings", "Grid", "MeasuredModel", "measure", "percent", "run"]
 
 
 def run(config: EvaluationSettings) -> dict[str, object]:
     """A whole evaluation into a new run folder.
 
-    Its files: `metrics.json` and `metrics.csv`, `predictions_before.csv` and `predictions_after.csv` (a row an
-    image), `pictures/before_after.png`, `config.yaml`, `environment.json`, `log.txt`. "before" is the checkpoint of
-    `base_ckpt_path` and is left out without one.
+    Its files: `metrics.json` and `metrics.csv`; of each model `predictions_<model>.csv` and `images_<model>.csv` (a row
+    an image); `pictures/before_after.png`, `config.yaml`, `environment.json`, `log.txt`. The model "before" is that of
+    `base_ckpt_path` or `base_images_dir` and is left out without one. docs/evaluation.md lists all fields.
 
     Returns:
-        What is printed at the end: for each score its meaning and its numbers in percent, then paths.
+        What is printed at the end: for each score its meaning and its numbers, how they are read, then paths.
 
     Raises:
         MuError: a file is missing or wrong, or the settings do not fit each other; the message says which.
     """
-    grid = Grid(config.styles or STYLES, config.objects or OBJECTS, config.seeds)
     device = resolve_devices(config.devices)
-    classifier = load_classifier(resolve_path(config.classifier_path), device)
-    check_classifier(classifier, grid)
-    checkpoints = {"after": config.checkpoint()}
-    if config.base_ckpt_path is not None:
-        checkpoints = {"before": resolve_path(config.base_ckpt_path), **checkpoints}
-
+    evaluation = _Evaluation(config, load_scorer(config, device), device)
+    quality = Quality(config, evaluation.classifier, device)
     with RunFolder.create(config.output_dir, concept_label(config.template_name)) as run:
         if isinstance(config, Config):
             run.save_config(config)
         run.save_environment()
-        measured: dict[str, MeasuredModel] = {}
-        for name, path in checkpoints.items():
-            run.logger.info("%s unlearning: %s", name, path)
-            model = load_model(
-                resolve_path(config.model_config_path), path, device=device, use_ema=config.use_ema
-            )
-            measured[name] = measure(
-                model,
-                classifier,
-                grid,
-                settings=SampleSettings(
-                    config.sample_steps, config.guidance_scale, model.image_size, config.precision
-                ),
-                batch_size=config.batch_size,
-                folder=config.output_dir,
-            )
-            del model  # only one is in memory
-            write_atomically(
-                run.path / f"predictions_{name}.csv", predictions_csv(measured[name].predictions)
-            )
-        scores = {
-            name: unlearning_scores(
+        measured = evaluation.measure(run)
+        reference = evaluation.reference(measured)
+        scores: dict[str, UnlearningScores] = {}
+        numbers: dict[str, dict[str, object]] = {}
+        for name, found in measured.items():
+            write_atomically(run.path / f"images_{name}.csv", image_table(found.asked))
+            # The base's images are at no distance from themselves.
+            itself = reference is not None and reference.images == found.asked
+            numbers[name] = quality.measure(found.asked, None if itself else reference)
+            if evaluation.classifier is None:
+                continue
+            write_atomically(run.path / f"predictions_{name}.csv", predictions_csv(found.predictions))
+            scores[name] = unlearning_scores(
                 found.predictions,
                 template=config.template,
                 template_name=config.template_name,
                 cra_prompts=config.cra_prompts,
                 left_out=config.left_out,
             )
-            for name, found in measured.items()
-        }
-        for name, score in scores.items():
-            run.logger.info("%s: %s", name, _sentence(score))
-        _write_metrics(run, config, grid, checkpoints, measured, scores, fingerprint(classifier.state_dict()))
-        picture = run.path / "pictures" / "before_after.png"
-        _draw(picture, config, grid, measured)
+            sure = memorised(
+                found.predictions,
+                template=config.template,
+                template_name=config.template_name,
+                threshold=config.memorised_threshold,
+                left_out=config.left_out,
+            )
+            numbers[name]["memorised"] = asdict(sure)
+            run.logger.info("%s: %s", name, sentence(scores[name]))
+        write_metrics(
+            run,
+            config,
+            sources=evaluation.sources,
+            measured=measured,
+            scores=scores,
+            numbers=numbers,
+            classifier=evaluation.classifier,
+        )
+        picture = draw(run.path / "pictures" / "before_after.png", config, measured)
         return {
-            **_summary(scores),
-            "cra_prompts": config.cra_prompts,
-            "left_out": ", ".join(config.left_out) or "none",
-            "scored by": Path(config.classifier_path).name,
-            "images of each model": len(grid.styles) * len(grid.objects) * len(grid.seeds),
-            "checkpoint": str(checkpoints["after"]),
-            "picture": str(picture),
+            **summary(config, scores, numbers),
+            "images of each model": len(measured["after"].asked),
+            "checkpoint" if config.images_dir is None else "images": str(evaluation.sources["after"]),
+            **({} if picture is None else {"picture": str(picture)}),
             "run": str(run.path),
         }
 
 
-def percent(share: Share) -> float | None:
-    """A share in percent, to two decimals."""
-    return None if share.value is None else round(100 * share.value, 2)
+@dataclass
+class _Evaluation:
+    """Where the images of each model come from, and what the classifier sees in them."""
+
+    config: EvaluationSettings
+    classifier: Classifier | None
+    device: str
+    sources: dict[str, Path] = field(init=False)
+    given: dict[str, tuple[AskedImage, ...]] = field(init=False, default_factory=dict)
+    other_seeds: tuple[AskedImage, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        """Finds checkpoints and folders, and looks at the folders' images, before anything is sampled."""
+        config = self.config
+        self.styles, self.objects = config.all_names()
+        if self.classifier is not None:
+            if ":" in config.classifier:
+                self.styles = config.styles or self.classifier.styles
+                self.objects = config.objects or self.classifier.objects
+            if config.images_dir is None:
+                check_classifier(self.classifier, Grid(self.styles, self.objects, config.seeds))
+        after = config.checkpoint() if config.images_dir is None else resolve_path(config.images_dir)
+        base = config.base_ckpt_path if config.base_images_dir is None else config.base_images_dir
+        self.sources = {"after": after} if base is None else {"before": resolve_path(base), "after": after}
+        folders = {"before": config.base_images_dir, "after": config.images_dir}
+        for name, key in (("before", "base_images_dir"), ("after", "images_dir")):
+            if folders[name] is not None:
+                self.given[name] = self._read(key, self.sources[name])
+        if len(self.given) == 2 and self.given["before"][0].style and not paired(*self.given.values()):
+            keys = [{image.key for image in images} for images in self.given.values()]
+            lacking = sorted(keys[0] ^ keys[1])
+            style, object, seed = lacking[0]
+            raise EvaluationError(
+                "base_images_dir and images_dir must have images of the same styles, objects and seeds; "
+                f"{len(lacking)} are in one of them alone, such as {style}, {object}, {seed}"
+            )
+
+    def measure(self, run: RunFolder) -> dict[str, MeasuredModel]:
+        """The images of each model, sampled where they are not there, and classified."""
+        measured = {}
+        manifest: Mapping[str, str]
+        for name, source in self.sources.items():
+            run.logger.info("%s unlearning: %s", name, source)
+            if name in self.given:
+                asked = self.given[name]
+                path, manifest = source, {}
+                if gaps := _gaps(asked):
+                    run.logger.warning("%s has no images of %d of its styles x objects x seeds", source, gaps)
+            else:
+                path, manifest, asked = self._sample(name, source)
+            predictions: tuple[Prediction, ...] = ()
+            if self.classifier is not None:
+                predictions = tuple(
+                    classify(
+                        asked,
+                        self.classifier,
+                        batch_size=self.config.batch_size,
+                        interpolation=interpolation(self.config),
+                    )
+                )
+            measured[name] = MeasuredModel(path, manifest, predictions, asked)
+        return measured
+
+    def reference(self, measured: Mapping[str, MeasuredModel]) -> Reference | None:
+        """What FID and KID compare with."""
+        config = self.config
+        if config.fid_reference == "none":
+            return None
+        if config.fid_reference == "base":
+            return Reference("base", measured["before"].asked)
+        if config.fid_reference == "base_other_seeds":
+            seeds = ", ".join(map(str, config.fid_reference_seeds))
+            return Reference(f"base, seeds {seeds}", self.other_seeds)
+        folder = resolve_path(str(config.fid_reference_dir))
+        return Reference(str(folder), self._read("fid_reference_dir", folder))
+
+    def _read(self, key: str, folder: Path) -> tuple[AskedImage, ...]:
+        names = {"styles": self.styles, "objects": self.objects}
+        if self.classifier is None or (key == "fid_reference_dir" and not has_concepts(folder, **names)):
+            return any_images(key, folder)
+        # What is not chosen may lie there too, if the classifier knows it.
+        return folder_images(
+            key,
+            folder,
+            styles=self.classifier.styles,
+            objects=self.classifier.objects,
+            chosen_styles=self.config.styles,
+            chosen_objects=self.config.objects,
+        )
+
+    def _sample(self, name: str, checkpoint: Path) -> tuple[Path, Mapping[str, str], tuple[AskedImage, ...]]:
+        config = self.config
+        model = load_model(
+            resolve_path(config.model_config_path), checkpoint, device=self.device, use_ema=config.use_ema
+        )
+        settings = SampleSettings(
+            config.sample_steps, config.guidance_scale, model.image_size, config.precision
+        )
+        images = GeneratedImages(model, config.output_dir, settings, subfolder="grids")
+        if "after" in self.given:
+            rows = list(rebased(self.given["after"], images.path))
+        else:
+            rows = list(Grid(self.styles, self.objects, config.seeds).rows(images.path))
+        others: list[Row] = []
+        if name == "before" and config.fid_reference == "base_other_seeds":
+            prompts = {(row.style, row.object): row for row in rows}
+            others = [
+                _with_seed(row, seed, images.path)
+                for row in prompts.values()
+                for seed in config.fid_reference_seeds
+            ]
+        images.sample_missing([*rows, *others], batch_size=config.batch_size)
+        self.other_seeds = self.other_seeds or of_rows(others)
+        return images.path, images.manifest, of_rows(rows)
 
 
-def _meanings(scores: UnlearningScores) -> dict[str, str]:
-    kind, name = scores.template, scores.template_name
-    other = "object" if kind == "style" else "style"
-    crossed = f"the other {kind}s" if scores.cra_prompts == "retained" else f"all {kind}s"
-    return {
-        "UA": f"images of the prompts of {name} that are not seen as {name}",
-        "IRA": f"images of the other {kind}s that are seen as their {kind}",
-        "CRA": f"images of {crossed} that are seen as their {other}",
-        "own": f"images of the prompts of {name} that are seen as their {other}",
-    }
+def _with_seed(row: Row, seed: int, folder: Path) -> Row:
+    relative = f"{row.style}/{row.object}/{seed}.png"
+    return replace(row, image=folder / relative, relative=relative)
 
 
-def _summary(scores: Mapping[str, UnlearningScores]) -> dict[str, object]:
-    after = scores["after"]
-    other = "object" if after.template == "style" else "style"
-    titles = {key: key for key in SCORES} | {
-        "own": f"{other} accuracy on {after.template_name}'s own prompts"
-    }
-    return {
-        titles[key]: {
-            "meaning": meaning,
-            **{f"{name}, %": percent(getattr(score, key)) for name, score in scores.items()},
-        }
-        for key, meaning in _meanings(after).items()
-    }
-
-
-def _sentence(scores: UnlearningScores) -> str:
-    parts = []
-    for key in SCORES:
-        share: Share = getattr(scores, key)
-        if share.value is None or share.wilson_95 is None:
-            parts.append(f"{key} - (no images)")
-            continue
-        low, high = share.wilson_95
-        parts.append(f"{key} {share.value:.1%} (95 %: {100 * low:.1f} to {100 * high:.1f}, n = {share.n})")
-    return ", ".join(parts)
-
-
-def _write_metrics(
-    run: RunFolder,
-    config: EvaluationSettings,
-    grid: Grid,
-    checkpoints: Mapping[str, Path],
-    measured: Mapping[str, MeasuredModel],
-    scores: Mapping[str, UnlearningScores],
-    classifier_fingerprint: str,
-) -> None:
-    models: dict[str, object] = {}
-    for name, found in measured.items():
-        models[name] = {
-            "checkpoint": str(checkpoints[name]),
-            **scores[name].as_dict(),
-            **{
-                f"{kind}_accuracy_by_class": {
-                    concept: share.value
-                    for concept, share in accuracy_by_class(found.predictions, kind).items()
-                }
-                for kind in ("style", "object")
-            },
-            "images": str(found.images),
-            "sampled_with": dict(found.manifest),
-        }
-    run.save_json(
-        "metrics.json",
-        {
-            "template": config.template,
-            "template_name": scores["after"].template_name,
-            "classifier": Path(config.classifier_path).name,
-            "classifier_fingerprint": classifier_fingerprint,
-            "styles": list(grid.styles),
-            "objects": list(grid.objects),
-            "seeds": list(grid.seeds),
-            "meanings": _meanings(scores["after"]),
-            "models": models,
-        },
-    )
-    columns = [*SCORES, "style_accuracy", "object_accuracy"]
-    header = ["model", "template", "template_name", *(f"{c}{end}" for c in columns for end in ("", "_n"))]
-    rows = []
-    for name, score in scores.items():
-        shares: list[Share] = [getattr(score, column) for column in columns]
-        numbers = [cell for share in shares for cell in (share.value, share.n)]
-        rows.append([name, config.template, score.template_name, *numbers])
-    write_atomically(run.path / "metrics.csv", table_csv(header, rows))
-
-
-def _draw(path: Path, config: EvaluationSettings, grid: Grid, measured: Mapping[str, MeasuredModel]) -> None:
-    seed = grid.seeds[0]
-    panels: dict[str, dict[tuple[str, str], Image.Image]] = {}
-    for name, found in measured.items():
-        panels[name] = {}
-        for style in grid.styles:
-            for object in grid.objects:
-                with Image.open(found.images / style / object / f"{seed}.png") as opened:
-                    panels[name][style, object] = opened.convert("RGB")
-    before_after_grid(
-        panels,
-        styles=grid.styles,
-        objects=grid.objects,
-        template=config.template,
-        template_name=config.template_name,
-        title=f"{config.template.capitalize()} {concept_label(config.template_name)} forgotten (framed): "
-        f"same prompts, seed {seed}",
-        path=path,
-    )
+def _gaps(images: Sequence[AskedImage]) -> int:
+    """How many images a full grid of the same styles, objects and seeds has beside these."""
+    if not images[0].style:
+        return 0
+    parts = zip(*(image.key for image in images), strict=True)
+    return math.prod(len(set(part)) for part in parts) - len(images)

@@ -19,7 +19,8 @@ from mu.datasets.images import load_image
 from mu.datasets.index import DataError, Row, check_choice, check_folder_names
 from mu.datasets.prompts import canvas_prompt
 from mu.errors import MuError
-from mu.evaluation.classifier import EmojiClassifier
+from mu.evaluation.classifiers import Classifier
+from mu.evaluation.images import AskedImage, of_rows
 from mu.evaluation.metrics import Prediction
 from mu.ldm.latent_diffusion import LatentDiffusion
 
@@ -66,17 +67,20 @@ class MeasuredModel:
 
     Attributes:
         images: the folder of the styles, see `Grid.rows`.
-        manifest: the model's fingerprint and the sampling settings.
+        manifest: the model's fingerprint and the sampling settings; empty for images that others sampled.
+        predictions: none where no classifier was asked.
+        asked: the images, in the order of the predictions.
     """
 
     images: Path
     manifest: Mapping[str, str]
     predictions: tuple[Prediction, ...]
+    asked: tuple[AskedImage, ...] = ()
 
 
 def measure(
     model: LatentDiffusion,
-    classifier: EmojiClassifier,
+    classifier: Classifier,
     grid: Grid,
     *,
     settings: SampleSettings,
@@ -99,12 +103,12 @@ def measure(
     images = GeneratedImages(model, folder, settings, subfolder="grids")
     rows = list(grid.rows(images.path))
     images.sample_missing(rows, batch_size=batch_size)
-    return MeasuredModel(
-        images.path, images.manifest, tuple(classify(rows, classifier, batch_size=batch_size))
-    )
+    asked = of_rows(rows)
+    predictions = tuple(classify(asked, classifier, batch_size=batch_size))
+    return MeasuredModel(images.path, images.manifest, predictions, asked)
 
 
-def check_classifier(classifier: EmojiClassifier, grid: Grid) -> None:
+def check_classifier(classifier: Classifier, grid: Grid) -> None:
     """Raises EvaluationError unless the classifier knows all styles and objects of the grid."""
     for key, asked, known in (
         ("styles", grid.styles, classifier.styles),
@@ -117,24 +121,32 @@ def check_classifier(classifier: EmojiClassifier, grid: Grid) -> None:
                 raise EvaluationError(f"{error} These are what the classifier knows.") from error
 
 
-def classify(rows: Sequence[Row], classifier: EmojiClassifier, *, batch_size: int) -> Iterator[Prediction]:
-    """What the classifier sees in the image files of `rows`: for each head its likeliest class."""
-    device = classifier.style_head.weight.device
-    with tqdm(total=len(rows), desc="classifying", unit="image", disable=None) as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+def classify(
+    images: Sequence[AskedImage], classifier: Classifier, *, batch_size: int, interpolation: str = "bicubic"
+) -> Iterator[Prediction]:
+    """What the classifier sees in image files: for each head its likeliest class, of all that it knows.
+
+    Args:
+        interpolation: how images are brought to the classifier's size, "bicubic" or "bilinear".
+    """
+    with tqdm(total=len(images), desc="classifying", unit="image", disable=None) as progress:
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
             pixels = torch.stack(
-                [load_image(row.image, classifier.input_size) for row in batch]
+                [
+                    load_image(image.path, classifier.input_size, interpolation=interpolation)
+                    for image in batch
+                ]
             )  # (B, 3, H, W)
-            styles, objects = classifier.predict(pixels.to(device))  # (B, S), (B, O)
-            for row, style, object in zip(
-                batch, styles.argmax(-1).tolist(), objects.argmax(-1).tolist(), strict=True
-            ):
+            styles, objects = (found.cpu() for found in classifier.predict(pixels))  # (B, S), (B, O)
+            for image, style, object in zip(batch, styles, objects, strict=True):
                 yield Prediction(
-                    row.style,
-                    row.object,
-                    int(row.image.stem),
-                    classifier.styles[style],
-                    classifier.objects[object],
+                    image.style,
+                    image.object,
+                    image.seed,
+                    classifier.styles[int(style.argmax())],
+                    classifier.objects[int(object.argmax())],
+                    round(float(style[classifier.styles.index(image.style)]), 6),
+                    round(float(object[classifier.objects.index(image.object)]), 6),
                 )
             progress.update(len(batch))

@@ -11,16 +11,16 @@ import csv
 import io
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 
 import numpy
 
 from mu.datasets.index import concept_label, concept_names
 from mu.errors import MuError
+from mu.evaluation.intervals import PERCENTILES, RESAMPLES, Estimate, mean_estimate
 
 KINDS = ("style", "object")
 CRA_PROMPTS = ("retained", "all")
-RESAMPLES = 10_000
 _Z95 = 1.959964  # of the normal distribution's central 95 %
 
 
@@ -30,13 +30,20 @@ class MetricsError(MuError, ValueError):
 
 @dataclass(frozen=True)
 class Prediction:
-    """The image (style, object, seed) as it was asked for, and what a classifier sees in it."""
+    """The image (style, object, seed) as it was asked for, and what a classifier sees in it.
+
+    Attributes:
+        style_probability, object_probability: what it gives the style (object) that was asked for; None in tables of
+            earlier releases. Two predictions that differ in these alone are equal.
+    """
 
     style: str
     object: str
     seed: int
     predicted_style: str
     predicted_object: str
+    style_probability: float | None = field(default=None, compare=False)
+    object_probability: float | None = field(default=None, compare=False)
 
     def asked(self, kind: str) -> str:
         """The style or the object that the prompt named."""
@@ -45,6 +52,10 @@ class Prediction:
     def seen(self, kind: str) -> str:
         """The style or the object that the classifier sees."""
         return self.predicted_style if kind == "style" else self.predicted_object
+
+    def confidence(self, kind: str) -> float | None:
+        """The probability of the style or of the object that the prompt named."""
+        return self.style_probability if kind == "style" else self.object_probability
 
     def is_right(self, kind: str) -> bool:
         """Whether the classifier sees the style (or object) that the prompt named."""
@@ -155,6 +166,44 @@ def unlearning_scores(
     )
 
 
+@dataclass(frozen=True)
+class Memorised:
+    """Whether the forgotten concept is still there, by the classifier's confidence on the concept's own prompts.
+
+    Attributes:
+        confidence: mean probability of the concept that the prompt named, in [0, 1].
+        share: part of the images in which it is at least `threshold`.
+    """
+
+    threshold: float
+    confidence: Estimate
+    share: Share
+
+
+def memorised(
+    predictions: Sequence[Prediction],
+    *,
+    template: str,
+    template_name: str | Sequence[str],
+    threshold: float,
+    left_out: Collection[str] = (),
+) -> Memorised:
+    """How sure the classifier still is of the forgotten concept. Raises MetricsError without probabilities.
+
+    UA counts an image as forgotten as soon as another class is a little likelier; this tells how far.
+    """
+    targets = concept_names(template_name)
+    found = []
+    for row in predictions:
+        if row.asked(template) in targets and row.style not in left_out and row.object not in left_out:
+            confidence = row.confidence(template)
+            if confidence is None:
+                raise MetricsError("these predictions have no probabilities; classify the images again")
+            found.append(confidence)
+    sure = sum(confidence >= threshold for confidence in found)
+    return Memorised(threshold, mean_estimate(found), count_share(sure, len(found)))
+
+
 def accuracy_by_class(predictions: Sequence[Prediction], kind: str) -> dict[str, Share]:
     """Style (or object) -> the part of the images asked for in it that are seen as it, in the rows' order."""
     groups: dict[str, list[Prediction]] = {}
@@ -170,7 +219,7 @@ def count_share(right: int, n: int) -> Share:
     part = right / n
     # Drawing n images anew and counting the right ones is one draw of a binomial distribution.
     parts = numpy.random.default_rng(0).binomial(n, part, RESAMPLES) / n
-    low, high = numpy.percentile(parts, (2.5, 97.5))
+    low, high = numpy.percentile(parts, PERCENTILES)
     middle = (part + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
     reach = _Z95 / (1 + _Z95**2 / n) * math.sqrt(part * (1 - part) / n + _Z95**2 / (4 * n**2))
     wilson = (max(0.0, middle - reach), min(1.0, middle + reach))
@@ -207,7 +256,12 @@ def _prediction(row: Mapping[str, str]) -> Prediction:
     if None in row.values():
         raise ValueError("a row is too short")
     return Prediction(
-        row["style"], row["object"], int(row["seed"]), row["predicted_style"], row["predicted_object"]
+        row["style"],
+        row["object"],
+        int(row["seed"]),
+        row["predicted_style"],
+        row["predicted_object"],
+        *(float(row[name]) if row.get(name) else None for name in _COLUMNS[5:]),
     )
 
 

@@ -28,6 +28,7 @@ PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
 FINGERPRINT_KEY = "mu.fingerprint"
 """Metadata key of the SHA-256 that files written here carry."""
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict")
 _AGAIN = "get the file again, and compare its size and SHA-256 with those of its source"
 
 
@@ -63,7 +64,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 
     Args:
         path: `.safetensors`, or a file of `torch.save` (zip or old format) that holds a state dict, bare or under
-            `state_dict`.
+            `state_dict` or `model_state_dict`.
 
     Returns:
         The tensors by name, and the file's metadata: safetensors' own, or the plain values beside `state_dict`.
@@ -306,7 +307,8 @@ def _tensors_of(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, 
     """The state dict inside a pickled object, and the plain values beside it as strings."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict (name -> tensor)")
-    state_dict = content.get("state_dict", content)
+    nested = next((key for key in _STATE_DICT_KEYS if key in content), None)
+    state_dict = content if nested is None else content[nested]
     if not (isinstance(state_dict, Mapping) and any(isinstance(v, Tensor) for v in state_dict.values())):
         keys = ", ".join(repr(key) for key in list(content)[:5])
         raise CheckpointError(f"{path} holds no state dict; its top-level keys are {keys or 'none'}")

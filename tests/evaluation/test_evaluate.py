@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -20,6 +23,7 @@ from mu.datasets.index import DataError
 from mu.evaluation import evaluate
 from mu.evaluation.classifier import EmojiClassifier, save_classifier
 from mu.evaluation.evaluate import EvaluationError, Grid, MeasuredModel, measure
+from mu.evaluation.images import of_rows
 from mu.evaluation.metrics import read_predictions, unlearning_scores
 from mu.ldm import LatentDiffusion, save_checkpoint
 
@@ -238,3 +242,194 @@ def test_what_the_classifier_does_not_know_is_refused_before_sampling(config: Ev
 def test_a_seed_given_twice_is_refused() -> None:
     with pytest.raises(EvaluationError, match=r"seeds must be different numbers.*\[188, 188\]"):
         Grid(STYLES, OBJECTS, (188, 188))
+
+
+def metrics_of(result: dict[str, object]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(str(result["run"])) / "metrics.json").read_text())
+    return found
+
+
+def test_a_folder_of_images_has_the_scores_of_the_checkpoint_that_drew_them(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    config = replace(config, fid_reference="base", fid_resamples=20)
+    drawn = metrics_of(evaluate.run(config))
+    folders = {}
+    for name, model in drawn["models"].items():
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        for path in Path(model["images"]).rglob(
+            "*.png"
+        ):  # in the other layout, and so in another order on disk
+            style, object, seed = path.relative_to(model["images"]).with_suffix("").parts
+            shutil.copy(path, folders[name] / f"{style}_{object}_seed{seed}.png")
+    given = {"images_dir": str(folders["after"]), "ckpt_path": "none.ckpt", "model_config_path": "none.yaml"}
+    both = replace(config, **given, base_images_dir=str(folders["before"]), base_ckpt_path=None)
+    read = metrics_of(evaluate.run(both))
+    places = {"checkpoint", "images_dir", "images", "sampled_with"}
+    for name, model in drawn["models"].items():
+        numbers = {key: value for key, value in model.items() if key not in places}
+        assert {key: value for key, value in read["models"][name].items() if key not in places} == numbers
+    assert drawn["models"]["after"]["fid"]["n"] == 6  # the retained prompts' images
+    assert (read["styles"], read["objects"], read["seeds"]) == (list(STYLES), list(OBJECTS), [188, 288])
+
+
+def test_a_base_checkpoint_is_sampled_for_the_images_of_a_folder(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    drawn = metrics_of(evaluate.run(config))
+    folder = tmp_path / "part"
+    source = Path(drawn["models"]["after"]["images"])
+    for name in ("Noto/Cats/188.png", "Fluent_Flat/Cats/288.png"):
+        (folder / name).parent.mkdir(parents=True)
+        shutil.copy(source / name, folder / name)
+    result = evaluate.run(replace(config, images_dir=str(folder), styles=None, objects=None))
+    run = Path(str(result["run"]))
+    for name in ("before", "after"):
+        rows = read_predictions((run / f"predictions_{name}.csv").read_bytes())
+        assert [(row.style, row.object, row.seed) for row in rows] == [
+            ("Noto", "Cats", 188),
+            ("Fluent_Flat", "Cats", 288),
+        ]
+    assert "no images of 2 of its styles x objects x seeds" in (run / "log.txt").read_text()
+
+
+def test_folders_of_other_seeds_are_no_pair(config: EvaluateConfig, tmp_path: Path) -> None:
+    for name, seed in (("base", 1), ("images", 2)):
+        (tmp_path / name / "Noto" / "Cats").mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "Noto" / "Cats" / f"{seed}.png")
+    folders = {"images_dir": str(tmp_path / "images"), "base_images_dir": str(tmp_path / "base")}
+    with pytest.raises(EvaluationError, match="2 are in one of them alone, such as Noto, Cats, 1"):
+        evaluate.run(replace(config, **folders, base_ckpt_path=None, styles=None, objects=None))
+
+
+def test_the_base_has_a_distance_from_seed_to_seed(config: EvaluateConfig) -> None:
+    """Its images of other seeds are the reference of both models; each image is sampled once."""
+    config = replace(config, fid_resamples=20)
+    with_seeds = replace(config, fid_reference="base_other_seeds", fid_reference_seeds=(7, 8, 9))
+    result = evaluate.run(with_seeds)
+    models = metrics_of(result)["models"]
+    for name in ("before", "after"):
+        for key in ("fid", "kid"):
+            found = models[name][key]
+            assert (found["n"], found["n_reference"], found["prompts"]) == (6, 9, "retained")
+            assert found["reference"] == "base, seeds 7, 8, 9"
+            low, high = found["bootstrap_95"]
+            assert low < found["value"] < high
+    assert models["after"]["fid"]["value"] != models["before"]["fid"]["value"]
+    assert len(pixels(Path(models["before"]["images"]))) == 12 + 18
+    assert "FID" in result
+    assert result["fid_prompts"] == "retained"
+
+    # The same reference as a folder: only the prompts that count are taken from it.
+    others = Path(models["before"]["images"])
+    for seed in (188, 288):
+        for path in others.rglob(f"{seed}.png"):
+            path.unlink()
+    again = replace(config, fid_reference="folder", fid_reference_dir=str(others), base_ckpt_path=None)
+    found = metrics_of(evaluate.run(again))["models"]["after"]["fid"]
+    assert found["value"] == models["after"]["fid"]["value"]
+    assert found["n_reference"] == 9
+
+
+def test_which_prompts_fid_is_of_is_an_option(config: EvaluateConfig) -> None:
+    for prompts, n in (("retained", 6), ("forgotten", 6), ("all", 12)):
+        chosen = replace(config, fid_reference="base", fid_prompts=prompts, fid_resamples=0)
+        result = evaluate.run(chosen)
+        models = metrics_of(result)["models"]
+        assert (models["after"]["fid"]["n"], result["fid_prompts"]) == (n, prompts)
+        assert "fid" not in models["before"]  # the reference itself
+        assert models["after"]["fid"]["bootstrap_95"] is None
+
+
+def test_images_without_concepts_need_no_classifier(config: EvaluateConfig, tmp_path: Path) -> None:
+    for folder in ("images", "reference"):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            values = numpy.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=numpy.uint8)
+            Image.fromarray(values).save(tmp_path / folder / f"photo {number}.png")
+    (tmp_path / "features_of_this_test.py").write_text(
+        "class Means:\n    name, input_size = 'means', None\n    def __init__(self, device): pass\n"
+        "    def features(self, images): return images.float().mean(dim=(2, 3))\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        result = evaluate.run(
+            replace(
+                config,
+                classifier="none",
+                base_ckpt_path=None,
+                images_dir=str(tmp_path / "images"),
+                fid_reference="folder",
+                fid_reference_dir=str(tmp_path / "reference"),
+                fid_features="features_of_this_test:Means",
+            )
+        )
+    finally:
+        sys.path.remove(str(tmp_path))
+    found = metrics_of(result)["models"]["after"]
+    assert found["fid"]["value"] == pytest.approx(0, abs=1e-6)
+    assert (found["fid"]["n"], found["n_images"], found["fid"]["features"]) == (3, 3, "means")
+    assert "UA" not in found
+    assert "UA" not in result
+
+
+def test_every_number_has_its_n_and_interval(config: EvaluateConfig) -> None:
+    found = metrics_of(evaluate.run(replace(config, fid_reference="base", fid_resamples=10)))
+    after = found["models"]["after"]
+    numbers = [after[key] for key in ("UA", "IRA", "CRA", "own", "style_accuracy", "fid", "kid")]
+    numbers += [after["memorised"]["confidence"], after["memorised"]["share"]]
+    numbers += [*after["style_shares_by_class"].values(), *after["object_shares_by_class"].values()]
+    for number in numbers:
+        assert number["n"] >= 4
+        low, high = number["bootstrap_95"]
+        assert low <= number["value"] <= high
+    assert found["readings"]["classifier_resize"] == "bicubic"
+
+
+SAMPLE = """
+import sys
+from pathlib import Path
+from mu.datasets.generated import GeneratedImages, SampleSettings
+from mu.evaluation.grid import Grid
+from mu.ldm import load_model
+yaml, checkpoint, folder, styles = sys.argv[1:]
+images = GeneratedImages(load_model(yaml, checkpoint), folder, SampleSettings(2, 3.0, 16), subfolder="grids")
+grid = Grid(tuple(styles.split(",")), ("Cats", "Dogs", "Cars"), (188, 288))
+images.sample_missing(list(grid.rows(images.path)), batch_size=4)
+"""
+
+
+def test_two_processes_at_once_give_the_images_of_one(
+    config: EvaluateConfig,
+    make_tiny_model: Callable[..., LatentDiffusion],
+    classifier: EmojiClassifier,
+    tmp_path: Path,
+) -> None:
+    """Each samples one style and, second, the other's: what one has written the other keeps."""
+    arguments = [config.model_config_path, str(config.base_ckpt_path), str(tmp_path / "two")]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SAMPLE, *arguments, ",".join(styles)])
+        for styles in (STYLES, STYLES[::-1])
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    alone = sampled(make_tiny_model(0), classifier, tmp_path / "one")
+    (folder,) = (tmp_path / "two" / "grids").iterdir()
+    assert folder.name == alone.images.name
+    together = pixels(folder)
+    assert len(together) == 12
+    for name, image in pixels(alone.images).items():
+        assert abs(image - together[name]).max() <= 1, name  # batches differ, so rounding may
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".png", ".json")]
+
+
+def test_a_classification_does_not_depend_on_the_batch(
+    tiny_model: LatentDiffusion, classifier: EmojiClassifier, tmp_path: Path
+) -> None:
+    found = sampled(tiny_model, classifier, tmp_path)
+    assert found.asked == of_rows(list(GRID.rows(found.images)))
+    other = sampled(tiny_model, classifier, tmp_path, batch_size=7)
+    for one, two in zip(found.predictions, other.predictions, strict=True):
+        assert one == two
+        assert one.style_probability == pytest.approx(two.style_probability, abs=2e-6)
+        assert one.object_probability == pytest.approx(two.object_probability, abs=2e-6)

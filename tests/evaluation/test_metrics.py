@@ -136,7 +136,9 @@ def test_bootstrap_interval_has_the_width_of_a_proportion() -> None:
 
 def test_predictions_are_read_as_they_were_written() -> None:
     content = predictions_csv(TABLE)
-    assert content.decode().splitlines()[0] == "style,object,seed,predicted_style,predicted_object"
+    assert content.decode().splitlines()[0] == (
+        "style,object,seed,predicted_style,predicted_object,style_probability,object_probability"
+    )
     assert read_predictions(content) == TABLE
     with pytest.raises(MetricsError, match="columns style, object, seed"):
         read_predictions(b"style,object\nNoto,Cats\n")

@@ -19,11 +19,13 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
     file_problems,
     is_checkpoint,
 )
+from mu.algorithms.saliency_unlearning.configs.quality import QualityKeys
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig
 from mu.config import Config, ConfigError, load_config, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.index import DataError, concept_names
 from mu.datasets.prompt_table import Case, read_prompt_table
+from mu.datasets.unlearn_canvas_names import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
 from mu.devices import DEVICES_PATTERN
 from mu.run_folder import writable_problem
 
@@ -168,8 +170,8 @@ class ScoringKeys(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ScoringKeys, ModelKeys):
-    """What a checkpoint forgot and what it kept, on the grid of styles x objects."""
+class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
+    """What a checkpoint, or a folder of images, forgot and what it kept, on the grid of styles x objects."""
 
     ckpt_path: str = setting(
         EMOJI_CHECKPOINT,
@@ -180,6 +182,15 @@ class EvaluateConfig(ScoringKeys, ModelKeys):
     base_ckpt_path: str | None = setting(
         None, "Checkpoint before unlearning, measured beside it on the same prompts and seeds.", kind="path"
     )
+    images_dir: str | None = setting(
+        None,
+        "Measure these images, all that are there, instead of ckpt_path's: <Style>/<Object>/<seed>.png, "
+        "<Style>_<Object>_seed<seed>.png, or a folder of the command sample; with classifier none, any images.",
+        kind="path",
+    )
+    base_images_dir: str | None = setting(
+        None, "Likewise instead of base_ckpt_path, of the same styles, objects and seeds.", kind="path"
+    )
     model_config_path: str = setting(
         EMOJI_MODEL_CONFIG, "CompVis YAML with the structure of both models.", kind="path"
     )
@@ -188,18 +199,59 @@ class EvaluateConfig(ScoringKeys, ModelKeys):
         "Noto", "Name of the forgotten concept, or of several that were forgotten together.", kind="name"
     )
     styles: tuple[str, ...] | None = setting(
-        None, "Styles of the grid; null: EmojiCanvas' seven.", kind="name"
+        None,
+        "Styles of the grid; null: EmojiCanvas' seven, with classifier unlearn_canvas its 51, and of images_dir those "
+        "that are there.",
+        kind="name",
     )
     objects: tuple[str, ...] | None = setting(
-        None, "Objects of the grid; null: EmojiCanvas' twelve.", kind="name"
+        None,
+        "Objects of the grid; null: as of styles, EmojiCanvas' twelve or UnlearnCanvas' 20.",
+        kind="name",
     )
     output_dir: str = setting(f"{OUTPUTS}/evaluations", "The run's folder is made in it.", kind="path")
 
+    def all_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The styles and objects of the grid; of images_dir, those that may be there."""
+        styles, objects = STYLES, OBJECTS
+        if self.classifier == "unlearn_canvas":
+            styles, objects = UNLEARN_CANVAS_STYLES, UNLEARN_CANVAS_OBJECTS
+        return self.styles or styles, self.objects or objects
+
     def conflicts(self) -> Iterator[Problem]:
-        yield from self._left_out_problems(
-            self.styles or STYLES, self.objects or OBJECTS, forgotten=concept_names(self.template_name)
-        )
-        names = (self.styles or STYLES) if self.template == "style" else (self.objects or OBJECTS)
+        yield from super().conflicts()
+        if self.base_ckpt_path is not None and self.base_images_dir is not None:
+            yield ("base_ckpt_path", "base_images_dir"), "give one of the two"
+        if self.base_images_dir is not None and self.images_dir is None:
+            yield (
+                ("base_images_dir", "images_dir"),
+                "goes with images_dir; for a checkpoint give base_ckpt_path",
+            )
+        needed = {
+            "base": ("base_ckpt_path", "base_images_dir"),
+            "base_other_seeds": ("base_ckpt_path",),
+        }.get(self.fid_reference, ())
+        if needed and all(getattr(self, key) is None for key in needed):
+            yield ("fid_reference", *needed), f"{self.fid_reference} needs {' or '.join(needed)}"
+        if self.fid_reference == "base_other_seeds" and (
+            same := set(self.seeds) & set(self.fid_reference_seeds)
+        ):
+            yield ("fid_reference_seeds", "seeds"), f"both have {min(same)}; the reference's must be others"
+        if self.classifier == "none" and self.images_dir is not None:
+            if self.base_ckpt_path is not None:
+                keys = ("base_ckpt_path", "classifier")
+                yield (
+                    keys,
+                    "without a classifier, images_dir says no styles and objects; give base_images_dir",
+                )
+            return
+        styles, objects = self.all_names()
+        if ":" not in self.classifier or (self.styles and self.objects):
+            yield from self._concept_problems(styles, objects)
+
+    def _concept_problems(self, styles: tuple[str, ...], objects: tuple[str, ...]) -> Iterator[Problem]:
+        yield from self._left_out_problems(styles, objects, forgotten=concept_names(self.template_name))
+        names = styles if self.template == "style" else objects
         unknown = [name for name in concept_names(self.template_name) if name not in names]
         for name in unknown[:1]:
             message = f"there is no {self.template} {name!r}; the grid has: {', '.join(names)}."
@@ -210,9 +262,10 @@ class EvaluateConfig(ScoringKeys, ModelKeys):
         return checkpoint_file(self.ckpt_path, template=self.template, template_name=self.template_name)
 
     def _checkpoint_problems(self) -> Iterator[Problem]:
-        return checkpoint_problems(
-            "ckpt_path", self.ckpt_path, template=self.template, template_name=self.template_name
-        )
+        if self.images_dir is None:
+            yield from checkpoint_problems(
+                "ckpt_path", self.ckpt_path, template=self.template, template_name=self.template_name
+            )
 
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
@@ -220,6 +273,10 @@ class EvaluateConfig(ScoringKeys, ModelKeys):
             yield from file_problems(
                 "base_ckpt_path", self.base_ckpt_path, advice="give the model before training"
             )
+        for key in ("images_dir", "base_images_dir"):
+            folder = getattr(self, key)
+            if folder is not None and not resolve_path(folder).is_dir():
+                yield (key,), f"there is no folder {folder}; give one of images, or leave the key out"
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
 

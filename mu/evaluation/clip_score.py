@@ -1,0 +1,87 @@
+"""CLIP score: how well images fit their prompts (Hessel et al., 2021, arXiv 2104.08718), by open_clip.
+
+Told is 100 max(cos, 0) of an image's and its prompt's embedding, as torchmetrics does; the paper's own factor is 2.5.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mu.errors import MuError
+from mu.evaluation.images import AskedImage
+
+
+class ClipError(MuError, ValueError):
+    """A CLIP model that cannot be had."""
+
+
+class ClipScorer:
+    """A model of open_clip.
+
+    Args:
+        model_name: as open_clip calls it, such as ViT-L-14.
+        weights: a file, or a tag of open_clip such as openai, whose file is downloaded once into its cache.
+
+    Raises:
+        ClipError: no such model or tag, no file and no network, or weights of another model.
+    """
+
+    def __init__(self, model_name: str, weights: str, device: str = "cpu") -> None:
+        import open_clip  # late: it imports torchvision
+
+        if model_name not in open_clip.list_models():
+            raise ClipError(
+                f"clip_model: open_clip has no {model_name!r}; it has: {', '.join(open_clip.list_models()[:20])}, ..."
+            )
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        if not Path(weights).is_file() and weights not in tags:
+            raise ClipError(
+                f"clip_weights: {weights!r} is neither a file nor one of open_clip's weights for {model_name}: "
+                f"{', '.join(tags) or 'none'}"
+            )
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                model_name, pretrained=weights, device=device
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ClipError(
+                f"clip_weights: the weights {weights!r} of {model_name} cannot be had ({reason}). Without a network, "
+                "download them elsewhere and give the file's path"
+            ) from error
+        self.model = model.eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.tokenizer = open_clip.get_tokenizer(model_name)
+        self.device = device
+        self.name = f"{model_name}, {os.path.basename(weights)}"
+
+    @torch.no_grad()
+    def scores(self, images: Sequence[AskedImage], *, batch_size: int) -> list[float]:
+        """100 max(cos, 0) of each image and its prompt, in order."""
+        prompts = sorted({image.prompt for image in images})
+        texts: dict[str, torch.Tensor] = {}
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            embedded = self.model.encode_text(self.tokenizer(part).to(self.device), normalize=True)  # (B, D)
+            texts.update(zip(part, embedded, strict=True))
+        found: list[float] = []
+        with tqdm(total=len(images), desc="CLIP score", unit="image", disable=None) as progress:
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size]
+                pixels = torch.stack([self._pixels(image.path) for image in batch]).to(self.device)
+                seen = self.model.encode_image(pixels, normalize=True)  # (B, D)
+                said = torch.stack([texts[image.prompt] for image in batch])  # (B, D)
+                found += (100 * (seen * said).sum(dim=-1)).clamp(min=0).tolist()
+                progress.update(len(batch))
+        return found
+
+    def _pixels(self, path: Path) -> torch.Tensor:
+        with Image.open(path) as opened:
+            pixels: torch.Tensor = self.preprocess(opened.convert("RGB"))
+            return pixels
