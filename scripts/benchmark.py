@@ -276,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, help="model_channels of the UNet; SD v1 has 320")
     parser.add_argument("--train_method", help="which weights move, as in the config of training")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
-                        help="of careful, and of our training; weights are fp32 in all arms")  # fmt: skip
+                        help="of careful and ours; weights are fp32 in all arms")  # fmt: skip
     parser.add_argument("--budget_s", type=float, default=20.0,
                         help="no further repeat begins after so many seconds of one measurement")  # fmt: skip
     parser.add_argument("--timeout_s", type=float, default=3600.0, help="of one part of one arm")

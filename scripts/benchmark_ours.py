@@ -7,20 +7,29 @@ The parts *mask*, *threshold* and *step* are measured here; the whole job runs t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from benchmark_arms import ALPHA, C_GUIDANCE, LR, Arm, Careful, EncodedOnce, Examples, Plain, Values
 from torch import Tensor
 
+from mu.algorithms.saliency_unlearning.compute import Compute, computing
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency, save_mask, threshold_masks
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer, salun_loss
-from mu.ldm import save_checkpoint
+from mu.ldm import LatentDiffusion, save_checkpoint
 
 
 class Ours(EncodedOnce):
     """The library's own functions, in the order in which its two algorithms call them."""
+
+    def __init__(self, model: LatentDiffusion, *, substitute: str, autocast: bool) -> None:
+        super().__init__(model, substitute=substitute, autocast=autocast)
+        self.compute = Compute(
+            precision="bf16-mixed" if autocast else "fp32", channels_last=self.device.type == "cuda"
+        )
+        self.training = ExitStack()
 
     def saliency(self, batches: Iterable[Examples]) -> Values:
         def ready() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
@@ -30,7 +39,8 @@ class Ours(EncodedOnce):
                 latents = self._latents(batch)
                 yield latents, batch.timesteps.to(self.device), batch.noise.to(self.device), context, empty
 
-        return accumulate_saliency(self.model, ready(), c_guidance=C_GUIDANCE)
+        with computing(self.model, self.compute):
+            return accumulate_saliency(self.model, ready(), c_guidance=C_GUIDANCE, compute=self.compute)
 
     @staticmethod
     def mask(saliency: Values, threshold: float) -> Values:
@@ -44,7 +54,8 @@ class Ours(EncodedOnce):
     def start_training(self, mask: Values, train_method: str) -> None:
         on_device = {name: marked.to(self.device) for name, marked in mask.items()}
         self.unlearned = SaliencyUnlearnModel(self.model, train_method, on_device)
-        self.trainer = SaliencyUnlearnTrainer(self.unlearned, alpha=ALPHA, lr=LR)
+        self.training.enter_context(computing(self.model, self.compute))
+        self.trainer = SaliencyUnlearnTrainer(self.unlearned, alpha=ALPHA, lr=LR, compute=self.compute)
         self.optimizer = self.trainer.configure_optimizers()
 
     def step(self, forget: Examples, retain: Examples) -> None:

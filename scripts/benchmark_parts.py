@@ -250,6 +250,7 @@ def _config(kind: type[MaskConfig | TrainConfig], spec: Spec, **more: Any) -> di
         "processed_dataset_dir": str(job / "processed"),
         "image_size": spec.image_size,
         "threshold": spec.threshold,
+        "precision": "bf16-mixed" if spec.autocast else "fp32",
         "output_dir": str(job / "runs"),
     }
     if kind is MaskConfig:
@@ -263,7 +264,6 @@ def _config(kind: type[MaskConfig | TrainConfig], spec: Spec, **more: Any) -> di
         "train_method": spec.train_method,
         "alpha": ALPHA,
         "lr": LR,
-        "precision": "bf16-mixed" if spec.autocast else "fp32",
         "sample_prompts": [],
     }
 

@@ -51,7 +51,7 @@ class Spec:
     train_method: str
     threshold: float
     autocast: bool
-    """bf16 autocast of careful's two stages and of our training."""
+    """bf16 autocast of careful's and our two stages."""
     matmul_side: int
     """Of the square matrices whose product gives the device's rate."""
     repeats: int

@@ -85,8 +85,8 @@ def heading(report: Report) -> str:
         f"A UNet of {report['model']['weights']['unet']:,} weights, train method {settings['train_method']}, "
         f"{settings['image_size']} px; {settings['images']} images to forget and as many to retain, "
         f"batches of {settings['mask_batch_size']} for the mask and of {settings['batch_size']} + "
-        f"{settings['retain_batch_size']} in training, {settings['epochs']} epochs; careful's two stages "
-        f"and our training in {'bf16 autocast' if settings['autocast'] else 'fp32'}. {where}; "
+        f"{settings['retain_batch_size']} in training, {settings['epochs']} epochs; careful and ours "
+        f"in {'bf16 autocast' if settings['autocast'] else 'fp32'}. {where}; "
         f"torch {torch['version']}; matrices of {rates['side']} x {rates['side']} multiply at "
         f"{rates['fp32_tflops']:.3g} TFLOP/s in fp32 and {rates['bf16_tflops']:.3g} in bf16. {report['date'][:10]}."
     )
