@@ -1,4 +1,4 @@
-"""Masked fine-tuning: the two losses of SalUn (Fan et al. 2024, equation 6), nothing else."""
+"""Masked fine-tuning: the two losses of SalUn (Fan et al. 2024, equation 6), and those of its controls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mu.algorithms.saliency_unlearning.optim import MaskedAdam
 from mu.algorithms.saliency_unlearning.prediction import NoisePredictor, predict_noise, predict_noise_pair
 from mu.ldm import LatentDiffusion
 
-__all__ = ["SaliencyUnlearnTrainer", "TrainingError", "salun_loss"]
+__all__ = ["SaliencyUnlearnTrainer", "TrainingError", "ascent_loss", "retain_loss", "salun_loss"]
 
 ForgetBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """latents (B, C, H, W), timesteps (B,), noise (B, C, H, W), context (B, L, D), substitute_context (B, L', D)."""
@@ -58,8 +58,26 @@ def salun_loss(
     return forget_term + alpha * retain_term, forget_term, retain_term
 
 
+def ascent_loss(model: LatentDiffusion, forget: ForgetBatch) -> Tensor:
+    """-E ||eps(z_t | c_f) - eps||^2: gradient ascent on the forget set (Thudi et al. 2022), a control.
+
+    It has no lower bound: the more steps, the less is left of anything. Returns an fp32 scalar.
+    """
+    latents, timesteps, noise, context, _ = forget
+    return -retain_loss(model, (latents, timesteps, noise, context))
+
+
+def retain_loss(model: LatentDiffusion, retain: RetainBatch) -> Tensor:
+    """E ||eps(z_t^r | c_r) - eps||^2: fine-tuning on the retain set alone (Warnecke et al. 2021), a control."""
+    latents, timesteps, noise, context = retain
+    prediction = predict_noise(
+        model, model.q_sample(latents, timesteps, noise), timesteps, context
+    )  # (B', C, H, W)
+    return F.mse_loss(prediction, noise.float())
+
+
 class SaliencyUnlearnTrainer(pl.LightningModule):
-    """Lightning's view of the training: one `salun_loss` a step, `MaskedAdam`, and a stop at anything not finite.
+    """Lightning's view of the training: one loss a step, `MaskedAdam`, and a stop at anything not finite.
 
     A batch is {"forget": `ForgetBatch`, "retain": `RetainBatch`}.
 
@@ -69,6 +87,8 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         lr: learning rate of Adam.
         decay_steps: the learning rate falls linearly to 0 over so many steps; None keeps it constant.
         target: which model predicts for the substitute prompt: the current one, or the frozen original.
+        objective: "salun", `salun_loss`; or a control without `alpha` and `target`: "ascent", `ascent_loss`, or
+            "retain", `retain_loss`. The term that a control has not is logged as 0.
 
     Raises:
         TrainingError: while training, a loss or a gradient is NaN or infinite; names the step and its
@@ -83,15 +103,19 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         lr: float,
         decay_steps: int | None = None,
         target: str = "current",
+        objective: str = "salun",
     ) -> None:
         super().__init__()
+        if objective not in ("salun", "ascent", "retain"):
+            raise ValueError(f"objective is {objective!r}; known: salun, ascent, retain")
         if target not in ("current", "frozen"):
             raise ValueError(f"target is {target!r}; known: current, frozen")
         self.model = model
         self.alpha = alpha
         self.lr = lr
         self.decay_steps = decay_steps
-        self.target_model = FrozenOriginal(model) if target == "frozen" else None
+        self.objective = objective
+        self.target_model = FrozenOriginal(model) if target == "frozen" and objective == "salun" else None
         self._images = ""
 
     def configure_optimizers(self) -> Any:
@@ -105,9 +129,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
-        loss, forget_term, retain_term = salun_loss(
-            self.model.ldm, batch["forget"], batch["retain"], self.alpha, self.target_model
-        )
+        loss, forget_term, retain_term = self._terms(batch)
         self._images = "; ".join(f"{part}: {', '.join(files)}" for part, files in batch["images"].items())
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -118,6 +140,17 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         terms = {"loss": loss.detach(), "forget": forget_term.detach(), "retain": retain_term.detach()}
         self.log_dict(terms, prog_bar=True, batch_size=len(batch["forget"][0]))
         return loss
+
+    def _terms(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, forget term, retain term of the objective: fp32 scalars."""
+        ldm, forget, retain = self.model.ldm, batch["forget"], batch["retain"]
+        if self.objective == "salun":
+            return salun_loss(ldm, forget, retain, self.alpha, self.target_model)
+        if self.objective == "ascent":
+            loss = ascent_loss(ldm, forget)
+            return loss, loss, torch.zeros_like(loss)
+        loss = retain_loss(ldm, retain)
+        return loss, torch.zeros_like(loss), loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
         """Look at all gradients; Lightning calls this before it clips them, and before the optimizer writes."""
