@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from mu.algorithms.saliency_unlearning.workers import WorkerError, at_work, claimed
-from mu.errors import MuError
 
 
 def test_a_folder_has_one_claim_at_a_time(tmp_path: Path) -> None:
@@ -49,11 +49,31 @@ def test_a_place_that_cannot_be_claimed_is_named(tmp_path: Path) -> None:
         pass
 
 
+HELPERS = """
+import torch
+from pathlib import Path
+
+def begin(name):
+    global device
+    device = name
+
+def note(path):
+    if path.endswith("bad"):
+        raise MuError("it has no images")
+    Path(path).write_text(f"{device} {torch.get_num_threads()}")
+"""
+
+
 @pytest.mark.slow
-def test_workers_share_devices_and_threads_and_name_their_errors(tmp_path: Path) -> None:
+def test_workers_share_devices_and_threads_and_name_their_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "helpers_of_workers.py").write_text(HELPERS)  # a test module is not found by other processes
+    monkeypatch.syspath_prepend(tmp_path)
+    helpers = importlib.import_module("helpers_of_workers")
     names = ["a", "b", "c", "bad"]
     paths = [str(tmp_path / name) for name in names]
-    with at_work(_note, paths, start=_begin, devices=["7", "8"], workers=2) as wait_for:
+    with at_work(helpers.note, paths, start=helpers.begin, devices=["7", "8"], workers=2) as wait_for:
         for path in paths[:3]:
             wait_for(path)
         with pytest.raises(WorkerError, match=r"bad: it has no images$"):
@@ -61,17 +81,3 @@ def test_workers_share_devices_and_threads_and_name_their_errors(tmp_path: Path)
     noted = [Path(path).read_text().split() for path in paths[:3]]
     assert {device for device, _ in noted} <= {"7", "8"}
     assert {int(threads) for _, threads in noted} == {max(1, torch.get_num_threads() // 2)}
-
-
-_device = ""
-
-
-def _begin(device: str) -> None:
-    global _device
-    _device = device
-
-
-def _note(path: str) -> None:
-    if path.endswith("bad"):
-        raise MuError("it has no images")
-    Path(path).write_text(f"{_device} {torch.get_num_threads()}")
