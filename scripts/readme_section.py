@@ -1,4 +1,4 @@
-"""A part of README.md, or of another page, between two markers, made by a script: written, or checked to be what it would write."""
+"""A part of README.md, or another page, between two markers, made by a script: written, or checked for what it says."""
 
 from __future__ import annotations
 
