@@ -52,6 +52,7 @@ def test_a_place_that_cannot_be_claimed_is_named(tmp_path: Path) -> None:
 HELPERS = """
 import torch
 from pathlib import Path
+from mu.errors import MuError
 
 def begin(name):
     global device
