@@ -61,7 +61,7 @@ def finished(tiny_runs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         sample_steps=2,
         guidance_scale=3.0,
         classifier_path=str(folder / "classifier.safetensors"),
-        devices="cpu",
+        devices=("cpu",),
         output_dir=str(folder / "table"),
     )
     with pytest.MonkeyPatch.context() as patch:
