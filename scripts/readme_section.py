@@ -1,4 +1,4 @@
-"""A part of README.md between two markers, made by a script: written, or checked to be what it would write."""
+"""A part of README.md, or another page, between two markers, made by a script: written, or checked for what it says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def with_section(page: str, name: str, content: str) -> str:
     before, begin, rest = page.partition(begin_mark)
     _, end, after = rest.partition(end_mark)
     if not begin or not end or begin_mark in after or end_mark in after:
-        raise ValueError(f"{README.name} must have {begin_mark} and {end_mark}, once each")
+        raise ValueError(f"the page must have {begin_mark} and {end_mark}, once each")
     return f"{before}{begin_mark}\n{content}\n{end_mark}{after}"
 
 
@@ -27,6 +27,7 @@ def run(
     description: str | None,
     advice: str,
     arguments: Sequence[str] | None,
+    path: Path = README,
 ) -> int:
     """The command of such a script; returns its exit code. `advice` follows the message that the page is wrong."""
     parser = argparse.ArgumentParser(
@@ -34,11 +35,11 @@ def run(
     )
     parser.add_argument("--check", action="store_true", help="write nothing, tell whether the page is right")
     check = parser.parse_args(arguments).check
-    old = README.read_text(encoding="utf-8")
+    old = path.read_text(encoding="utf-8")
     new = with_section(old, name, make())
     if check and new != old:
-        print(f"{README.name} is not {advice}", file=sys.stderr)
+        print(f"{path.name} is not {advice}", file=sys.stderr)
         return 1
     if not check:
-        README.write_text(new, encoding="utf-8")
+        path.write_text(new, encoding="utf-8")
     return 0

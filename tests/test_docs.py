@@ -48,8 +48,9 @@ def test_imports_in_examples_work(page: Path) -> None:
             exec(statement, {})
 
 
-def test_tables_of_keys_are_those_of_the_config_classes() -> None:
-    script = [sys.executable, str(ROOT / "scripts/readme_keys.py"), "--check"]
+@pytest.mark.parametrize("name", ["readme_keys", "readme_table", "controls_table"])
+def test_tables_are_what_their_scripts_make(name: str) -> None:
+    script = [sys.executable, str(ROOT / f"scripts/{name}.py"), "--check"]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

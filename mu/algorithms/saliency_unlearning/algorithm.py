@@ -246,6 +246,7 @@ class SaliencyUnlearningAlgorithm:
                 decay_steps=data.total_steps if config.lr_schedule == "linear" else None,
                 target=config.target,
                 retain_target=config.retain_target,
+                objective=config.objective,
                 compute=compute,
                 micro_batch_size=config.micro_batch_size,
                 optimizer=config.optimizer,
@@ -262,7 +263,9 @@ class SaliencyUnlearningAlgorithm:
             check_mask(mask, ldm.unet, metadata=metadata, fingerprint=unet_fingerprint(ldm))
             return {name: marked.to(ldm.device) for name, marked in mask.items()}
         if config.masking == "random":
-            return random_mask(dict(ldm.unet.named_parameters()), config.threshold, seed=config.mask_seed)
+            pool = names_of(ldm.unet, config.train_method) if config.mask_pool == "train_method" else None
+            parameters = dict(ldm.unet.named_parameters())
+            return random_mask(parameters, config.threshold, seed=config.mask_seed, pool=pool)
         return None
 
 

@@ -1,24 +1,35 @@
 """The results table: every style and every object forgotten in turn by one recipe each, and measured.
 
-Goes on where it stopped: a finished concept is noted in `<output_dir>/runs/<concept>/made.json`, and images that exist
-are not sampled again, those of the base model once for all rows. Nothing is chosen by what comes out: each concept is
-unlearned once, and counted.
+A row is a concept, a method (the recipe, or a control of it) and a threshold. Goes on where it stopped: a finished row
+is noted in a `made.json` below `<output_dir>/runs/<concept>`, and images that exist are not sampled again, those of the
+base model once for all rows. Nothing is chosen by what comes out: each row is unlearned once, and counted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.configs import PACKAGED, BenchmarkConfig, MaskConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.results_table import SCORES, Row, markdown, mean_of, reading
+from mu.algorithms.saliency_unlearning.configs import BenchmarkConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.results_table import (
+    SCORES,
+    Row,
+    by_method,
+    label,
+    markdown,
+    mean_of,
+    reading,
+)
+from mu.algorithms.saliency_unlearning.variants import Variant, concept_folder, variants
+from mu.algorithms.saliency_unlearning.workers import at_work, claimed
 from mu.atomic import write_atomically
-from mu.config import Config, keys_of, load_config, override, require_paths, resolve_path
+from mu.config import override, require_paths, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.generated import SampleSettings
 from mu.devices import resolve_devices
@@ -30,31 +41,13 @@ from mu.run_folder import environment
 
 _log = logging.getLogger(__name__)
 
-_PLACES = [
-    "output_dir",
-    "processed_dataset_dir",
-    "mask_path",
-    "ckpt_path",
-    "model_config_path",
-    "use_ema",
-    "devices",
-]
-"""Keys that do not decide what a concept becomes, or (of the model) decide it through the model's fingerprint."""
-_FIRST_KEYS = """
-alpha batch_size c_guidance dataset_type draws_per_image epochs guidance_scale image_size images_per_prompt lr
-lr_schedule mask_seed masking num_timesteps objects output_format pool precision raw_dataset_dir
-retain_batch_size retain_images_per_prompt sample_prompts sample_seeds sample_steps seed styles substitute
-target template template_name threshold train_method use_sample wandb wandb_project
-"""
-"""Keys that always count among a row's settings. One that came later counts where it is not at its default, so that
-the rows of older tables stay."""
-
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Make the rows that are missing, and the table.
 
     Returns:
-        `styles` and `objects`, the means of their rows in percent; `cra_prompts` and `left_out`, how the scores are
+        `styles` and `objects`, the means of their rows in percent, with several methods or thresholds as
+        `styles, salun 0.5` and so on; `cra_prompts` and `left_out`, how the scores are
         read; `table`, path of `table.md`, `.csv` and `.json`.
 
     Raises:
@@ -72,90 +65,112 @@ class Benchmark:
         self.config = config
         self.folder = Path(config.output_dir)
         self.grid = Grid(STYLES, OBJECTS, config.seeds)
-        self.device = resolve_devices(config.devices)
+        self.device = resolve_devices(config.devices[0])
         self.classifier: EmojiClassifier = load_classifier(resolve_path(config.classifier_path), self.device)
         self._bases: dict[Path, MeasuredModel] = {}
 
     def run(self) -> dict[str, Any]:
-        wanted = self.config.concepts or (*STYLES, *OBJECTS)
-        rows = []
-        for number, name in enumerate(wanted):
-            _log.info("concept %d of %d: %s", number + 1, len(wanted), name)
-            rows.append(self.row(name))
-            self.write(rows)
-        means = {f"{kind}s": mean_of(rows, kind) for kind in ("style", "object")}
+        config = self.config
+        wanted = config.concepts or (*STYLES, *OBJECTS)
+        rows: dict[str, list[Row]] = {}
+        with self._workers(wanted) as wait_for:
+            for wait in (False, True):  # concepts that another command is at come last
+                for number, name in enumerate(wanted):
+                    if name in rows:
+                        continue
+                    wait_for(name)
+                    _log.info("concept %d of %d: %s", number + 1, len(wanted), name)
+                    with claimed(concept_folder(self.config, name), wait=wait) as mine:
+                        if mine:
+                            rows[name] = self.rows(name)
+                            self.write([row for name in wanted for row in rows.get(name, ())])
+        every = [row for name in wanted for row in rows[name]]
         return {
-            **{name: mean for name, mean in means.items() if mean},
-            "cra_prompts": self.config.cra_prompts,
-            "left_out": ", ".join(self.config.left_out) or "none",
-            "table": self.folder / "table.md",
+            **_summary(every),
+            "cra_prompts": config.cra_prompts,
+            "left_out": ", ".join(config.left_out) or "none",
+            "table": self.folder / f"{config.table_name}.md",
         }
 
-    def recipes(self, name: str) -> tuple[MaskConfig, TrainConfig]:
-        """The mask and training config of a concept: its kind's recipes, with everything below this table's folder."""
-        kind = "style" if name in STYLES else "object"
-        runs = self.folder / "runs" / f"{kind}-{name}"
-        shared = {
-            "template": kind,
-            "template_name": name,
-            "devices": self.config.devices,
-            "processed_dataset_dir": str(self.folder / "processed"),
-        }
-        paths = {key: getattr(self.config, f"{kind}_{key}") for key in ("mask", "train")}
-        mask = load_config(MaskConfig, config_path=paths["mask"], packaged=PACKAGED)
-        train = load_config(TrainConfig, config_path=paths["train"], packaged=PACKAGED)
-        return (
-            override(mask, **shared, output_dir=str(runs / "masks")),
-            override(
-                train, **shared, output_dir=str(runs / "finetuned_models"), mask_path=str(runs / "masks")
-            ),
-        )
+    @contextmanager
+    def _workers(self, wanted: Sequence[str]) -> Iterator[Callable[[str], None]]:
+        """Processes that make the concepts; the function that is yielded waits for one. With one worker, none."""
+        config = self.config
+        workers = config.workers or len(config.devices)
+        if workers == 1:
+            yield lambda _: None
+            return
+        with at_work(
+            _make, wanted, start=partial(_start, config), devices=config.devices, workers=workers
+        ) as wait_for:
+            # Here they are only gathered: what the workers have made anew is not made anew again.
+            self.config = override(config, resume=True)
+            yield wait_for
 
-    def row(self, name: str) -> Row:
-        """One concept: unlearned once, its images sampled once, scored now."""
-        mask, train = self.recipes(name)
-        base = self.base(train)
-        made = self.unlearn(name, mask, train, base)
+    def rows(self, name: str) -> list[Row]:
+        """The rows of one concept: each unlearned once, its images sampled once, scored now."""
+        found = variants(self.config, name)
+        base = self.base(found[0].train)
+        masked = [v for v in found if v.train.masking == "saliency" and self._kept(v, base) is None]
+        thresholds = tuple(dict.fromkeys(t for variant in masked for t in variant.mask.thresholds))
+        seconds = {}
+        if masked:  # one pass of gradients for all masks that are missing
+            made = MaskingAlgorithm(override(masked[0].mask, threshold=thresholds)).run()
+            seconds["mask"] = round(made["seconds"], 1)
+        return [self.row(variant, base, seconds if variant in masked else {}) for variant in found]
+
+    def row(self, variant: Variant, base: MeasuredModel, seconds: Mapping[str, float]) -> Row:
+        """One row; what an earlier call made with the same settings is kept. `seconds` are those of its mask."""
+        train = variant.train
+        made = self._kept(variant, base) or self._unlearn(variant, base, seconds)
         after = self._measure(train, self.folder / made["checkpoint"])
-        row: Row = {"template": train.template, "template_name": name}
+        row: Row = {
+            "template": train.template,
+            "template_name": train.template_name,
+            "method": variant.method,
+            "threshold": variant.threshold,
+        }
         for moment, measured in (("before", base), ("after", after)):
             counted = unlearning_scores(
                 measured.predictions,
                 template=train.template,
-                template_name=name,
+                template_name=train.template_name,
                 cra_prompts=self.config.cra_prompts,
                 left_out=self.config.left_out,
             ).as_dict()
             row[moment] = {key: counted[key] for key in SCORES}
         return {**row, **made}
 
-    def unlearn(self, name: str, mask: MaskConfig, train: TrainConfig, base: MeasuredModel) -> Row:
-        """Mask and training of a concept; what an earlier call made with the same settings is kept."""
-        settings = self._settings(mask, train, base)
-        path = self.folder / "runs" / f"{train.template}-{name}" / "made.json"
-        if self.config.resume and path.exists():
-            kept: Row = json.loads(path.read_text(encoding="utf-8"))
-            if kept["settings_sha256"] == settings and (self.folder / kept["checkpoint"]).is_file():
-                _log.info("kept: %s", path.parent)
-                return kept
-        made_mask = MaskingAlgorithm(mask).run()
-        made = SaliencyUnlearningAlgorithm(train).run()
+    def _kept(self, variant: Variant, base: MeasuredModel) -> Row | None:
+        """What an earlier call made with the same settings."""
+        path = variant.folder / "made.json"
+        if not self.config.resume or not path.exists():
+            return None
+        kept: Row = json.loads(path.read_text(encoding="utf-8"))
+        same = kept["settings_sha256"] == variant.settings(base.manifest["model"])
+        return kept if same and (self.folder / kept["checkpoint"]).is_file() else None
+
+    def _unlearn(self, variant: Variant, base: MeasuredModel, seconds: Mapping[str, float]) -> Row:
+        made = SaliencyUnlearningAlgorithm(variant.train).run()
         row: Row = {
-            "settings_sha256": settings,
+            "settings_sha256": variant.settings(base.manifest["model"]),
             "checkpoint": str(made["checkpoint"].relative_to(self.folder)),
             "steps": made["steps"],
-            "seconds": {"mask": round(made_mask["seconds"], 1), "train": round(made["seconds"], 1)},
+            "seconds": {**seconds, "train": round(made["seconds"], 1)},
+            "weights_selected": made["weights_selected"],
             "weights_changed": made["weights_changed"],
             "weights_total": made["weights_total"],
         }
-        write_atomically(path, json.dumps(row, indent=2).encode())
+        write_atomically(variant.folder / "made.json", json.dumps(row, indent=2).encode())
         return row
 
     def base(self, train: TrainConfig) -> MeasuredModel:
         """The recipe's model before unlearning, measured once."""
         checkpoint = train.checkpoint()
         if checkpoint not in self._bases:
-            self._bases[checkpoint] = self._measure(train, checkpoint, use_ema=train.use_ema)
+            # The first of several processes samples its images.
+            with claimed(self.folder / "runs", wait=True):
+                self._bases[checkpoint] = self._measure(train, checkpoint, use_ema=train.use_ema)
         return self._bases[checkpoint]
 
     def _measure(self, train: TrainConfig, checkpoint: Path, *, use_ema: bool = False) -> MeasuredModel:
@@ -174,16 +189,10 @@ class Benchmark:
             folder=self.folder,
         )
 
-    @staticmethod
-    def _settings(mask: MaskConfig, train: TrainConfig, base: MeasuredModel) -> str:
-        """SHA-256 of all that decides how a concept is unlearned, but for where its files lie."""
-        decides = [[_deciding(mask), _deciding(train)], base.manifest["model"]]
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
     def write(self, rows: Sequence[Row]) -> None:
-        """table.json, table.csv and table.md."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        means = {kind: mean_of(rows, kind) for kind in ("style", "object")}
+        """`<table_name>`.json, .csv and .md."""
+        groups = by_method(rows)
+        means = [{kind: mean_of(own, kind) for kind in ("style", "object")} for own in groups.values()]
         content = {
             "seeds": list(self.grid.seeds),
             "sample_steps": self.config.sample_steps,
@@ -192,31 +201,54 @@ class Benchmark:
             "cra_prompts": self.config.cra_prompts,
             "left_out": list(self.config.left_out),
             "environment": environment(),
-            "means_percent": means,
+            "means_percent": means[0],
+            "methods": [
+                {"method": method, "threshold": threshold, "means_percent": mean}
+                for (method, threshold), mean in zip(groups, means, strict=True)
+            ],
             "rows": list(rows),
         }
-        write_atomically(self.folder / "table.json", f"{json.dumps(content, indent=2)}\n".encode())
-        columns = ["template", "template_name", *SCORES, *(f"base_{key}" for key in SCORES), "seconds"]
+        path = self.folder / self.config.table_name
+        write_atomically(f"{path}.json", f"{json.dumps(content, indent=2)}\n".encode())
+        identity = ("template", "template_name", "method", "threshold")
+        columns = [*identity, *SCORES, *(f"base_{key}" for key in SCORES), "seconds"]
         cells = [
             [
-                row["template"],
-                row["template_name"],
+                *(row[key] for key in identity),
                 *(row[moment][key]["value"] for moment in ("after", "before") for key in SCORES),
                 sum(row["seconds"].values()),
             ]
             for row in rows
         ]
-        write_atomically(self.folder / "table.csv", table_csv(columns, cells))
+        write_atomically(f"{path}.csv", table_csv(columns, cells))
         text = markdown(rows) + reading(self.config.cra_prompts, self.config.left_out)
-        write_atomically(self.folder / "table.md", text.encode())
+        write_atomically(f"{path}.md", text.encode())
 
 
-def _deciding(config: Config) -> dict[str, Any]:
-    """The keys that decide what a concept becomes."""
-    first = set(_FIRST_KEYS.split()) - ({"precision"} if isinstance(config, MaskConfig) else set())
-    return {
-        key.name: value
-        for key in keys_of(type(config))
-        if key.name not in _PLACES
-        and ((value := getattr(config, key.name)) != key.default or key.name in first)
-    }
+_worker: Benchmark | None = None
+"""The table, in a process of `at_work`."""
+
+
+def _start(config: BenchmarkConfig, device: str) -> None:
+    global _worker
+    _worker = Benchmark(override(config, devices=(device,)))
+
+
+def _make(name: str) -> None:
+    """Make the rows of a concept, unless another command is at it."""
+    assert _worker is not None
+    with claimed(concept_folder(_worker.config, name), wait=False) as mine:
+        if mine:
+            _worker.rows(name)
+
+
+def _summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Means by kind, and by method and threshold where there are several."""
+    groups = by_method(rows)
+    means = {}
+    for (method, threshold), own in groups.items():
+        which = f", {label(method, threshold)}" if len(groups) > 1 else ""
+        for kind in ("style", "object"):
+            if mean := mean_of(own, kind):
+                means[f"{kind}s{which}"] = mean
+    return means

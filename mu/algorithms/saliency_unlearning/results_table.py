@@ -8,9 +8,11 @@ from typing import Any
 SCORES = ("UA", "IRA", "CRA", "own")
 _HEADINGS = ("kind", "forgotten", "UA", "IRA", "base", "CRA", "base", "own", "base", "seconds")
 _COLUMNS = ("UA", "IRA", "base_IRA", "CRA", "base_CRA", "own", "base_own")
+"""What stands below `_HEADINGS` from the third to the last but one."""
 
 Row = dict[str, Any]
-"""One concept: `template`, `template_name`, the shares `before` and `after` by score, `seconds` by stage."""
+"""One concept: `template`, `template_name`, `method`, `threshold`; the shares `before` and `after` by score;
+`seconds` by stage."""
 
 
 def mean_of(rows: Sequence[Row], kind: str) -> dict[str, float]:
@@ -26,8 +28,42 @@ def mean_of(rows: Sequence[Row], kind: str) -> dict[str, float]:
     return means
 
 
+def by_method(rows: Sequence[Row]) -> dict[tuple[str, float | None], list[Row]]:
+    """(method, threshold) -> its rows, in their order. A row without these is one of SalUn."""
+    groups: dict[tuple[str, float | None], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.get("method", "salun"), row.get("threshold")), []).append(row)
+    return groups
+
+
+def label(method: str, threshold: float | None) -> str:
+    """`salun 0.5`, or `ascent`."""
+    return method if threshold is None else f"{method} {threshold:g}"
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """The table as Markdown, percent, with the means of styles and of objects below their rows."""
+    """The table as Markdown, percent; of several methods or thresholds their means, and then a table of each."""
+    groups = by_method(rows)
+    if len(groups) < 2:
+        return _table(rows)
+    parts = (f"### {label(*which)}\n\n{_table(own)}" for which, own in groups.items())
+    return "\n".join((means_markdown(rows), *parts))
+
+
+def means_markdown(rows: Sequence[Row]) -> str:
+    """The means alone: a line for each kind, method and threshold; n is the number of concepts."""
+    headings = (_HEADINGS[0], "method", "n", *_HEADINGS[2:])
+    lines = [f"| {' | '.join(headings)} |", f"|---|---|{'---:|' * (len(headings) - 2)}"]
+    for kind in ("style", "object"):
+        for which, own in by_method(rows).items():
+            if means := mean_of(own, kind):
+                count = sum(row["template"] == kind for row in own)
+                lines.append(_line(f"{kind}s", f"{label(*which)} | {count}", means))
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Rows of one method, with the means of styles and of objects below them."""
     lines = [f"| {' | '.join(_HEADINGS)} |", f"|---|---|{'---:|' * (len(_HEADINGS) - 2)}"]
     for kind in ("style", "object"):
         means = mean_of(rows, kind)
@@ -50,7 +86,4 @@ def reading(cra_prompts: str, left_out: Sequence[str]) -> str:
 
 
 def _line(kind: str, name: str, values: Mapping[str, float]) -> str:
-    keys = ("UA", "IRA", "base_IRA", "CRA", "base_CRA", "own", "base_own")
-    return (
-        f"| {kind} | {name} | {' | '.join(f'{values[key]:.1f}' for key in keys)} | {values['seconds']:.0f} |"
-    )
+    return f"| {kind} | {name} | {' | '.join(f'{values[key]:.1f}' for key in _COLUMNS)} | {values['seconds']:.0f} |"

@@ -1,4 +1,4 @@
-"""Masked fine-tuning: the two losses of SalUn (Fan et al. 2024, equation 6), nothing else."""
+"""Masked fine-tuning: the two losses of SalUn (Fan et al. 2024, equation 6), and those of its controls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mu.algorithms.saliency_unlearning.optim_8bit import MaskedAdam8bit
 from mu.algorithms.saliency_unlearning.prediction import NoisePredictor, predict_noise, predict_noise_pair
 from mu.ldm import LatentDiffusion
 
-__all__ = ["SaliencyUnlearnTrainer", "TrainingError", "salun_loss"]
+__all__ = ["SaliencyUnlearnTrainer", "TrainingError", "ascent_loss", "retain_loss", "salun_loss"]
 
 ForgetBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """latents (B, C, H, W), timesteps (B,), noise (B, C, H, W), context (B, L, D), substitute_context (B, L', D)."""
@@ -75,8 +75,26 @@ def salun_loss(
     return forget_term + alpha * retain_term, forget_term, retain_term
 
 
+def ascent_loss(model: LatentDiffusion, forget: ForgetBatch) -> Tensor:
+    """-E ||eps(z_t | c_f) - eps||^2: gradient ascent on the forget set (Thudi et al. 2022), a control.
+
+    It has no lower bound: the more steps, the less is left of anything. Returns an fp32 scalar.
+    """
+    latents, timesteps, noise, context, _ = forget
+    return -retain_loss(model, (latents, timesteps, noise, context))
+
+
+def retain_loss(model: LatentDiffusion, retain: RetainBatch) -> Tensor:
+    """E ||eps(z_t^r | c_r) - eps||^2: fine-tuning on the retain set alone (Warnecke et al. 2021), a control."""
+    latents, timesteps, noise, context = retain
+    prediction = predict_noise(
+        model, model.q_sample(latents, timesteps, noise), timesteps, context
+    )  # (B', C, H, W)
+    return F.mse_loss(prediction, noise.float())
+
+
 class SaliencyUnlearnTrainer(pl.LightningModule):
-    """Lightning's view of the training: one step of `MaskedAdam` on the mean `salun_loss` of a batch.
+    """Lightning's view of the training: one step of `MaskedAdam` on the mean loss of a batch.
 
     A batch is {"forget": `ForgetBatch`, "retain": `RetainBatch`, "images": see `TrainBatch`}. It goes through the UNet
     in pieces if asked, or if memory does not suffice for the whole; its loss and gradient are the same to rounding.
@@ -92,6 +110,8 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         micro_batch_size: images of each part, forget and retain, that go through the UNet at once; None: all.
         optimizer: "adam", or "adam8bit" for moments in 8 bits.
         originals: what `computing` gave: the trained weights are written into them at the end.
+        objective: "salun", `salun_loss`; or a control without `alpha` and `target`: "ascent", `ascent_loss`, or
+            "retain", `retain_loss`. The term that a control has not is logged as 0.
 
     Raises:
         TrainingError: while training, a loss or a gradient is NaN or infinite; names the step and its
@@ -114,9 +134,12 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         micro_batch_size: int | None = None,
         optimizer: str = "adam",
         originals: Mapping[str, Tensor] | None = None,
+        objective: str = "salun",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        if objective not in ("salun", "ascent", "retain"):
+            raise ValueError(f"objective is {objective!r}; known: salun, ascent, retain")
         if target not in ("current", "frozen"):
             raise ValueError(f"target is {target!r}; known: current, frozen")
         if retain_target not in ("noise", "frozen"):
@@ -128,7 +151,9 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         self.alpha = alpha
         self.lr = lr
         self.decay_steps = decay_steps
-        original = FrozenOriginal(model) if "frozen" in (target, retain_target) else None
+        self.objective = objective
+        needed = objective == "salun" and "frozen" in (target, retain_target)
+        original = FrozenOriginal(model) if needed else None
         self.target_model = original if target == "frozen" else None
         self.retain_model = original if retain_target == "frozen" else None
         self.compute_settings = compute or Compute()
@@ -185,21 +210,25 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         totals: list[Tensor] = []
         for forget, retain, forget_share, retain_share in _pieces(batch, self.micro_batch_size):
             with self.compute_settings.autocast(self.model.ldm.device):
-                _, forget_term, retain_term = salun_loss(
-                    self.model.ldm,
-                    forget,
-                    retain,
-                    self.alpha,
-                    self.target_model,
-                    retain_model=self.retain_model,
-                )
+                forget_term, retain_term = self._terms(forget, retain)
             terms = forget_share * forget_term, retain_share * retain_term
-            loss = terms[0] + self.alpha * terms[1]
+            loss = terms[0] + (self.alpha if self.objective == "salun" else 1.0) * terms[1]
             self.manual_backward(loss)
             found = [term.detach() for term in (loss, *terms)]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
         loss, forget_term, retain_term = totals
         return loss, forget_term, retain_term
+
+    def _terms(self, forget: ForgetBatch, retain: RetainBatch) -> tuple[Tensor, Tensor]:
+        """Forget and retain term of the objective: fp32 scalars."""
+        ldm, nothing = self.model.ldm, torch.zeros((), device=forget[0].device)
+        if self.objective == "ascent":
+            return ascent_loss(ldm, forget), nothing
+        if self.objective == "retain":
+            return nothing, retain_loss(ldm, retain)
+        return salun_loss(ldm, forget, retain, self.alpha, self.target_model, retain_model=self.retain_model)[
+            1:
+        ]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
         """Look at all gradients; Lightning calls this before the optimizer writes."""

@@ -337,6 +337,27 @@ def test_a_random_mask_is_that_of_its_seed(tiny_runs: Any, tmp_path: Path) -> No
     assert common == pytest.approx(0.25 * count, rel=0.05)  # as two independent quarters have
 
 
+def test_a_random_mask_of_the_train_method_is_as_large_as_the_saliency_mask(
+    tiny_runs: Any, tmp_path: Path
+) -> None:
+    """Both rank the same weights, so the control differs in which of them may move, not in how many."""
+    shared = {"train_method": "xattn", "threshold": 0.3}
+    salient = MaskingAlgorithm(
+        tiny_runs.mask_config(**shared, pool="train_method", output_dir=str(tmp_path / "masks"))
+    ).run()
+    runs = [
+        trained(tiny_runs, tmp_path, **shared, epochs=1, **changes)
+        for changes in (
+            {"masking": "saliency", "mask_path": str(tmp_path / "masks")},
+            {"mask_pool": "train_method"},
+        )
+    ]
+    assert [run["weights_selected"] for run in runs] == [salient["kept"][0.3]] * 2
+    by_saliency, by_chance = (changed_entries(tiny_runs.checkpoint(), run["checkpoint"]) for run in runs)
+    assert by_saliency.keys() == by_chance.keys()
+    assert any(not torch.equal(by_saliency[name], by_chance[name]) for name in by_chance)
+
+
 def test_without_a_mask_the_train_method_alone_decides(
     tiny_runs: Any, model: LatentDiffusion, tmp_path: Path
 ) -> None:

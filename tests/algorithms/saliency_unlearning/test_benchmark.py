@@ -17,8 +17,12 @@ import torch
 from mu.algorithms.saliency_unlearning import benchmark
 from mu.algorithms.saliency_unlearning.benchmark import SCORES, Benchmark, markdown, mean_of
 from mu.algorithms.saliency_unlearning.configs import BenchmarkConfig
-from mu.algorithms.saliency_unlearning.results_table import reading
-from mu.config import dump
+from mu.algorithms.saliency_unlearning.mask_file import load_mask
+from mu.algorithms.saliency_unlearning.results_table import means_markdown, reading
+from mu.algorithms.saliency_unlearning.variants import deciding, recipes, variants
+from mu.algorithms.saliency_unlearning.workers import claimed
+from mu.config import check_paths, dump
+from mu.datasets import emoji_canvas
 from mu.datasets.generated import SampleSettings
 from mu.evaluation.classifier import EmojiClassifier, load_classifier, save_classifier
 from mu.evaluation.evaluate import Grid, measure
@@ -57,7 +61,7 @@ def finished(tiny_runs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         sample_steps=2,
         guidance_scale=3.0,
         classifier_path=str(folder / "classifier.safetensors"),
-        devices="cpu",
+        devices=("cpu",),
         output_dir=str(folder / "table"),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +100,7 @@ def try_each(config: BenchmarkConfig) -> None:
     table = Benchmark(config)
     for name in config.concepts or ():
         with contextlib.suppress(Begun):
-            table.row(name)
+            table.rows(name)
 
 
 def table_of(config: BenchmarkConfig) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def test_all_that_a_table_makes_lies_in_its_folder(finished: Any) -> None:
     }
     for concept in ("style-Noto", "object-Dogs"):
         assert {path.name for path in (folder / "runs" / concept).iterdir()} == {
-            *("finetuned_models", "made.json", "masks")
+            *(".lock", "finetuned_models", "made.json", "masks")
         }
     assert result["table"] == folder / "table.md"
     assert not Path("elsewhere").exists()
@@ -160,7 +164,8 @@ def test_the_three_tables_say_the_same(finished: Any) -> None:
     with open(Path(config.output_dir) / "table.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     for row, line in zip(content["rows"], lines, strict=True):
-        assert (line["template"], line["template_name"]) == (row["template"], row["template_name"])
+        for key in ("template", "template_name", "method", "threshold"):
+            assert line[key] == str(row[key])
         for key in SCORES:
             assert float(line[key]) == row["after"][key]["value"]
             assert float(line[f"base_{key}"]) == row["before"][key]["value"]
@@ -209,12 +214,12 @@ def test_a_key_that_came_later_counts_where_it_is_set(
     moved: BenchmarkConfig, unlearned: list[str], tmp_path: Path
 ) -> None:
     """`sample_precision` is such a key: rows that were made before it was there have been made with its default."""
-    table = Benchmark(moved)
-    mask, train = table.recipes("Noto")
+    mask, train = recipes(moved, "Noto")
     assert mask.sample_precision == "fp32"
-    assert "sample_precision" not in benchmark._deciding(mask)
-    assert {"threshold", "c_guidance", "template_name", "seed"} <= benchmark._deciding(mask).keys()
-    assert benchmark._deciding(train)["alpha"] == 0.5  # also at its default
+    assert "sample_precision" not in deciding(mask)
+    assert {"threshold", "c_guidance", "template_name", "seed"} <= deciding(mask).keys()
+    assert deciding(train)["alpha"] == 0.5  # also at its default
+    assert not {"objective", "mask_pool"} & deciding(train).keys()
     recipe = Path(moved.style_mask).read_text().replace("sample_precision: fp32", "sample_precision: bf16")
     (tmp_path / "half.yaml").write_text(recipe)
     try_each(replace(moved, style_mask=str(tmp_path / "half.yaml")))
@@ -254,6 +259,178 @@ def test_a_lost_checkpoint_or_resume_false_unlearns_anew(
     unlearned.clear()
     try_each(replace(moved, resume=False))
     assert unlearned == ["Noto", "Dogs"]
+
+
+# ---- methods and thresholds
+
+
+@pytest.fixture(scope="module")
+def compared(
+    finished: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[BenchmarkConfig, dict[str, Any]]:
+    """The finished table gone on with: every method for Noto, two thresholds, one of which is the recipe's."""
+    config, _ = finished
+    folder = tmp_path_factory.mktemp("compared") / "table"
+    shutil.copytree(config.output_dir, folder, copy_function=os.link)
+    (folder / "table.json").unlink()  # a link
+    config = replace(
+        config,
+        concepts=("Noto",),
+        methods=("salun", "random", "none", "ascent", "retain"),
+        thresholds=(0.1, 0.5),
+        table_name="controls",
+        output_dir=str(folder),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "STYLES", STYLES)
+        patch.setattr(benchmark, "OBJECTS", OBJECTS)
+        benchmark.run(config)
+    return config, json.loads((folder / "controls.json").read_text())
+
+
+def test_each_method_has_its_rows(compared: Any, finished: Any) -> None:
+    config, content = compared
+    rows = content["rows"]
+    assert [(row["method"], row["threshold"]) for row in rows] == [
+        *(("salun", 0.1), ("salun", 0.5), ("random", 0.1), ("random", 0.5)),
+        *(("none", None), ("ascent", None), ("retain", None)),
+    ]
+    assert rows[1] == table_of(finished[0])["rows"][0]  # the recipe as it is was there already
+    assert len({json.dumps(row["after"]) + str(row["weights_changed"]) for row in rows}) == len(rows)
+    assert [method["method"] for method in content["methods"]] == [row["method"] for row in rows]
+    assert not Path(config.output_dir, "table.json").exists()
+
+
+def test_a_random_mask_is_as_large_as_the_saliency_mask(compared: Any) -> None:
+    rows = {(row["method"], row["threshold"]): row for row in compared[1]["rows"]}
+    for threshold in (0.1, 0.5):
+        chosen = rows["random", threshold]["weights_selected"]
+        assert chosen == rows["salun", threshold]["weights_selected"]
+        assert chosen == int(threshold * rows["none", None]["weights_selected"])
+
+
+def test_only_missing_masks_are_made_in_one_pass(compared: Any) -> None:
+    """0.5 was there; 0.1 is the only mask of the second pass, and none of the controls needs one."""
+    config, content = compared
+    masks = sorted(Path(config.output_dir, "runs", "style-Noto", "masks").rglob("*.safetensors"))
+    assert [path.name for path in masks] == ["mask_0.5.safetensors", "mask_0.1.safetensors"]
+    small, large = load_mask(masks[1]), load_mask(masks[0])
+    assert all(bool((large[name] | ~small[name]).all()) for name in small)
+    assert ["mask" in row["seconds"] for row in content["rows"]] == [True, True, *[False] * 5]
+
+
+def test_several_missing_masks_share_a_pass(moved: BenchmarkConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Noted:
+        def __init__(self, config: Any) -> None:
+            asked.append(config.thresholds)
+            raise Begun
+
+    monkeypatch.setattr(benchmark, "MaskingAlgorithm", Noted)
+    with pytest.raises(Begun):
+        Benchmark(replace(moved, thresholds=(0.3, 0.5, 0.7))).rows("Noto")
+    assert asked == [(0.3, 0.7)]
+
+
+def test_the_controls_are_the_recipe_but_for_one_thing(compared: Any) -> None:
+    config, _ = compared
+    found = {(v.method, v.threshold): v.train for v in variants(config, "Noto")}
+    recipe = found["salun", 0.5]
+    differs = {
+        which: {
+            key
+            for key in (
+                "masking",
+                "mask_pool",
+                "mask_seed",
+                "objective",
+                "threshold",
+                "epochs",
+                "lr",
+                "alpha",
+            )
+            if getattr(train, key) != getattr(recipe, key)
+        }
+        for which, train in found.items()
+    }
+    assert differs == {
+        ("salun", 0.1): {"threshold"},
+        ("salun", 0.5): set(),
+        ("random", 0.1): {"threshold", "masking"},
+        ("random", 0.5): {"masking"},
+        ("none", None): {"masking"},
+        ("ascent", None): {"masking", "objective"},
+        ("retain", None): {"masking", "objective"},
+    }
+    (other,) = (v.train for v in variants(replace(config, methods=("random",), thresholds=None), "Blob"))
+    assert other.mask_seed == recipe.mask_seed + 1  # each concept has a draw of its own
+
+
+def test_a_random_mask_of_another_size_is_refused(moved: BenchmarkConfig, tmp_path: Path) -> None:
+    recipe = Path(moved.style_train).read_text().replace("train_method: full", "train_method: xattn")
+    (tmp_path / "narrow.yaml").write_text(recipe)
+    narrow = replace(moved, style_train=str(tmp_path / "narrow.yaml"))
+    assert check_paths(narrow) == []
+    (problem,) = check_paths(replace(narrow, methods=("salun", "random")))
+    assert problem.startswith("methods: of xattn, which moves, a random mask would select another number")
+
+
+def test_thresholds_without_a_mask_are_refused(moved: BenchmarkConfig, tmp_path: Path) -> None:
+    recipe = Path(moved.object_train).read_text().replace("masking: saliency", "masking: none")
+    (tmp_path / "unmasked.yaml").write_text(recipe)
+    unmasked = replace(moved, object_train=str(tmp_path / "unmasked.yaml"), thresholds=(0.1,))
+    (problem,) = check_paths(unmasked)
+    assert problem.startswith("thresholds: ")
+    assert "has masking none" in problem
+
+
+# ---- several processes
+
+
+def test_a_concept_that_another_command_is_at_comes_last(
+    moved: BenchmarkConfig, unlearned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And when it is done there, it is only counted here."""
+    order: list[str] = []
+    other = contextlib.ExitStack()
+    rows = Benchmark.rows
+
+    def noted(self: Benchmark, name: str) -> Any:
+        order.append(name)
+        other.close()  # the other command lets go while this one is at the next concept
+        return rows(self, name)
+
+    monkeypatch.setattr(Benchmark, "rows", noted)
+    assert other.enter_context(claimed(Path(moved.output_dir, "runs", "style-Noto"), wait=False))
+    Benchmark(moved).run()
+    assert order == ["Dogs", "Noto"]
+    assert [row["template_name"] for row in table_of(moved)["rows"]] == ["Noto", "Dogs"]
+    assert unlearned == []
+
+
+@pytest.mark.slow
+def test_workers_make_each_row_once_and_the_same(finished: Any, tmp_path: Path) -> None:
+    """On the whole grid, as patches do not reach the processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "STYLES", emoji_canvas.STYLES)
+        patch.setattr(benchmark, "OBJECTS", emoji_canvas.OBJECTS)
+        config, _ = finished
+        classifier = EmojiClassifier(
+            "conv", emoji_canvas.STYLES, emoji_canvas.OBJECTS, width=8, input_size=16
+        )
+        path = tmp_path / "classifier.safetensors"
+        save_classifier(classifier, path, style_accuracy=1.0, object_accuracy=1.0, seed=3)
+        both = replace(
+            config, seeds=(188,), classifier_path=str(path), workers=2, output_dir=str(tmp_path / "two")
+        )
+        benchmark.run(both)
+        one = replace(both, workers=None, output_dir=str(tmp_path / "one"))
+        benchmark.run(one)
+    for row, alone in zip(table_of(both)["rows"], table_of(one)["rows"], strict=True):
+        assert {**row, "checkpoint": "", "seconds": ""} == {**alone, "checkpoint": "", "seconds": ""}
+        models = Path(both.output_dir, row["checkpoint"]).parent.parent
+        assert len(list(models.iterdir())) == 1
 
 
 # ---- counting
@@ -308,3 +485,21 @@ def test_the_markdown_table_is_the_hand_written_one() -> None:
         "| object | Cats | 50.0 | 99.0 | 100.0 | 97.1 | 98.0 | 12.5 | 99.0 | 90 |",
         "| **objects** | **mean** | 50.0 | 99.0 | 100.0 | 97.1 | 98.0 | 12.5 | 99.0 | 90 |",
     ]
+
+
+def test_several_methods_have_a_table_each_below_their_means() -> None:
+    rows = [
+        *({**row, "method": "salun", "threshold": 0.5} for row in ROWS),
+        {**ROWS[0], "method": "random", "threshold": 0.5},
+        {**ROWS[2], "method": "ascent", "threshold": None},
+    ]
+    means, *tables = markdown(rows).split("\n### ")
+    assert means == means_markdown(rows)
+    assert means.splitlines()[2:] == [
+        "| styles | salun 0.5 | 2 | 95.5 | 92.5 | 98.0 | 94.5 | 97.0 | 75.0 | 96.0 | 45 |",
+        "| styles | random 0.5 | 1 | 100.0 | 90.0 | 99.0 | 94.0 | 98.0 | 80.0 | 97.0 | 30 |",
+        "| objects | salun 0.5 | 1 | 50.0 | 99.0 | 100.0 | 97.1 | 98.0 | 12.5 | 99.0 | 90 |",
+        "| objects | ascent | 1 | 50.0 | 99.0 | 100.0 | 97.1 | 98.0 | 12.5 | 99.0 | 90 |",
+    ]
+    assert [table.partition("\n\n")[0] for table in tables] == ["salun 0.5", "random 0.5", "ascent"]
+    assert tables[0].partition("\n\n")[2].strip() == markdown(ROWS).strip()

@@ -12,7 +12,13 @@ from torch.utils.data import DataLoader
 
 from mu.algorithms.saliency_unlearning.compute import Compute, OutOfMemoryError, computing
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer, TrainingError, salun_loss
+from mu.algorithms.saliency_unlearning.trainer import (
+    SaliencyUnlearnTrainer,
+    TrainingError,
+    ascent_loss,
+    retain_loss,
+    salun_loss,
+)
 from mu.ldm import LatentDiffusion
 
 Batch = dict[str, Any]
@@ -243,6 +249,53 @@ def test_dropout_stays_off_and_the_terms_are_logged(make_tiny_model: Callable[..
     assert [seen["loss"], seen["forget"], seen["retain"]] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_controls_have_the_diffusion_loss_and_its_gradient(linear_model: Any, make_batch: Any) -> None:
+    """ascent climbs it on the forget set, with the forgotten prompt; retain descends it on the retain set."""
+    linear_model.eval()
+    forget, retain = make_batch(2, (3, 4), seed=1), make_batch(3, (5,), seed=2)
+    for loss, part, sign in (
+        (ascent_loss(linear_model, forget), forget, -1),
+        (retain_loss(linear_model, retain), retain, 1),
+    ):
+        linear_model.zero_grad()
+        loss.backward()
+        latents, timesteps, noise, context = part[:4]
+        x, mean = linear_model.q_sample(latents, timesteps, noise), context.mean(1)
+        signal, prompt = linear_model.unet.signal.detach(), linear_model.unet.prompt.detach()
+        residual = signal[:, None, None] * x + (mean @ prompt.T)[:, :, None, None] - noise
+        torch.testing.assert_close(loss.detach(), sign * residual.square().mean())
+        gradient = sign * 2 / residual.numel() * (residual * x).sum((0, 2, 3))
+        torch.testing.assert_close(linear_model.unet.signal.grad, gradient)
+
+
+@pytest.mark.parametrize("objective", ["ascent", "retain"])
+def test_a_control_steps_on_its_own_loss_alone(
+    make_tiny_model: Callable[..., LatentDiffusion], objective: str
+) -> None:
+    """Its loss moves as it should on the batch it is trained with, and the other term is logged as 0."""
+    ldm, batch = make_tiny_model(), tiny_batch(0)
+
+    def terms() -> tuple[float, float]:
+        with torch.no_grad():
+            return float(ascent_loss(ldm, batch["forget"])), float(retain_loss(ldm, batch["retain"]))
+
+    before, seen = terms(), []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            seen.append({name: float(value) for name, value in trainer.progress_bar_metrics.items()})
+
+    model = SaliencyUnlearnModel(ldm, "full", half_mask(ldm))
+    trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3, target="frozen", objective=objective)
+    fit(trainer, [batch] * 3, callbacks=[Look()])
+    own = 0 if objective == "ascent" else 1
+    assert terms()[own] < before[own]
+    expected = {"forget": before[0], "retain": 0.0} if own == 0 else {"forget": 0.0, "retain": before[1]}
+    assert {name: seen[0][name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert seen[0]["loss"] == pytest.approx(before[own], rel=1e-4)
+    model.verify_unmasked()
+
+
 @pytest.mark.parametrize("target", ["current", "frozen"])
 def test_the_target_is_the_current_or_the_frozen_model(
     make_tiny_model: Callable[..., LatentDiffusion], target: Any
@@ -345,6 +398,10 @@ def test_an_unknown_target_is_refused(tiny_model: LatentDiffusion) -> None:
     with pytest.raises(ValueError, match="noise, frozen"):
         SaliencyUnlearnTrainer(
             SaliencyUnlearnModel(tiny_model, "full"), alpha=0.5, lr=1e-3, retain_target="original"
+        )
+    with pytest.raises(ValueError, match="known: salun, ascent, retain"):
+        SaliencyUnlearnTrainer(
+            SaliencyUnlearnModel(tiny_model, "full"), alpha=0.5, lr=1e-3, objective="descent"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from mu.algorithms.saliency_unlearning.configs.benchmarking import BenchmarkConfig
 from mu.algorithms.saliency_unlearning.configs.concept import (
     PACKAGED,
     ConceptKeys,
@@ -15,7 +16,7 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
     checkpoint_file,
 )
 from mu.algorithms.saliency_unlearning.configs.converting import ConvertConfig
-from mu.algorithms.saliency_unlearning.configs.measuring import BenchmarkConfig, EvaluateConfig, SampleConfig
+from mu.algorithms.saliency_unlearning.configs.measuring import EvaluateConfig, SampleConfig
 from mu.algorithms.saliency_unlearning.configs.patching import ApplyPatchConfig
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig, mask_command
 from mu.config import Config, load_config

@@ -10,7 +10,6 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
     EMOJI_CHECKPOINT,
     EMOJI_MODEL_CONFIG,
     OUTPUTS,
-    PACKAGED,
     SAMPLE_PRECISIONS,
     ModelKeys,
     Problem,
@@ -20,13 +19,11 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
     is_checkpoint,
 )
 from mu.algorithms.saliency_unlearning.configs.quality import QualityKeys
-from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig
-from mu.config import Config, ConfigError, load_config, nearest, resolve_path, setting
+from mu.config import Config, ConfigError, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.index import DataError, concept_names
 from mu.datasets.prompt_table import Case, read_prompt_table
 from mu.datasets.unlearn_canvas_names import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
-from mu.devices import DEVICES_PATTERN
 from mu.run_folder import writable_problem
 
 # The second classifier: neither the data nor the recipes were made with it.
@@ -277,53 +274,6 @@ class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
             folder = getattr(self, key)
             if folder is not None and not resolve_path(folder).is_dir():
                 yield (key,), f"there is no folder {folder}; give one of images, or leave the key out"
-        if (problem := writable_problem(self.output_dir)) is not None:
-            yield ("output_dir",), problem
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(ScoringKeys):
-    """Every concept of EmojiCanvas in turn: mask, unlearning, evaluation; a row each of one table."""
-
-    concepts: tuple[str, ...] | None = setting(
-        None, "Styles and objects to forget, one after the other; null: all.", kind="name"
-    )
-    style_mask: str = setting("emoji_canvas/mask_style.yaml", "Recipe of the mask of a style.", kind="path")
-    style_train: str = setting("emoji_canvas/train_style.yaml", "Recipe of forgetting a style.", kind="path")
-    object_mask: str = setting(
-        "emoji_canvas/mask_object.yaml", "Recipe of the mask of an object.", kind="path"
-    )
-    object_train: str = setting(
-        "emoji_canvas/train_object.yaml", "Recipe of forgetting an object.", kind="path"
-    )
-    devices: str = setting("0", "CUDA device number such as 0, or cpu.", pattern=DEVICES_PATTERN)
-    resume: bool = setting(
-        True,
-        "Keep what output_dir already has and the same settings made; false: unlearn every concept anew.",
-    )
-    output_dir: str = setting(f"{OUTPUTS}/benchmark", "Folder of the table and of all its runs.", kind="path")
-
-    def conflicts(self) -> Iterator[Problem]:
-        yield from self._left_out_problems(STYLES, OBJECTS, forgotten=self.concepts or STYLES + OBJECTS)
-        for name in self.concepts or ():
-            if name not in STYLES + OBJECTS:
-                known = ", ".join(STYLES + OBJECTS)
-                yield ("concepts",), f"{name!r} is not one of: {known}.{nearest(name, STYLES + OBJECTS)}"
-
-    def disk_problems(self) -> Iterator[Problem]:
-        yield from super().disk_problems()
-        recipes: tuple[tuple[str, type[Config]], ...] = (
-            ("style_mask", MaskConfig),
-            ("style_train", TrainConfig),
-            ("object_mask", MaskConfig),
-            ("object_train", TrainConfig),
-        )
-        for key, cls in recipes:
-            try:
-                load_config(cls, config_path=getattr(self, key), packaged=PACKAGED)
-            except ConfigError as error:
-                for mistake in error.mistakes:
-                    yield (key,), mistake
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
 

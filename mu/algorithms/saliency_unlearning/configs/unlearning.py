@@ -118,13 +118,27 @@ class TrainConfig(ComputeKeys):
         kind="path",
     )
     mask_seed: int = setting(0, "masking random: seed of the mask.", ge=0, lt=2**32)
+    mask_pool: str = setting(
+        "unet",
+        "masking random: what it is drawn from, as pool is for a saliency mask; unet: all weights of the UNet; "
+        "train_method: those that train_method moves.",
+        choices=("unet", "train_method"),
+    )
     threshold: float = setting(
         0.5, "masking random: fraction of the weights in the mask; with a folder of masks: which.", gt=0, le=1
     )
-    alpha: float = setting(0.5, "Weight of the retain term in the loss.", ge=0, le=1_000_000)
+    objective: str = setting(
+        "salun",
+        "What is minimised. salun: the forgotten prompt shall predict what its substitute does, and the retained "
+        "images keep their loss. Controls, without alpha and target: ascent, minus the diffusion loss of the images "
+        "to forget; retain, the diffusion loss of those to retain.",
+        choices=("salun", "ascent", "retain"),
+    )
+    alpha: float = setting(0.5, "objective salun: weight of the retain term.", ge=0, le=1_000_000)
     target: str = setting(
         "current",
-        "Which model predicts for the substitute prompt: the current one, without gradient, or the frozen original.",
+        "objective salun: which model predicts for the substitute prompt: the current one, without gradient, "
+        "or the frozen original.",
         choices=("current", "frozen"),
     )
     retain_target: str = setting(
