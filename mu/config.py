@@ -55,7 +55,8 @@ class ConfigError(MuError, ValueError):
     def __init__(self, mistakes: Iterable[str]) -> None:
         self.mistakes = tuple(mistakes)
         count = f"{len(self.mistakes)} mistakes" if len(self.mistakes) > 1 else "1 mistake"
-        super().__init__("\n  ".join([f"{count} in the configuration:", *self.mistakes]))
+        lines = "\n".join([f"{count} in the configuration:", *self.mistakes])
+        super().__init__(lines.replace("\n", "\n  "))  # also the lines of a mistake that has several
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ConfigError, (self.mistakes,)

@@ -153,6 +153,16 @@ def test_all_mistakes_come_in_one_message_with_their_places(tmp_path):
         assemble(Toy, [("lr", -1, ""), ("path", str(tmp_path / "absent"), "--path")], on_disk=True)
 
 
+def test_the_lines_of_one_mistake_stand_further_in_than_the_mistakes():
+    error = ConfigError(["raw_dataset_dir: 1 file:\n  1.jpg: empty\nReplace it.", "lr: too small"])
+    assert str(error).splitlines()[1:] == [
+        "  raw_dataset_dir: 1 file:",
+        "    1.jpg: empty",
+        "  Replace it.",
+        "  lr: too small",
+    ]
+
+
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", "${env:HOME}", "a${lr}", "${.lr}", "$${lr}"])
 def test_nothing_is_interpolated(tmp_path, value, monkeypatch):
     monkeypatch.setenv("HOME", "/secret-place")

@@ -445,6 +445,8 @@ def test_prompts_come_from_the_key_or_from_a_file(tmp_path):
     for wrong in (path, tmp_path / "absent.txt"):
         problems = check_paths(SampleConfig(prompts_path=wrong))
         assert sum(problem.startswith("prompts_path: ") for problem in problems) == 1
+    for absent in (tmp_path / "absent.txt", tmp_path / "absent.csv"):
+        assert f"prompts_path: there is no file {absent}" in check_paths(SampleConfig(prompts_path=absent))
 
 
 def test_the_model_before_training_is_a_file(tmp_path):

@@ -92,6 +92,8 @@ class SampleConfig(ModelKeys):
         if self.prompts_path is None:
             return _numbered(self.prompts)
         path = resolve_path(self.prompts_path)
+        if not path.is_file():
+            raise ConfigError([f"prompts_path: there is no file {self.prompts_path}"])
         if path.suffix.lower() == ".csv":
             try:
                 table = read_prompt_table(path)
