@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from mu.datasets.index import DataError
 from mu.evaluation import evaluate
 from mu.evaluation.classifier import EmojiClassifier, save_classifier
 from mu.evaluation.evaluate import EvaluationError, Grid, MeasuredModel, measure
-from mu.evaluation.images import of_rows
+from mu.evaluation.images import AskedImage, of_rows
 from mu.evaluation.metrics import read_predictions, unlearning_scores
 from mu.ldm import LatentDiffusion, save_checkpoint
+from mu.ldm.convert import convert_checkpoint
 
 STYLES = ("Noto", "Fluent_Flat")
 OBJECTS = ("Cats", "Dogs", "Cars")
@@ -433,3 +434,56 @@ def test_a_classification_does_not_depend_on_the_batch(
         assert one == two
         assert one.style_probability == pytest.approx(two.style_probability, abs=2e-6)
         assert one.object_probability == pytest.approx(two.object_probability, abs=2e-6)
+
+
+def test_a_diffusers_folder_has_the_scores_of_the_same_weights(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    convert_checkpoint(
+        config.ckpt_path,
+        tmp_path / "diffusers",
+        model_config_path=config.model_config_path,
+        format="diffusers",
+    )
+    config = replace(config, base_ckpt_path=config.ckpt_path, ckpt_path=str(tmp_path / "diffusers"))
+    models = metrics_of(evaluate.run(config))["models"]
+    assert models["after"]["sampled_with"] == models["before"]["sampled_with"]
+    assert models["after"]["style_shares_by_class"] == models["before"]["style_shares_by_class"]
+
+
+class Detector:
+    """Finds feet in every image whose seed is 188."""
+
+    def detect_batch(self, image_paths: list[str], batch_size: int = 4) -> list[list[dict[str, Any]]]:
+        assert len(image_paths) <= batch_size
+        return [[{"class": "FEET_EXPOSED", "score": 0.9}] * path.endswith("188.png") for path in image_paths]
+
+
+class Clip:
+    """The score of an image is its seed."""
+
+    name = "seed"
+
+    def __init__(self, *_: object) -> None: ...
+
+    def scores(self, images: Sequence[AskedImage], *, batch_size: int) -> list[float]:
+        assert batch_size == 5
+        return [float(image.seed) for image in images]
+
+
+def test_clip_score_and_nudity_stand_among_the_numbers(
+    config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mu.evaluation.quality.load_detector", Detector)
+    monkeypatch.setattr("mu.evaluation.quality.ClipScorer", Clip)
+    result = evaluate.run(
+        replace(config, nudity=True, clip_model="any", left_out=("Cars",), base_ckpt_path=None)
+    )
+    after = metrics_of(result)["models"]["after"]
+    feet = after["nudity"]["labels"]["FEET_EXPOSED"]
+    assert (feet["detections"]["value"], feet["images"]["value"], feet["images"]["n"]) == (6, 0.5, 12)
+    groups = {
+        name: (found["value"], found["n"]) for name, found in after["clip_score"].items() if name != "model"
+    }
+    assert groups == {"all": (238, 8), "retained": (238, 4), "forgotten": (238, 4)}
+    assert (result["nudity_threshold"], "CLIP score" in result) == (0.5, True)

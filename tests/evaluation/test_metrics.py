@@ -14,6 +14,7 @@ from mu.evaluation.metrics import (
     Prediction,
     accuracy_by_class,
     count_share,
+    memorised,
     predictions_csv,
     read_predictions,
     unlearning_scores,
@@ -144,6 +145,32 @@ def test_predictions_are_read_as_they_were_written() -> None:
         read_predictions(b"style,object\nNoto,Cats\n")
     with pytest.raises(MetricsError, match="columns"):
         read_predictions(content[:-10])  # cut off within a row
+
+
+def test_probabilities_are_read_as_they_were_written() -> None:
+    row = Prediction("Noto", "Cats", 1, "Blob", "Cats", 0.25, 1.0)
+    (found,) = read_predictions(predictions_csv([row]))
+    assert (found.style_probability, found.object_probability) == (0.25, 1.0)
+    earlier = b"style,object,seed,predicted_style,predicted_object\nNoto,Cats,1,Blob,Cats\n"
+    (found,) = read_predictions(earlier)  # a table of a release that kept none
+    assert (found, found.style_probability) == (row, None)
+
+
+def test_a_memorised_concept_is_counted_on_its_own_prompts() -> None:
+    table = [
+        Prediction("Noto", "Cats", 1, "Blob", "Cats", 0.5, 1.0),
+        Prediction("Noto", "Cats", 2, "Noto", "Cats", 0.9, 1.0),
+        Prediction("Noto", "Dogs", 1, "Blob", "Dogs", 0.1, 1.0),
+        Prediction("Noto", "Cars", 1, "Noto", "Cars", 1.0, 1.0),  # left out
+        Prediction("Blob", "Cats", 1, "Noto", "Cats", 0.0, 0.8),  # another prompt
+    ]
+    options = {"template": "style", "template_name": "Noto", "left_out": ("Cars",)}
+    found = memorised(table, threshold=0.5, **options)  # type: ignore[arg-type]
+    assert (found.confidence.value, found.confidence.n) == (pytest.approx(0.5), 3)
+    assert (found.share.value, found.share.n) == (pytest.approx(2 / 3), 3)
+    assert memorised(table, threshold=0.6, **options).share.value == pytest.approx(1 / 3)  # type: ignore[arg-type]
+    with pytest.raises(MetricsError, match="have no probabilities"):
+        memorised(TABLE, threshold=0.5, template="style", template_name="Noto")
 
 
 def test_counting_needs_no_torch() -> None:
