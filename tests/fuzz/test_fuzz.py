@@ -15,9 +15,7 @@ PROGRAM = Path(__file__).with_name("read_mutated.py")
 @pytest.mark.parametrize(
     ("first", "count"), [(1_000_000, 250), pytest.param(0, 10_000, marks=pytest.mark.slow)]
 )
-def test_promise_04_mutated_files_are_read_or_refused_cleanly(
-    tmp_path: Path, first: int, count: int
-) -> None:
+def test_promise_04_mutated_files_are_read_or_refused_cleanly(tmp_path: Path, first: int, count: int) -> None:
     command = [sys.executable, str(PROGRAM), str(tmp_path), str(first), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     case = (tmp_path / "case").read_text() if (tmp_path / "case").exists() else "none"
