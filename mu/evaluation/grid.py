@@ -22,6 +22,7 @@ from mu.errors import MuError
 from mu.evaluation.classifier import EmojiClassifier
 from mu.evaluation.metrics import Prediction
 from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.verbosity import bars_off
 
 
 class EvaluationError(MuError, ValueError):
@@ -120,7 +121,7 @@ def check_classifier(classifier: EmojiClassifier, grid: Grid) -> None:
 def classify(rows: Sequence[Row], classifier: EmojiClassifier, *, batch_size: int) -> Iterator[Prediction]:
     """What the classifier sees in the image files of `rows`: for each head its likeliest class."""
     device = classifier.style_head.weight.device
-    with tqdm(total=len(rows), desc="classifying", unit="image", disable=None) as progress:
+    with tqdm(total=len(rows), desc="classifying", unit="image", disable=bars_off()) as progress:
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             pixels = torch.stack(

@@ -47,6 +47,7 @@ from mu.config import config_of, require_paths
 from mu.datasets.index import concept_label
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
+from mu.verbosity import bars_off
 
 Result = dict[str, Any]
 
@@ -86,7 +87,11 @@ class MaskingAlgorithm:
             data = SaliencyUnlearnDataHandler(config, model)
 
             batches = tqdm(
-                data.mask_batches(), total=data.mask_batch_count, desc="saliency", unit="batch", disable=None
+                data.mask_batches(),
+                total=data.mask_batch_count,
+                desc="saliency",
+                unit="batch",
+                disable=bars_off(),
             )
             try:
                 saliency = accumulate_saliency(model, batches, c_guidance=config.c_guidance)

@@ -19,6 +19,7 @@ from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import as_dict
 from mu.devices import resolve_devices
 from mu.run_folder import RunFolder
+from mu.verbosity import bars_off
 
 _PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16-mixed": "bf16-mixed"}
 _TERMS = ("loss", "forget", "retain")
@@ -55,7 +56,7 @@ def fit(
             precision=_PRECISIONS[config.precision],
             max_epochs=1,  # all epochs of the config are one pass of the loader
             logger=logger or False,
-            callbacks=[history, TQDMProgressBar(refresh_rate=1)],
+            callbacks=[history, TQDMProgressBar(refresh_rate=0 if bars_off() else 1)],
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_model_summary=False,
