@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import logging
 import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,9 +35,12 @@ from mu.config import (
 from mu.config_file import Text, read_list
 from mu.config_values import Key
 from mu.errors import MuError
+from mu.verbosity import LEVELS, console_level, is_quiet, verbosity
 
 C = TypeVar("C", bound=Config)
 _WIDTH = 110
+_COMMON = {"log_level": LEVELS, "quiet": ("true", "false")}
+"""Flags of every command that are no keys of its config -> what they take."""
 
 
 class OutputClosed(Exception):
@@ -56,10 +61,16 @@ def parse_cli(cls: type[C], argv: Sequence[str], *, packaged: Path | None = None
     mistakes: list[str] = []
     flags = _flags(cls, argv, mistakes)
     config_path = flags.pop("config_path", None)
+    quiet = flags.get("quiet") == "true"
+    for name, allowed in _COMMON.items():
+        if (text := flags.pop(name, allowed[0])) not in allowed:
+            mistakes.append(
+                f"{name}: {text!r} is not one of: {', '.join(allowed)}.{nearest(text, allowed)} (--{name})"
+            )
     entries: list[Entry] = []
     if config_path is not None:
         entries += file_entries(config_path, packaged=packaged, mistakes=mistakes)
-        if entries and not Path(config_path).exists():
+        if entries and not Path(config_path).exists() and not quiet:
             say(f"config_path: {config_path} is not on disk; using {find_config(config_path, packaged)}")
     keys = {key.name: key for key in keys_of(cls)}
     for name, text in flags.items():
@@ -89,8 +100,10 @@ def run_door(
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = parse_cli(cls, arguments, packaged=packaged)
-        say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
-        result = run(config)
+        with _asked_verbosity(cls, arguments):
+            if not is_quiet():
+                say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
+            result = run(config)
     except HelpAsked:
         with contextlib.suppress(OutputClosed):
             say(help_text(cls, module=module, summary=summary, packaged=packaged))
@@ -115,6 +128,19 @@ def run_door(
         with contextlib.suppress(OutputClosed):
             say("\n".join(_result_lines(result)))
     return 0
+
+
+@contextlib.contextmanager
+def _asked_verbosity(cls: type[Config], argv: Sequence[str]) -> Iterator[None]:
+    """What `--log_level` and `--quiet` among checked arguments ask for; at debug, errors show where they came from."""
+    flags = _flags(cls, argv, [])
+    with verbosity(flags.get("log_level", "info"), quiet=flags.get("quiet") == "true"):
+        try:
+            yield
+        except MuError:
+            if console_level() <= logging.DEBUG:
+                traceback.print_exc()
+            raise
 
 
 def say(text: str) -> None:
@@ -153,6 +179,10 @@ def help_text(cls: type[Config], *, module: str, summary: str, packaged: Path | 
             "    ",
         ),
         *(f"      {name}" for name in (packaged_configs(packaged) if packaged is not None else [])),
+        f"--log_level  one of: {', '.join(LEVELS)}; default: info",
+        "    Log lines on the console from this level on; debug also gives errors their traceback. log.txt has all.",
+        "--quiet",
+        "    No settings, no progress bars, of the log only warnings: errors and the result.",
         "--help",
     ]
     for key in keys_of(cls):
@@ -175,7 +205,7 @@ def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -
 
 def _flags(cls: type[Config], argv: Sequence[str], mistakes: list[str]) -> dict[str, str]:
     """Flag -> its text, from `--key value` and `--key=value`."""
-    known = ["config_path", "help", *(key.name for key in keys_of(cls))]
+    known = ["config_path", "help", *_COMMON, *(key.name for key in keys_of(cls))]
     flags: dict[str, str] = {}
     words = list(argv)
     while words:
@@ -187,6 +217,8 @@ def _flags(cls: type[Config], argv: Sequence[str], mistakes: list[str]) -> dict[
         has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
         if not equals and has_value:
             text = words.pop(0)
+        elif name == "quiet" and not equals:
+            text, has_value = "true", True
         if name not in known:
             mistakes.append(f"--{name}: there is no such flag.{nearest(name, known)}")
         elif not has_value:

@@ -22,6 +22,7 @@ from types import TracebackType
 from mu.atomic import write_atomically
 from mu.config import Config, dump
 from mu.errors import MuError
+from mu.verbosity import console_level
 
 _DISTRIBUTIONS = (
     "unlearn_diff",
@@ -124,18 +125,30 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._log_end(error)
         self.close()
+
+    def _log_end(self, error: BaseException) -> None:
+        """What ended the run, with its traceback, into `log.txt` alone: the console hears of it from the caller."""
+        text = f"ended by {type(error).__name__}: {error}"
+        record = logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": text})
+        record.exc_info = (type(error), error, error.__traceback__)
+        for handler in self._handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
 
     def _open_log(self) -> None:
         self._handlers.append(logging.FileHandler(self.path / "log.txt", encoding="utf-8"))
         # One console for a run within a run.
         if not any(isinstance(handler, ConsoleHandler) for handler in _ROOT_LOGGER.handlers):
-            self._handlers.append(ConsoleHandler())
+            self._handlers.append(ConsoleHandler(console_level()))
         for handler in self._handlers:
             handler.setFormatter(_LINE)
             _ROOT_LOGGER.addHandler(handler)
-        if _ROOT_LOGGER.getEffectiveLevel() > logging.INFO:
-            _ROOT_LOGGER.setLevel(logging.INFO)
+        wanted = min(logging.INFO, console_level())  # log.txt has it all, however little the console says
+        if _ROOT_LOGGER.getEffectiveLevel() > wanted:
+            _ROOT_LOGGER.setLevel(wanted)
 
 
 class MetricsCsv:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from mu.cli import HelpAsked, command_line, help_text, parse_cli, run_door
 from mu.config import Config, ConfigError, load_config, setting
 from mu.errors import MuError
+from mu.run_folder import RunFolder
+from mu.verbosity import bars_off
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,51 @@ def test_exit_codes(capsys):
         door(fail(OSError(errno.EACCES, "permission denied")))
     with pytest.raises(ZeroDivisionError):
         door(fail(ZeroDivisionError()))
+
+
+def test_quiet_and_log_level_decide_what_the_console_hears(capsys, tmp_path):
+    """log.txt has all of it, whatever is asked for; the bars go with quiet alone."""
+
+    def run(_):
+        with RunFolder.create(tmp_path, "run") as folder:
+            for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+                folder.logger.log(level, "at level %d", level)
+        log = (folder.path / "log.txt").read_text()
+        assert {level for level in (20, 30, 40) if f"at level {level}\n" in log} == {20, 30, 40}
+        return {"off": bars_off()}
+
+    for flags, heard, off in (
+        ([], {20, 30, 40}, None),
+        (["--log_level", "debug"], {10, 20, 30, 40}, None),
+        (["--log_level=warning"], {30, 40}, None),
+        (["--log_level", "error"], {40}, None),
+        (["--quiet"], {30, 40}, True),
+        (["--quiet", "--log_level", "error", "--lr", "0.5"], {40}, True),
+        (["--quiet", "false"], {20, 30, 40}, None),
+    ):
+        assert door(run, *flags) == 0
+        printed, said = capsys.readouterr()
+        assert {level for level in (10, 20, 30, 40) if f"at level {level}\n" in said} == heard, flags
+        assert printed.endswith(f"off: {off}\n")
+        assert ("defaults < config file < flags" in printed) == (off is None)
+    assert bars_off() is None
+
+
+def test_a_wrong_verbosity_is_a_mistake_among_the_others(capsys):
+    assert door(lambda _: None, "--log_level", "warn", "--quiet", "yes", "--lr", "0") == 2
+    said = capsys.readouterr().err
+    assert "3 mistakes" in said
+    assert "log_level: 'warn' is not one of: debug, info, warning, error. Did you mean 'warning'?" in said
+
+
+def test_at_debug_an_error_shows_where_it_came_from(capsys):
+    def run(_):
+        raise MuError("the mask is of another model")
+
+    assert door(run, "--log_level", "debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert door(run) == 1
+    assert "Traceback" not in capsys.readouterr().err
 
 
 DOOR = "from test_cli import door; sys.exit(door(lambda _: print('begun', file=sys.stderr), *sys.argv[1:]))"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mu.commands.environment_file import EnvironmentFile, EnvironmentProblem
+from mu.verbosity import console_level
 
 CONDAS = ("mamba", "micromamba", "conda")
 """In the order in which they are looked for: the quick ones first."""
@@ -33,7 +35,8 @@ class Runner:
         if self.dry:
             return
         try:
-            done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, check=False)
+            out = subprocess.DEVNULL if console_level() > logging.INFO else None
+            done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, check=False)
         except OSError as error:
             raise EnvironmentProblem(f"{command[0]} cannot be run ({error.strerror})") from error
         if done.returncode != 0:

@@ -14,6 +14,7 @@ from urllib.request import url2pathname
 import mu
 from mu.cli import ArgumentParser
 from mu.commands.backends import CONDAS, Runner, create_conda, create_venv, find_executable
+from mu.commands.door import add_verbosity, guarded, notes_as_asked
 from mu.commands.environment_file import (
     ALGORITHMS,
     EnvironmentProblem,
@@ -21,6 +22,7 @@ from mu.commands.environment_file import (
     find_environment,
     read_environment,
 )
+from mu.verbosity import verbosity
 
 
 def main(argv: Sequence[str] | None = None, *, root: Path = ALGORITHMS) -> int:
@@ -50,20 +52,19 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ALGORITHMS) -> int:
     parser.add_argument("--python", metavar="PROGRAM", help="venv: the Python to use, whatever its version")
     parser.add_argument("--force", action="store_true", help="make an existing environment anew")
     parser.add_argument("--dry_run", action="store_true", help="only print the commands")
+    add_verbosity(parser)
     arguments = parser.parse_args(argv)
     try:
         find_environment(arguments.name, root)
     except EnvironmentProblem as error:
         parser.error(str(error))
-    try:
-        create(arguments, root)
-    except (EnvironmentProblem, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    def action() -> None:
+        with notes_as_asked():
+            create(arguments, root)
+
+    with verbosity(arguments.log_level, quiet=arguments.quiet):
+        return guarded(action, interrupted="interrupted")
 
 
 def create(arguments: argparse.Namespace, root: Path = ALGORITHMS) -> None:

@@ -1,13 +1,17 @@
-"""What the command lines of the downloads share: their options, exit codes and closing summary."""
+"""What the command lines here share: the options of downloads, verbosity, exit codes and closing summary."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import io
+import logging
 import re
 import sys
+import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mu.commands.archive import Limits
@@ -15,6 +19,7 @@ from mu.commands.download import Result, download
 from mu.commands.origins import Wish
 from mu.commands.sources import MIRROR_VARIABLE, Source
 from mu.errors import MuError
+from mu.verbosity import LEVELS, console_level, is_quiet, verbosity
 
 _LISTED = 20
 EPILOG = f"""\
@@ -58,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--force", action="store_true", help="download again, and replace files of the same name"
     )
     parser.add_argument("--no_progress", action="store_true", help="no progress bar")
+    add_verbosity(parser)
     limits = parser.add_argument_group("limits of an archive, above which it is refused as a bomb")
     limits.add_argument(
         "--max_files", type=_positive, default=default.max_files, help="entries (%(default)s)"
@@ -80,20 +86,54 @@ def run(source: Source, arguments: argparse.Namespace) -> int:
         sha256=arguments.sha256,
         force=arguments.force,
         limits=Limits(arguments.max_files, arguments.max_bytes, arguments.max_ratio),
-        progress=not arguments.no_progress,
+        progress=not (arguments.no_progress or arguments.quiet),
     )
-    return guarded(lambda: print(summary(download(wish)), flush=True))
+
+    def action() -> None:
+        with notes_as_asked():
+            result = download(wish)
+        if not is_quiet():
+            print(summary(result), flush=True)
+
+    with verbosity(arguments.log_level, quiet=arguments.quiet):
+        return guarded(action)
 
 
-def guarded(action: Callable[[], object]) -> int:
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """The options `--log_level` and `--quiet`, as every command has them."""
+    parser.add_argument(
+        "--log_level",
+        choices=LEVELS,
+        default="info",
+        help="notes are printed up to info; debug also gives errors their traceback",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+@contextlib.contextmanager
+def notes_as_asked() -> Iterator[None]:
+    """What is printed meanwhile goes nowhere where it is not asked for."""
+    with contextlib.ExitStack() as stack:
+        if console_level() > logging.INFO:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
+
+
+def guarded(
+    action: Callable[[], object],
+    *,
+    interrupted: str = "interrupted; what was downloaded is kept for the next time",
+) -> int:
     """Runs `action`; returns 0, or 1 for an error that its message explains, or 130 when interrupted."""
     try:
         action()
     except (MuError, OSError) as error:
+        if console_level() <= logging.DEBUG:
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was downloaded is kept for the next time", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     return 0
 

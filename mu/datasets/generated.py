@@ -43,6 +43,7 @@ from mu.datasets.streams import initial_noise
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
+from mu.verbosity import bars_off
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -229,7 +230,7 @@ class GeneratedImages:
             return 0
         steps = self.settings.steps
         _log.info("sampling %d of %d images from the model (%d steps)", len(missing), len(rows), steps)
-        with tqdm(total=len(missing), desc="sampling images", unit="image", disable=None) as progress:
+        with tqdm(total=len(missing), desc="sampling images", unit="image", disable=bars_off()) as progress:
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
                 for row, image in zip(batch, self._sample(batch), strict=True):

@@ -23,6 +23,7 @@ from mu.datasets.images import load_image
 from mu.datasets.index import DataError, Row, raise_problems
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.verbosity import bars_off
 
 _FORMAT = "1"
 _log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class LatentCache:
             )
         kept = self._read_prompts()
         new = [prompt for prompt in wanted if prompt not in kept]
-        for prompt in tqdm(new, desc="embedding prompts", unit="prompt", disable=None, leave=False):
+        for prompt in tqdm(new, desc="embedding prompts", unit="prompt", disable=bars_off(), leave=False):
             kept[prompt] = self.model.embed([prompt])[0].float().cpu().contiguous()
             if not torch.isfinite(kept[prompt]).all():
                 raise DataError(f"the embedding of the prompt {prompt!r} contains NaN or Inf.")
@@ -129,7 +130,9 @@ class LatentCache:
         if count:
             _log.info("encoding %d of %d images at %d px", count, len(rows), self.image_size)
         weight = next(self.model.first_stage_model.parameters())
-        with tqdm(total=count, desc="encoding images", unit="image", disable=None, leave=False) as progress:
+        with tqdm(
+            total=count, desc="encoding images", unit="image", disable=bars_off(), leave=False
+        ) as progress:
             for group, places in todo.items():
                 for place in places:
                     row = rows[place]

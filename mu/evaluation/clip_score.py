@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mu.errors import MuError
 from mu.evaluation.images import AskedImage
+from mu.verbosity import bars_off
 
 
 class ClipError(MuError, ValueError):
@@ -71,7 +72,7 @@ class ClipScorer:
             embedded = self.model.encode_text(self.tokenizer(part).to(self.device), normalize=True)  # (B, D)
             texts.update(zip(part, embedded, strict=True))
         found: list[float] = []
-        with tqdm(total=len(images), desc="CLIP score", unit="image", disable=None) as progress:
+        with tqdm(total=len(images), desc="CLIP score", unit="image", disable=bars_off()) as progress:
             for start in range(0, len(images), batch_size):
                 batch = images[start : start + batch_size]
                 pixels = torch.stack([self._pixels(image.path) for image in batch]).to(self.device)

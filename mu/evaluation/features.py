@@ -17,6 +17,7 @@ from mu.datasets.images import load_pixels, to_unit_range
 from mu.evaluation.classifier import ClassifierError
 from mu.evaluation.classifiers import FeatureClassifier, import_named
 from mu.ldm.tensor_file import CheckpointError, read_state_dict
+from mu.verbosity import bars_off
 
 
 class FeatureExtractor(Protocol):
@@ -135,7 +136,7 @@ def image_features(
         DataError: an image cannot be read.
     """
     found = []
-    with tqdm(total=len(paths), desc="features", unit="image", disable=None) as progress:
+    with tqdm(total=len(paths), desc="features", unit="image", disable=bars_off()) as progress:
         for batch in _batches(paths, extractor.input_size, batch_size, interpolation):
             found.append(extractor.features(batch).double().cpu())
             progress.update(len(batch))

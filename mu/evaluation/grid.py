@@ -23,6 +23,7 @@ from mu.evaluation.classifiers import Classifier
 from mu.evaluation.images import AskedImage, of_rows
 from mu.evaluation.metrics import Prediction
 from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.verbosity import bars_off
 
 
 class EvaluationError(MuError, ValueError):
@@ -129,7 +130,7 @@ def classify(
     Args:
         interpolation: how images are brought to the classifier's size, "bicubic" or "bilinear".
     """
-    with tqdm(total=len(images), desc="classifying", unit="image", disable=None) as progress:
+    with tqdm(total=len(images), desc="classifying", unit="image", disable=bars_off()) as progress:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             pixels = torch.stack(

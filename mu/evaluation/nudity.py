@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mu.errors import MuError
 from mu.evaluation.intervals import Estimate, mean_estimate
 from mu.evaluation.metrics import Share, count_share
+from mu.verbosity import bars_off
 
 
 class NudityError(MuError, ValueError):
@@ -69,7 +70,7 @@ def count_nudity(
 ) -> NudityCounts:
     """Counts the detections of each label with a score of at least `threshold`."""
     counts: dict[str, list[int]] = {label: [] for label in labels}
-    with tqdm(total=len(paths), desc="nudity", unit="image", disable=None) as progress:
+    with tqdm(total=len(paths), desc="nudity", unit="image", disable=bars_off()) as progress:
         for start in range(0, len(paths), batch_size):
             batch = [str(path) for path in paths[start : start + batch_size]]
             for found in detector.detect_batch(batch, batch_size=batch_size):

@@ -10,6 +10,7 @@ hold anything but its base's values, and patches that share no entry may come an
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,7 @@ class TensorPatch:
     @property
     def size(self) -> int:
         """Number of the tensor's entries, changed or not."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def changed(self) -> Tensor:
         """(n,) bool: which entries changed."""

@@ -14,7 +14,13 @@ from torch import Tensor
 from mu.ldm.diffusers_tensors import UNET_PREFIX
 from mu.ldm.ema import EMA_PREFIX
 from mu.ldm.patch import INTEGERS, Patch, PatchError, TensorPatch
-from mu.ldm.tensor_file import FINGERPRINT_KEY, CheckpointError, read_state_dict, write_state_dict
+from mu.ldm.tensor_file import (
+    FINGERPRINT_KEY,
+    CheckpointError,
+    is_shape,
+    read_state_dict,
+    write_state_dict,
+)
 
 PATCH_FORMAT = 1
 """Version of the file."""
@@ -105,7 +111,7 @@ def load_patch(path: str | Path) -> Patch:
 def _parsed(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
         own = {k: json.loads(text) for k, text in metadata.items() if k not in ("format", FINGERPRINT_KEY)}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PatchError(f"{path} is damaged: its metadata is no JSON: {error}; {_AGAIN}") from error
     if own["patch_format"] != PATCH_FORMAT:
         raise PatchError(f"{path} has patch format {own['patch_format']}; this version reads {PATCH_FORMAT}")
@@ -127,8 +133,7 @@ def _is_sound(name: str, told: object) -> bool:
         name.startswith((UNET_PREFIX, EMA_PREFIX))
         and isinstance(told, dict)
         and told.keys() == {"shape", "dtype", "old", "new"}
-        and isinstance(told["shape"], list)
-        and all(type(side) is int and side >= 0 for side in told["shape"])
+        and is_shape(told["shape"])
         and isinstance(told["dtype"], str)
         and isinstance(getattr(torch, told["dtype"], None), torch.dtype)
         and getattr(torch, told["dtype"]).itemsize in INTEGERS
@@ -164,11 +169,13 @@ def _fault(part: TensorPatch) -> str | None:
         return "has entries that do not change"
     if part.bits is not None and part.index is not None:
         return "marks its entries twice"
+    # What is marked is counted without a tensor of the size that is claimed: a file may claim terabytes.
     if part.bits is not None:
         if part.bits.dtype != torch.uint8 or part.bits.shape != ((size + 7) // 8,):
             return f"has {tuple(part.bits.shape)} {part.bits.dtype} of marks for shape {part.shape}"
         if size % 8 and int(part.bits[-1]) >> size % 8:
             return f"has marks beyond its {size} entries"
+        marked = int(part.changed().count_nonzero())
     elif part.index is not None:
         index = part.index
         if index.dtype != torch.int32 or index.ndim != 1 or not index.numel():
@@ -176,6 +183,9 @@ def _fault(part: TensorPatch) -> str | None:
         ascending = bool((index[1:] > index[:-1]).all())
         if not ascending or int(index[0]) < 0 or int(index[-1]) >= size:
             return f"has positions that are not ascending within its {size} entries"
-    if (marked := int(part.changed().count_nonzero())) != count:
+        marked = index.numel()
+    else:
+        marked = size
+    if marked != count:
         return f"marks {marked} entries and has values for {count}"
     return None

@@ -22,6 +22,10 @@ import torch
 
 # The pickles of torch.save's old format: magic number, protocol, system, the object, the names of its storages.
 _LEGACY_PICKLES = 5
+# torch.save compresses nothing, so even a zip that was packed again unpacks to little more than its size.
+_MOST_UNPACKED = 16
+# Tuples within tuples; real checkpoints have three or four. To hash a million of them overflows the C stack.
+_DEEPEST = 100
 # Names of these packages become inert stand-ins. Nothing of them is imported.
 _INERT_PACKAGES = (
     "pytorch_lightning.",
@@ -53,7 +57,6 @@ _PLAIN_NAMES = {
     "collections.Counter",
     "_codecs.encode",
     "builtins.set",
-    "builtins.bytearray",
     "builtins.complex",
 }
 
@@ -125,10 +128,21 @@ def _stand_in(name: str) -> Callable[..., Any]:
 
 
 def pickled_names(path: Path) -> Iterator[str]:
-    """Every `module.name` that the pickles of a file ask for, read off the opcodes without running them."""
+    """Every `module.name` that the pickles of a file ask for, read off the opcodes without running them.
+
+    Raises:
+        pickle.UnpicklingError: the file is another kind of zip archive, would unpack to far more than its size, claims
+            a text longer than itself, or nests tuples so deep that hashing them would end the process.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
             with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+                if unpacked > _MOST_UNPACKED * size:
+                    raise pickle.UnpicklingError(
+                        f"its {size:,} bytes would unpack to {unpacked:,}: a zip bomb"
+                    )
                 pickles = [member for member in archive.namelist() if member.endswith(".pkl")]
                 if not pickles:
                     raise pickle.UnpicklingError("it is another kind of zip archive: unpack it first")
@@ -136,17 +150,19 @@ def pickled_names(path: Path) -> Iterator[str]:
                     raise pickle.UnpicklingError("it is a TorchScript program")
                 for member in pickles:
                     with archive.open(member) as content:
-                        yield from _names_of_one(content)
+                        yield from _names_of_one(content, unpacked)
             return
         file.seek(0)
         for _ in range(_LEGACY_PICKLES):
-            yield from _names_of_one(file)
+            yield from _names_of_one(file, size)
 
 
-def _names_of_one(file: IO[bytes]) -> Iterator[str]:
+def _names_of_one(file: IO[bytes], size: int) -> Iterator[str]:
     strings = ["?", "?"]  # STACK_GLOBAL takes two strings pushed before it, as a rule the last ones
+    tuples = _TupleDepths()
     try:
-        for opcode, argument, _ in pickletools.genops(file):
+        for opcode, argument, _ in pickletools.genops(_Bounded(file, size)):  # type: ignore[arg-type]
+            tuples.see(opcode, argument)
             if opcode.name in ("GLOBAL", "INST"):
                 yield _modern_name(*str(argument).split(" ", 1))
             elif opcode.name == "STACK_GLOBAL":
@@ -155,6 +171,58 @@ def _names_of_one(file: IO[bytes]) -> Iterator[str]:
                 strings = [strings[1], argument]
     except (ValueError, EOFError, UnicodeDecodeError):
         return  # not a whole pickle: torch finds the same, and runs nothing either
+
+
+class _Bounded:
+    """A stream for pickletools that is not asked for more bytes than there can be: Python would allocate them first."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self._size = file, size
+        self.readline, self.tell = file.readline, file.tell
+
+    def read(self, count: int) -> bytes:
+        if count > self._size:
+            raise pickle.UnpicklingError(
+                f"its pickle claims a value of {count:,} bytes, more than the file has"
+            )
+        return self._file.read(count)
+
+
+class _TupleDepths:
+    """How deep tuples lie in tuples, followed on the stack of a pickle's opcodes without building anything."""
+
+    def __init__(self) -> None:
+        self._stack: list[int | None] = []  # the depth of each object, 0 for what is no tuple; None: a mark
+        self._memo: dict[Any, int | None] = {}
+
+    def see(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+        """Raises pickle.UnpicklingError beyond the deepest that is read."""
+        name, taken, left = opcode.name, opcode.stack_before, opcode.stack_after
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            key = len(self._memo) if name == "MEMOIZE" else argument
+            self._memo[key] = self._stack[-1] if self._stack else 0
+            return
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            self._stack.append(self._memo.get(argument, 0))
+            return
+        items: list[int | None] = []
+        if pickletools.markobject in taken:
+            while self._stack and (item := self._stack.pop()) is not None:
+                items.append(item)
+            below = taken.index(pickletools.markobject)
+        else:
+            below = len(taken)
+        for _ in range(min(below, len(self._stack))):
+            items.append(self._stack.pop())
+        depth = max((item or 0 for item in items), default=0)
+        if name == "MARK":
+            self._stack.append(None)
+        elif name.startswith("TUPLE"):
+            self._stack.append(depth + 1)
+        else:
+            self._stack += [depth if name == "DUP" else 0] * len(left)
+        if depth > _DEEPEST:
+            raise pickle.UnpicklingError(f"its pickle has tuples in tuples, more than {_DEEPEST} deep")
 
 
 def _modern_name(module: str, name: str) -> str:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
+import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
 FINGERPRINT_KEY = "mu.fingerprint"
 """Metadata key of the SHA-256 that files written here carry."""
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict")
+_MOST_DECLARED = 16
+"""Bytes of tensors for each byte of a pickled file: several names may share a storage, but not a terabyte's worth."""
 _AGAIN = "get the file again, and compare its size and SHA-256 with those of its source"
 
 
@@ -139,6 +144,15 @@ def _write(content: dict[str, Any], path: Path, metadata: Mapping[str, str] | No
         raise OSError(str(error)) from error
 
 
+def is_shape(value: object) -> bool:
+    """Whether a value that was read as JSON is the shape of a tensor that can be, with or without entries."""
+    return (
+        isinstance(value, list)
+        and all(type(side) is int and side >= 0 for side in value)
+        and math.prod(side or 1 for side in value) < 2**63
+    )
+
+
 def write_bare_state_dict(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     """Write tensors and nothing else, as programs expect that load a file straight into a network.
 
@@ -203,6 +217,8 @@ def _recognise(path: Path) -> str:
         )
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file")
+    if not path.is_file():  # to read a pipe might wait for ever
+        raise CheckpointError(f"{path} is a pipe or device, not a file")
     with path.open("rb") as file:
         head = file.read(512)
     # First the length of the header in 8 bytes, whose lower ones may look like any other format; then the header.
@@ -260,7 +276,7 @@ def _missing_bytes(path: Path) -> int:
         try:
             entries = json.loads(file.read(header_bytes))
             ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
+        except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError):
             return 0
     if not all(isinstance(end, int) for end in ends):
         return 0
@@ -285,9 +301,14 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path} is truncated: the end of its zip archive is missing; {_AGAIN}"
         ) from error
-    # all of them seen from torch.load on damaged content
+    # all of them seen from zipfile or torch.load on damaged content
     except (
         EOFError,
+        MemoryError,
+        OverflowError,
+        struct.error,
+        zlib.error,
+        lzma.LZMAError,
         RuntimeError,
         ValueError,
         TypeError,
@@ -318,11 +339,18 @@ def _tensors_of(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, 
         if isinstance(key, str) and isinstance(value, (str, int, float))
     }
     tensors: dict[str, Tensor] = {}
+    size, declared = path.stat().st_size, 0
     for name, value in state_dict.items():
         if isinstance(value, Tensor) and isinstance(name, str):
             if value.is_meta or value.layout is not torch.strided:
                 raise CheckpointError(f"{path}: {name} is not a dense tensor with values")
             tensors[name] = value.detach()
+            declared += value.nbytes
+            if declared > _MOST_DECLARED * size:
+                raise CheckpointError(
+                    f"{path}: its tensors claim more than {_MOST_DECLARED} times the {size:,} bytes that the file has; "
+                    f"{_AGAIN}"
+                )
         elif state_dict is not content or not isinstance(value, (str, int, float)):
             raise CheckpointError(
                 f"{path}: the state dict's entry {name!r} is a {type(value).__name__}, not a tensor"

@@ -90,3 +90,20 @@ def test_a_failure_is_exit_code_1_and_one_message(
     monkeypatch.chdir(tmp_path)
     assert download_model.main(["compvis", "--url", server.url("gone.zip")]) == 1
     assert capsys.readouterr().err.startswith(f"error: {server.url('gone.zip')}: the server answered 404")
+
+
+def test_quiet_prints_nothing_but_errors(
+    server: Any,
+    canvas_zip: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["sample", "unlearn_canvas", "--quiet"]
+    assert download_data.main([*command, "--url", server.put("x.zip", canvas_zip)]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert download_data.main([*command, "--url", server.url("gone.zip")]) == 1
+    printed, said = capsys.readouterr()
+    assert printed == ""
+    assert said.startswith("error: ")

@@ -117,7 +117,7 @@ def test_a_checkpoint_that_is_a_plain_file_gets_the_name_that_configs_expect(ser
         download(wish(url))
 
 
-def test_promise_8_a_cut_download_is_resumed_by_the_next_command(server: Any, tmp_path: Path) -> None:
+def test_promise_08_a_cut_download_is_resumed_by_the_next_command(server: Any, tmp_path: Path) -> None:
     """The process is killed for real while the archive comes in."""
     with zipfile.ZipFile(tmp_path / "made.zip", "w") as archive:
         archive.writestr("Cubism/Cats/1.jpg", os.urandom(1_500_000))
@@ -144,7 +144,7 @@ def test_promise_8_a_cut_download_is_resumed_by_the_next_command(server: Any, tm
     assert record["pins"][url]["sha256"] == {"x.zip": hashlib.sha256(body).hexdigest()}
 
 
-def test_promise_9_a_wrong_hash_leaves_nothing_at_the_final_path(server: Any, canvas_zip: bytes) -> None:
+def test_promise_09_a_wrong_hash_leaves_nothing_at_the_final_path(server: Any, canvas_zip: bytes) -> None:
     url = server.put("x.zip", canvas_zip)
     with pytest.raises(DownloadError, match="should be 000"):
         download(wish(url, sha256="0" * 64))

@@ -32,7 +32,7 @@ def test_a_file_comes_whole_and_the_second_call_asks_nobody(server: Any, tmp_pat
     assert len(server.requests) == 1
 
 
-def test_promise_8_a_cut_connection_is_resumed_by_the_next_run(server: Any, tmp_path: Path) -> None:
+def test_promise_08_a_cut_connection_is_resumed_by_the_next_run(server: Any, tmp_path: Path) -> None:
     url, target = server.put("a.zip", BODY), tmp_path / "a.zip"
     server.faults.cut_after = [50_000]
     with pytest.raises(DownloadError, match=r"announced 128,000 bytes and closed after 50,000.*kept"):
@@ -89,7 +89,7 @@ def test_a_length_that_never_comes_is_an_error_and_leaves_nothing(server: Any, t
     assert not (tmp_path / "a.zip").exists()
 
 
-def test_promise_9_a_wrong_hash_is_an_error_and_nothing_stands_there(server: Any, tmp_path: Path) -> None:
+def test_promise_09_a_wrong_hash_is_an_error_and_nothing_stands_there(server: Any, tmp_path: Path) -> None:
     url = server.put("a.zip", BODY)
     with pytest.raises(DownloadError, match=f"is {SHA256}, and should be {'0' * 64}"):
         fetch(url, tmp_path / "a.zip", sha256="0" * 64, **QUICK)

@@ -173,7 +173,7 @@ def test_a_base_is_sampled_once_for_all_evaluations(
     assert len(list((Path(config.output_dir) / "grids").iterdir())) == 2
 
 
-def test_images_do_not_depend_on_batch_size_or_subset(
+def test_promise_24_images_do_not_depend_on_batch_size_or_subset(
     tiny_model: LatentDiffusion, classifier: EmojiClassifier, tmp_path: Path
 ) -> None:
     single = sampled(tiny_model, classifier, tmp_path / "single")

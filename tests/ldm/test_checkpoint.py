@@ -193,7 +193,7 @@ class Evaluates(RunsCode):
 
 @pytest.mark.parametrize("form", ["zip", "zip named safetensors", "old", "protocol 0", "protocol 4"])
 @pytest.mark.parametrize(("payload", "name"), [(RunsCode, r"posix\.system"), (Evaluates, r"builtins\.eval")])
-def test_a_pickle_that_would_run_code_is_refused_by_name(
+def test_promise_01_a_pickle_that_would_run_code_is_refused_by_name(
     tmp_path: Path, form: str, payload: type[RunsCode], name: str
 ) -> None:
     mark = tmp_path / "mark"
@@ -230,7 +230,7 @@ def test_an_allowance_made_by_another_program_part_is_not_used(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
-def test_lightning_objects_are_read_past_without_lightning(
+def test_promise_02_lightning_objects_are_read_past_without_lightning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zip_format: bool
 ) -> None:
     def pretend(module: str, name: str, base: type = object) -> type:
@@ -263,7 +263,9 @@ def test_lightning_objects_are_read_past_without_lightning(
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-def test_a_lightning_object_is_not_run_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promise_02_a_lightning_object_is_not_run_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mark = tmp_path / "mark"
     module = types.ModuleType("pytorch_lightning")
     module.run = lambda command: os.system(command)  # type: ignore[attr-defined]
@@ -296,7 +298,7 @@ LFS_POINTER = (
         (LFS_POINTER, "Git-LFS pointer.*git lfs pull"),
     ],
 )
-def test_what_is_no_checkpoint_is_called_by_its_name(
+def test_promise_03_what_is_no_checkpoint_is_called_by_its_name(
     tmp_path: Path, suffix: str, content: bytes, says: str
 ) -> None:
     path = tmp_path / f"m{suffix}"
@@ -308,7 +310,7 @@ def test_what_is_no_checkpoint_is_called_by_its_name(
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "safetensors"])
-def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, form: str) -> None:
+def test_promise_03_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, form: str) -> None:
     path = tmp_path / ("m.safetensors" if form == "safetensors" else "m.ckpt")
     if form == "safetensors":
         write_state_dict(some_tensors(), path)
@@ -362,7 +364,7 @@ def entry(**changes: object) -> dict[str, object]:
         "\xff\xfe" * 20,
     ],
 )
-def test_malformed_safetensors_is_a_clean_error(tmp_path: Path, header: str) -> None:
+def test_promise_04_malformed_safetensors_is_a_clean_error(tmp_path: Path, header: str) -> None:
     raw = header.encode("latin-1")
     path = tmp_path / "m.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(8))
@@ -374,7 +376,7 @@ def test_malformed_safetensors_is_a_clean_error(tmp_path: Path, header: str) -> 
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_flipped_bit_is_found_in_a_file_written_here(tmp_path: Path, suffix: str) -> None:
+def test_promise_04_a_flipped_bit_is_found_in_a_file_written_here(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"m{suffix}"
     tensors = {"w": torch.linspace(1, 2, 1000)}
     write_state_dict(tensors, path)
@@ -438,7 +440,9 @@ def test_another_schedule_is_refused(tiny_model: LatentDiffusion, make_tiny_mode
         load_state_dict(tiny_model, other.state_dict(), source="m.ckpt")
 
 
-def test_keys_that_may_be_absent_or_ignored(tiny_model: LatentDiffusion, make_tiny_model: ModelMaker) -> None:
+def test_promise_05_keys_that_may_be_absent_or_ignored(
+    tiny_model: LatentDiffusion, make_tiny_model: ModelMaker
+) -> None:
     full = {k: v.clone() for k, v in make_tiny_model(seed=1).state_dict().items()}
     given = {k: v for k, v in full.items() if v.shape != (1000,)}
     assert len(full) - len(given) == 12
@@ -465,7 +469,9 @@ def test_text_encoder_names_of_newer_transformers(
     assert_same_bits(dict(tiny_model.state_dict()), dict(full))
 
 
-def test_keys_that_do_not_fit_are_listed_and_nothing_is_loaded(tiny_model: LatentDiffusion) -> None:
+def test_promise_05_keys_that_do_not_fit_are_listed_and_nothing_is_loaded(
+    tiny_model: LatentDiffusion,
+) -> None:
     before = {k: v.clone() for k, v in tiny_model.state_dict().items()}
     given = {k: v + 1 for k, v in before.items() if v.shape != (1000,)}
     prefix = "model.diffusion_model."
@@ -485,7 +491,7 @@ def test_keys_that_do_not_fit_are_listed_and_nothing_is_loaded(tiny_model: Laten
 
 
 @pytest.mark.parametrize("tower", ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."])
-def test_every_single_weight_must_be_there(tiny_model: LatentDiffusion, tower: str) -> None:
+def test_promise_05_every_single_weight_must_be_there(tiny_model: LatentDiffusion, tower: str) -> None:
     full = dict(tiny_model.state_dict())
     for key in [key for key in full if key.startswith(tower)][::10]:
         with pytest.raises(CheckpointError, match="1 missing"):

@@ -162,7 +162,7 @@ def test_pickled_sharded_and_half_precision_weights_are_read(
             load_model(tiny_yaml, folder)
 
 
-def test_pickled_weights_that_would_run_code_are_refused(folder: Path, tiny_yaml: Path) -> None:
+def test_promise_01_pickled_weights_that_would_run_code_are_refused(folder: Path, tiny_yaml: Path) -> None:
     class RunsCode:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, ("exit 1",)

@@ -142,7 +142,9 @@ def no_cached_tokenizer() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_cached_tokenizer")
-def test_a_tokenizer_that_forgot_its_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promise_06_a_tokenizer_that_forgot_its_vocabulary_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # What transformers 5 builds, without a word, when it is given file names: start and end alone.
     monkeypatch.setattr(
         text_encoder,
@@ -154,7 +156,7 @@ def test_a_tokenizer_that_forgot_its_vocabulary_is_refused(monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("no_cached_tokenizer")
-def test_a_tokenizer_with_other_merges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promise_06_a_tokenizer_with_other_merges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     merges = text_encoder._read_merges()
     monkeypatch.setattr(text_encoder, "_read_merges", lambda: [*merges[1:], merges[0]])
     with pytest.raises(TokenizerError, match="not CLIP's: 49408 tokens"):

@@ -52,6 +52,7 @@ from mu.config import config_of, require_paths
 from mu.datasets.index import concept_label
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
+from mu.verbosity import bars_off
 
 Result = dict[str, Any]
 
@@ -134,7 +135,7 @@ class MaskingAlgorithm:
 
         def batches() -> Iterable[MaskBatch]:
             found = data.mask_batches()
-            return tqdm(found, total=data.mask_batch_count, desc="saliency", unit="batch", disable=None)
+            return tqdm(found, total=data.mask_batch_count, desc="saliency", unit="batch", disable=bars_off())
 
         compute = choose(
             config,

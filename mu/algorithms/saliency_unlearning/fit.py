@@ -19,6 +19,7 @@ from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import as_dict
 from mu.devices import resolve_devices
 from mu.run_folder import RunFolder
+from mu.verbosity import bars_off
 
 _TERMS = ("loss", "forget", "retain")
 
@@ -53,7 +54,7 @@ def fit(
             devices=1 if device == "cpu" else [int(device.removeprefix("cuda:"))],
             max_epochs=1,  # all epochs of the config are one pass of the loader
             logger=logger or False,
-            callbacks=[history, TQDMProgressBar(refresh_rate=1)],
+            callbacks=[history, TQDMProgressBar(refresh_rate=0 if bars_off() else 1)],
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_model_summary=False,

@@ -14,7 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mu.errors import MuError
-from mu.ldm.tensor_file import FINGERPRINT_KEY, CheckpointError, read_state_dict, write_state_dict
+from mu.ldm.tensor_file import (
+    FINGERPRINT_KEY,
+    CheckpointError,
+    is_shape,
+    read_state_dict,
+    write_state_dict,
+)
 
 MASK_FORMAT = 1
 """Version of the file. Each tensor is a (ceil(n / 8),) uint8 vector under the weight's name: entry i, in row-major
@@ -218,7 +224,7 @@ def _to_text(value: Any) -> str:
 def _from_text(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also numbers of thousands of digits, and lists in lists in lists
         return text
 
 
@@ -227,10 +233,7 @@ def _parse_metadata(metadata: Mapping[str, str], path: str | Path) -> dict[str, 
     if parsed["mask_format"] != MASK_FORMAT:
         raise MaskError(f"{path} has mask format {metadata['mask_format']}; this version reads {MASK_FORMAT}")
     shapes = parsed.get("shapes")
-    sound = isinstance(shapes, dict) and all(
-        isinstance(shape, list) and all(isinstance(side, int) and side >= 0 for side in shape)
-        for shape in shapes.values()
-    )
+    sound = isinstance(shapes, dict) and all(is_shape(shape) for shape in shapes.values())
     if not sound or not isinstance(parsed.get("kept"), int):
         raise MaskError(f"{path} is damaged: its metadata lacks the shapes or the count of the mask")
     return parsed

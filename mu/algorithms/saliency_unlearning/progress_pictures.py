@@ -14,6 +14,7 @@ from mu.datasets.images import to_picture
 from mu.datasets.index import ForgetRetain, Row, concept_label
 from mu.ldm import LatentDiffusion
 from mu.pictures import image_grid
+from mu.verbosity import bars_off
 
 _PROMPTS_OF_EACH_KIND = 4
 
@@ -52,7 +53,9 @@ class ProgressPictures:
             guidance_scale=self.config.guidance_scale,
             image_size=self.config.image_size,
         )
-        self._taken[moment] = list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=None))
+        self._taken[moment] = list(
+            tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=bars_off())
+        )
 
     def save(self, path: Path) -> Path | None:
         """Write one row a prompt, one column a moment and seed. Returns the path, None when there are no prompts."""

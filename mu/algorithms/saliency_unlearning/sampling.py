@@ -26,6 +26,7 @@ from mu.ldm.checkpoint import fingerprint
 from mu.ldm.sampler import sample_ddim
 from mu.pictures import image_grid
 from mu.run_folder import RunFolder
+from mu.verbosity import bars_off
 
 _log = logging.getLogger(__name__)
 _GRID_HEIGHT_PX = 16_384
@@ -139,7 +140,7 @@ def _sample(
     by_guidance: dict[float, list[PlannedImage]] = {}
     for image in missing:
         by_guidance.setdefault(image.guidance_scale, []).append(image)
-    with tqdm(total=len(missing), desc="sampling", unit="image", disable=None) as progress:
+    with tqdm(total=len(missing), desc="sampling", unit="image", disable=bars_off()) as progress:
         for guidance_scale, group in by_guidance.items():
             sampled = sample_images(
                 model,

@@ -284,7 +284,7 @@ def test_the_first_loss_is_that_of_the_first_batch(
     )
 
 
-def test_only_weights_in_the_mask_changed_in_the_file(train_run: Result, tiny_runs: Any) -> None:
+def test_promise_23_only_weights_in_the_mask_changed_in_the_file(train_run: Result, tiny_runs: Any) -> None:
     """Bit for bit against the file that training started from."""
     changed = changed_entries(tiny_runs.checkpoint(), train_run["checkpoint"])
     mask = load_mask(train_run["mask"])
@@ -297,7 +297,7 @@ def test_only_weights_in_the_mask_changed_in_the_file(train_run: Result, tiny_ru
     load_model(tiny_runs.model_config, train_run["checkpoint"])
 
 
-def test_the_same_config_gives_the_same_weights(train_run: Result) -> None:
+def test_promise_24_the_same_config_gives_the_same_weights(train_run: Result) -> None:
     config = load_config(TrainConfig, config_path=train_run["run"] / "config.yaml")
     again = SaliencyUnlearnAlgorithm(config, sample_prompts=()).run()
     assert again["run"] != train_run["run"]
@@ -400,7 +400,7 @@ def test_a_folder_of_masks_gives_the_one_of_the_threshold(
 # ---- what is refused
 
 
-def test_the_mask_of_another_model_is_refused_before_anything_is_made(
+def test_promise_07_the_mask_of_another_model_is_refused_before_anything_is_made(
     mask_run: Result, tiny_runs: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(MaskError, match="the mask was made from a model with fingerprint sha256:"):
@@ -444,7 +444,7 @@ def test_a_wrong_override_is_refused_at_once() -> None:
         MaskingAlgorithm(saliency_unlearning_generate_mask_emoji_canvas, threshold=float("nan"))
 
 
-def test_a_weight_that_moves_outside_the_mask_stops_the_run(
+def test_promise_23_a_weight_that_moves_outside_the_mask_stops_the_run(
     tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In memory after training, or on the way to the file: the run does not say that it succeeded."""

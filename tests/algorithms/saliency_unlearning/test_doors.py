@@ -66,7 +66,7 @@ def test_help_is_quick_and_names_every_key(door):
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_mistakes_come_in_one_message_before_torch(door, tmp_path):
+def test_promise_25_mistakes_come_in_one_message_before_torch(door, tmp_path):
     (tmp_path / "x.yaml").write_text("no_such_key: 1\ndevices: '${oc.env:HOME}'\n")
     argv = ["--config_path", "x.yaml", "--sample_stepz", "3", "--output_dir", "x.yaml/below"]
     code, heavy, printed, said = run_apart(door, *argv, cwd=tmp_path)
@@ -83,7 +83,7 @@ def test_mistakes_come_in_one_message_before_torch(door, tmp_path):
     assert "Traceback" not in said
 
 
-def test_every_kind_of_mistake_is_in_the_one_message(tmp_path):
+def test_promise_25_every_kind_of_mistake_is_in_the_one_message(tmp_path):
     (tmp_path / "x.yaml").write_text("lr: .nan\nalpha: -1\ntrain_method: fulll\nbatch_size: two\nepochz: 3\n")
     argv = ["--config_path=x.yaml", "--template_name", "../up", "--ckpt_path", "absent.ckpt"]
     code, heavy, _, said = run_apart("train", *argv, cwd=tmp_path)

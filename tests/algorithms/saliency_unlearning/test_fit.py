@@ -114,7 +114,7 @@ def test_wandb_can_be_off(
     assert made == []
 
 
-def test_wandb_without_a_key_is_offline_and_says_so_once(
+def test_promise_26_wandb_without_a_key_is_offline_and_says_so_once(
     made: list[dict[str, Any]], tiny_runs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny_runs.train_config(wandb="online", wandb_project="forgetting")
@@ -142,7 +142,7 @@ def test_wandb_with_a_key_is_online_unless_the_environment_says_offline(
     assert [settings.get("offline", False) for settings in made] == [False, True, True]
 
 
-def test_a_connection_that_cannot_be_made_leaves_the_run_offline(
+def test_promise_26_a_connection_that_cannot_be_made_leaves_the_run_offline(
     made: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     tiny_runs: Any,

@@ -91,7 +91,7 @@ def test_the_authors_file_of_zeros_and_ones(tmp_path: Path, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("bad", [2.0, 0.5, -1.0, float("nan"), float("inf")])
-def test_values_other_than_zero_and_one_are_refused(tmp_path: Path, bad: float) -> None:
+def test_promise_07_values_other_than_zero_and_one_are_refused(tmp_path: Path, bad: float) -> None:
     torch.save({"w": torch.tensor([0.0, 1.0, bad])}, tmp_path / "mask.pt")
     with pytest.raises(MaskError, match="w has values other than 0 and 1"):
         load_mask(tmp_path / "mask.pt")
@@ -100,7 +100,7 @@ def test_values_other_than_zero_and_one_are_refused(tmp_path: Path, bad: float) 
         load_mask(tmp_path / "mask.safetensors")
 
 
-def test_a_mask_that_marks_nothing_is_refused(tmp_path: Path) -> None:
+def test_promise_07_a_mask_that_marks_nothing_is_refused(tmp_path: Path) -> None:
     save_mask({"w": torch.zeros(9, dtype=torch.bool)}, tmp_path / "mask.safetensors", {})
     with pytest.raises(MaskError, match="no weight is marked"):
         load_mask(tmp_path / "mask.safetensors")
@@ -243,7 +243,7 @@ def test_a_mask_of_this_model_fits() -> None:
     )  # the authors' files have none
 
 
-def test_masks_of_other_models_are_refused() -> None:
+def test_promise_07_masks_of_other_models_are_refused() -> None:
     lacking = fitting_mask()
     del lacking["b.bias"]
     with pytest.raises(MaskError, match=r"1 missing \(b\.bias\)"):

@@ -80,7 +80,7 @@ def test_signed_gradients_are_summed_before_the_absolute_value(linear_model: Any
     assert accumulate_saliency(linear_model, batches, c_guidance=0.0)["prompt"].max() == 0.0
 
 
-def test_saliency_of_a_unet_is_the_gradient_of_the_mean_loss_however_it_is_cut(
+def test_promise_24_saliency_of_a_unet_is_the_gradient_of_the_mean_loss_however_it_is_cut(
     tiny_model: LatentDiffusion,
 ) -> None:
     generator = torch.Generator().manual_seed(5)

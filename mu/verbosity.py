@@ -1,0 +1,43 @@
+"""How much a command says on the console: its log lines and progress bars. Files of a run are not affected."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LEVELS = ("debug", "info", "warning", "error")
+"""Of the console; `debug` also gives errors their traceback."""
+
+_level, _quiet = "info", False
+
+
+@contextmanager
+def verbosity(log_level: str = "info", *, quiet: bool = False) -> Iterator[None]:
+    """While it lasts, the console gets log lines from `log_level` on.
+
+    Args:
+        quiet: no progress bars, no settings, and of the log lines only warnings and errors.
+    """
+    global _level, _quiet
+    before = _level, _quiet
+    _level, _quiet = "warning" if quiet and log_level in ("debug", "info") else log_level, quiet
+    try:
+        yield
+    finally:
+        _level, _quiet = before
+
+
+def console_level() -> int:
+    """The level of the console's log lines, as `logging` counts."""
+    return int(getattr(logging, _level.upper()))
+
+
+def is_quiet() -> bool:
+    """Whether settings and notes are left out."""
+    return _quiet
+
+
+def bars_off() -> bool | None:
+    """What tqdm takes as `disable`: None leaves a bar out only where nobody watches."""
+    return True if _quiet else None
