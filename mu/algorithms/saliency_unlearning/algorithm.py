@@ -30,6 +30,7 @@ from mu.algorithms.saliency_unlearning.masking import (
     threshold_masks,
 )
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel, names_of
+from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
@@ -177,7 +178,8 @@ class SaliencyUnlearningAlgorithm:
                 decay_steps=data.total_steps if config.lr_schedule == "linear" else None,
                 target=config.target,
             )
-            losses = fit(trainer, data, config, folder)
+            progress = Progress(config, data.train_steps, pictures, folder)
+            losses = fit(trainer, data, config, folder, callbacks=[progress])
             model.verify_unmasked()
             pictures.take("after")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -42,8 +42,18 @@ class ProgressPictures:
 
     def take(self, moment: str) -> None:
         """Sample all prompts with all seeds, under the name of a moment such as "before"."""
-        if not self.prompts:
-            return
+        if self.prompts:
+            self._taken[moment] = self._sample(moment)
+
+    def save(self, path: Path) -> Path | None:
+        """Write one row a prompt, one column a moment and seed. Returns the path, None when there are no prompts."""
+        return self._write(self._taken, path) if self._taken else None
+
+    def snapshot(self, moment: str, path: Path) -> Path:
+        """Sample all prompts with all seeds, and write them by themselves; nothing of it is kept for `save`."""
+        return self._write({moment: self._sample(moment)}, path)
+
+    def _sample(self, moment: str) -> list[Tensor]:
         pairs = [(prompt, seed) for prompt in self.prompts for seed in self.config.sample_seeds]
         sampled = sample_images(
             self.model,
@@ -52,17 +62,14 @@ class ProgressPictures:
             guidance_scale=self.config.guidance_scale,
             image_size=self.config.image_size,
         )
-        self._taken[moment] = list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=None))
+        return list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=None))
 
-    def save(self, path: Path) -> Path | None:
-        """Write one row a prompt, one column a moment and seed. Returns the path, None when there are no prompts."""
-        if not self._taken:
-            return None
+    def _write(self, taken: Mapping[str, Sequence[Tensor]], path: Path) -> Path:
         seeds = self.config.sample_seeds
         rows = [
             [
                 to_picture(image)
-                for images in self._taken.values()
+                for images in taken.values()
                 for image in images[first : first + len(seeds)]
             ]
             for first in range(0, len(self.prompts) * len(seeds), len(seeds))
@@ -71,7 +78,7 @@ class ProgressPictures:
         image_grid(
             rows,
             self.prompts,
-            [moment for moment in self._taken for _ in seeds],
+            [moment for moment in taken for _ in seeds],
             mark_row=range(self._forgotten),
             title=f"{self.config.template} {concept_label(self.config.template_name)} forgotten; "
             f"seeds {', '.join(map(str, seeds))}",
