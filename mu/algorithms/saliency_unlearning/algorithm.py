@@ -46,6 +46,7 @@ from mu.algorithms.saliency_unlearning.utils import (
 )
 from mu.config import config_of, require_paths
 from mu.datasets.index import concept_label
+from mu.devices import peak_memory_bytes
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 
@@ -149,7 +150,8 @@ class SaliencyUnlearningAlgorithm:
         Returns:
             `run`, the run's folder; `checkpoint`; `patch`, its path (None without); `pictures`, before and after (None
             without); `mask`, its path (None without); `weights_selected`, `weights_changed` (in the file),
-            `weights_total`; `steps`; `loss`, `forget_loss` and `retain_loss` of the last epoch; `seconds`.
+            `weights_total`; `steps`; `loss`, `forget_loss` and `retain_loss` of the last epoch; `seconds`;
+            `peak_memory_bytes`, of the process so far.
 
         Raises:
             ConfigError: a path is missing; names the command that makes what is missing.
@@ -200,6 +202,7 @@ class SaliencyUnlearningAlgorithm:
                 "steps": data.total_steps,
                 **losses,
                 "seconds": time.monotonic() - started,
+                "peak_memory_bytes": peak_memory_bytes(),
             }
             _save(folder, result)
             return result

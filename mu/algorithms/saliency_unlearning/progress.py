@@ -52,7 +52,7 @@ class Progress(pl.Callback):
             else []
         )
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         if self.batches and trainer.global_step == 0:
             self._validate(trainer, module)
 
