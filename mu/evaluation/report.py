@@ -23,7 +23,7 @@ from mu.evaluation.report_data import (
     read_evaluation,
     read_training_run,
 )
-from mu.evaluation.report_figures import confusion_matrix, loss_curves, unet_picture
+from mu.evaluation.report_figures import FORGET, RETAIN, confusion_matrix, loss_curve, unet_picture
 from mu.evaluation.report_pictures import picture_grid, picture_uri, some_steps
 
 __all__ = [
@@ -36,7 +36,12 @@ __all__ = [
 ]
 
 _UNSAFE = "i2p"
-_TERMS = {"forget": "Forget term", "retain": "Retain term"}
+_TERMS = {"forget": ("Forget term", FORGET), "retain": ("Retain term", RETAIN)}
+_NAMES = {
+    "UA": "unlearning accuracy",
+    "IRA": "in-domain retain accuracy",
+    "CRA": "cross-domain retain accuracy",
+}
 
 
 def write_report(
@@ -75,30 +80,37 @@ def write_report(
     assert about is not None
     unsafe = any(run.template == _UNSAFE for run in runs.values())
     blurred = unsafe and not show_unsafe
-    html = _environment().get_template("report.html.jinja").render(
-        concept=headline(about),
-        kind=about.template,
-        runs=runs,
-        blurred=blurred,
-        evaluation=evaluation,
-        scores=[] if evaluation is None else _scores(evaluation),
-        measures={} if evaluation is None else evaluation.measures(),
-        grid=None if evaluation is None else picture_grid(evaluation, blurred=blurred),
-        confusions=[] if evaluation is None else _confusions(evaluation),
-        training=training,
-        losses=_losses(training),
-        mask=None if training is None else training.mask,
-        unet=_unet(training),
-        before_after=[picture_uri(p, blurred=blurred) for p in _pictures(training, "before_after")],
-        steps=[
-            (p.stem.removeprefix("step_").lstrip("0"), picture_uri(p, blurred=blurred))
-            for p in some_steps(_pictures(training, "step_"))
-        ],
-        sizes=_sizes(training),
-        times=_times(training, spent or {}),
-        memories=_memories(training, spent or {}),
-        configs={**{name: run.config for name, run in runs.items() if run.config}, **(other_configs or {})},
-        version=mu.__version__,
+    html = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            concept=headline(about),
+            kind=about.template,
+            runs=runs,
+            blurred=blurred,
+            evaluation=evaluation,
+            scores=[] if evaluation is None else _scores(evaluation),
+            measures={} if evaluation is None else evaluation.measures(),
+            grid=None if evaluation is None else picture_grid(evaluation, blurred=blurred),
+            confusions=[] if evaluation is None else _confusions(evaluation),
+            training=training,
+            losses=_losses(training),
+            mask=None if training is None else training.mask,
+            unet=_unet(training),
+            before_after=[picture_uri(p, blurred=blurred) for p in _pictures(training, "before_after")],
+            steps=[
+                (p.stem.removeprefix("step_").lstrip("0"), picture_uri(p, blurred=blurred))
+                for p in some_steps(_pictures(training, "step_"))
+            ],
+            sizes=_sizes(training),
+            times=_times(training, spent or {}),
+            memories=_memories(training, spent or {}),
+            configs={
+                **{name: run.config for name, run in runs.items() if run.config},
+                **(other_configs or {}),
+            },
+            version=mu.__version__,
+        )
     )
     return write_atomically(path, html.encode())
 
@@ -127,6 +139,7 @@ def _scores(run: EvaluationRun) -> list[dict[str, Any]]:
     return [
         {
             "key": key,
+            "name": _NAMES.get(key, "accuracy on the concept's own prompts"),
             "meaning": run.metrics.get("meanings", {}).get(key, ""),
             "models": {
                 name: numbers[key]
@@ -154,10 +167,15 @@ def _confusions(run: EvaluationRun) -> list[dict[str, Any]]:
     return found
 
 
-def _losses(training: TrainingRun | None) -> Markup | None:
-    if training is None or not any(training.losses.get(term) for term in _TERMS):
-        return None
-    return loss_curves(training.losses, training.validation, _TERMS)
+def _losses(training: TrainingRun | None) -> list[Markup]:
+    """A figure for each term that the run has noted."""
+    if training is None:
+        return []
+    return [
+        loss_curve(title, curve, training.validation.get(term, []), colour=colour)
+        for term, (title, colour) in _TERMS.items()
+        if (curve := training.losses.get(term))
+    ]
 
 
 def _unet(training: TrainingRun | None) -> Markup | None:

@@ -125,7 +125,9 @@ def read_evaluation(folder: Path) -> EvaluationRun:
     if "after" not in files["metrics"].get("models", {}):
         raise ReportError(f"{folder} holds no metrics.json of an evaluation; the command evaluate makes one")
     tables = {name: folder / f"predictions_{name}.csv" for name in MODELS}
-    predictions = {name: read_predictions(path.read_bytes()) for name, path in tables.items() if path.is_file()}
+    predictions = {
+        name: read_predictions(path.read_bytes()) for name, path in tables.items() if path.is_file()
+    }
     return EvaluationRun(**files, predictions=predictions)
 
 

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.style import context
+from matplotlib.ticker import NullFormatter
 
 FORGET, RETAIN = "#c8264f", "#2b7a9b"
 """Colours that are seen on white and on black."""
@@ -41,32 +42,31 @@ Curve = Sequence[tuple[float, float]]
 """(step, value), in order."""
 
 
-def loss_curves(
-    training: Mapping[str, Curve], validation: Mapping[str, Curve], titles: Mapping[str, str]
-) -> Markup:
-    """A panel for each term of `titles`: training steps, faint, with their running mean; validation as dots."""
+def loss_curve(title: str, training: Curve, validation: Curve, *, colour: str) -> Markup:
+    """One term of the loss: training steps, faint, with their running mean; validation as dots."""
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, len(titles), squeeze=False)[0]
-        for axes, (term, title), colour in zip(panels, titles.items(), (FORGET, RETAIN), strict=False):
-            curve = [(x, y) for x, y in training.get(term, ()) if math.isfinite(y)]
-            smooth = running_mean(curve)
-            axes.plot(*_columns(curve), color=colour, alpha=0.35 if smooth else 1, linewidth=0.8)
-            if smooth:
-                axes.plot(*_columns(smooth), color=colour, linewidth=1.8, label="training, running mean")
-            if points := validation.get(term):
-                axes.plot(*_columns(points), color=_INK, marker="o", markersize=3.5, linewidth=0.8)
-                axes.lines[-1].set_label("validation")
-            values = [y for _, y in (smooth or curve)]
-            if values and min(values) > 0 and max(values) > 8 * min(values):
-                axes.set_yscale("log")
-            axes.set_title(title, loc="left")
-            axes.set_xlabel("step")
-            axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.5)
-            if smooth or points:
-                axes.legend(loc="best", fontsize=8)
+        axes = figure.subplots()
+        curve = [(x, y) for x, y in training if math.isfinite(y)]
+        smooth = running_mean(curve)
+        axes.plot(*_columns(curve), color=colour, alpha=0.35 if smooth else 1, linewidth=0.8)
+        if smooth:
+            axes.plot(*_columns(smooth), color=colour, linewidth=1.8, label="training, running mean")
+        if validation:
+            look = {"marker": "o", "markersize": 3.5, "linewidth": 0.8}
+            axes.plot(*_columns(validation), color=_INK, label="validation", **look)
+        values = [y for _, y in (smooth or curve)]
+        if values and min(values) > 0 and max(values) > 8 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.5)
+        if smooth or validation:
+            axes.legend(loc="best", fontsize=8)
 
-    return _svg(draw, (3.6 * len(titles), 2.6), "Losses of each step of the training")
+    return _svg(draw, (4.8, 2.8), f"{title} at each step of the training")
 
 
 def running_mean(curve: Curve) -> list[tuple[float, float]]:
@@ -81,7 +81,9 @@ def running_mean(curve: Curve) -> list[tuple[float, float]]:
     return found
 
 
-def confusion_matrix(counts: Mapping[str, Mapping[str, int]], *, marked: Collection[str], title: str) -> Markup:
+def confusion_matrix(
+    counts: Mapping[str, Mapping[str, int]], *, marked: Collection[str], title: str
+) -> Markup:
     """Rows: what was asked for; columns: what is seen; a cell's shade is its part of the row.
 
     Args:
@@ -104,7 +106,7 @@ def confusion_matrix(counts: Mapping[str, Mapping[str, int]], *, marked: Collect
                     axes.add_patch(Rectangle((c, r), 1, 1, facecolor=colour, alpha=part, linewidth=0))
                 if number and cell > 0.3:
                     text = f"{100 * part:.0f}" if part >= 0.005 else "<1"
-                    ink = "white" if part > 0.55 else _INK
+                    ink = "white" if part > 0.7 else _INK
                     axes.text(c + 0.5, r + 0.53, text, ha="center", va="center", fontsize=7.5, color=ink)
             if asked in marked:
                 frame = Rectangle((0, r), len(columns), 1, fill=False, edgecolor=FORGET, linewidth=1.6)
@@ -139,7 +141,9 @@ def unet_picture(kept: Mapping[str, float], names: Collection[str] = ()) -> Mark
         kept: block ("input_blocks.1", "middle_block.0", "time_embed", "out") -> kept fraction in [0, 1].
         names: of the UNet's parameters; with them a block is the narrower, the smaller its feature maps are.
     """
-    arms = {kind: [block for block in kept if block.startswith(kind)] for kind in ("input", "middle", "output")}
+    arms = {
+        kind: [block for block in kept if block.startswith(kind)] for kind in ("input", "middle", "output")
+    }
     others = [block for block in kept if not block.startswith(tuple(arms))]
     levels = _levels(arms["input"], arms["output"], names)
     depth = max(levels.values(), default=0)
@@ -155,8 +159,8 @@ def unet_picture(kept: Mapping[str, float], names: Collection[str] = ()) -> Mark
             shade = 0.85 * part / most
             axes.add_patch(_rounded(left, row, width, facecolor=RETAIN, alpha=shade, linewidth=0))
             axes.add_patch(_rounded(left, row, width, fill=False, edgecolor=_INK, linewidth=0.6))
-            ink = "white" if shade > 0.5 else _INK
-            text = f"{_words(block)}  {100 * part:.3g} %"
+            ink = "white" if shade > 0.7 else _INK
+            text = f"{_words(block)} · {100 * part:.3g} %"
             axes.text(left + width / 2, row + 0.42, text, ha="center", va="center", fontsize=8, color=ink)
 
         for row, block in enumerate(arms["input"]):
@@ -166,7 +170,8 @@ def unet_picture(kept: Mapping[str, float], names: Collection[str] = ()) -> Mark
             width = 4 - 1.2 * levels[block] / max(depth, 1)
             box(block, 6, row, width)
             if row < len(arms["input"]):
-                axes.plot((4, 6), (row + 0.42, row + 0.42), color=_INK, alpha=0.35, linewidth=0.7, linestyle=(0, (3, 2)))
+                middle = row + 0.42
+                axes.plot((4, 6), (middle, middle), color=_INK, alpha=0.35, linewidth=0.7, linestyle="--")
         for row, block in enumerate(arms["middle"]):
             box(block, 3.4, rows + 0.25 + row, 3.2)
         bottom = rows + 0.25 + len(arms["middle"])
@@ -177,7 +182,9 @@ def unet_picture(kept: Mapping[str, float], names: Collection[str] = ()) -> Mark
         axes.set_ylim(bottom + (1.5 if others else 0.1), -0.15)
 
     height = rows + len(arms["middle"]) + 2
-    return _svg(draw, (4.6, 0.27 * height), "The UNet, each block shaded by the fraction of its weights in the mask")
+    return _svg(
+        draw, (4.6, 0.27 * height), "The UNet, each block shaded by the fraction of its weights in the mask"
+    )
 
 
 def _levels(inputs: Sequence[str], outputs: Sequence[str], names: Collection[str]) -> dict[str, int]:
@@ -226,5 +233,3 @@ def _svg(draw: Callable[[Figure], None], size_inches: tuple[float, float], title
     label = Markup.escape(title)
     # The text is matplotlib's, which escapes what it is given.
     return Markup(f'<svg {box} style="width:{wide:.0f}px" role="img" aria-label="{label}">{body.strip()}')
-
-

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageFilter
 
-from mu.evaluation.report_data import EvaluationRun, Prediction
+from mu.evaluation.metrics import Prediction
+from mu.evaluation.report_data import EvaluationRun
 
 CELL_PX = 96
 MOST_ROWS, MOST_COLUMNS, MOST_STEPS = 12, 12, 8
@@ -51,7 +52,7 @@ class PictureGrid:
 
 
 def picture_grid(run: EvaluationRun, *, blurred: bool) -> PictureGrid | None:
-    """The images of the first seed of each prompt, before and after; None where there are none of styles and objects."""
+    """The images of the first seed of each prompt, before and after; None of images without styles and objects."""
     kind = run.template
     if kind not in ("style", "object"):
         return None

@@ -78,9 +78,7 @@ class Progress(pl.Callback):
             )
 
 
-def fixed_batches(
-    steps: TrainSteps, *, draws: int, batch_size: int
-) -> list[tuple[ForgetBatch, RetainBatch]]:
+def fixed_batches(steps: TrainSteps, *, draws: int, batch_size: int) -> list[tuple[ForgetBatch, RetainBatch]]:
     """The batches of a validation, the same at every step.
 
     Args:

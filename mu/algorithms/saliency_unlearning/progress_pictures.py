@@ -67,11 +67,7 @@ class ProgressPictures:
     def _write(self, taken: Mapping[str, Sequence[Tensor]], path: Path) -> Path:
         seeds = self.config.sample_seeds
         rows = [
-            [
-                to_picture(image)
-                for images in taken.values()
-                for image in images[first : first + len(seeds)]
-            ]
+            [to_picture(image) for images in taken.values() for image in images[first : first + len(seeds)]]
             for first in range(0, len(self.prompts) * len(seeds), len(seeds))
         ]
         path.parent.mkdir(parents=True, exist_ok=True)

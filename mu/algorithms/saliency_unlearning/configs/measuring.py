@@ -19,7 +19,7 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
     file_problems,
     is_checkpoint,
 )
-from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.configs.unlearning import SHOW_UNSAFE_HELP, MaskConfig, TrainConfig
 from mu.config import Config, ConfigError, load_config, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.index import DataError, concept_names
@@ -193,6 +193,8 @@ class EvaluateConfig(ScoringKeys, ModelKeys):
     objects: tuple[str, ...] | None = setting(
         None, "Objects of the grid; null: EmojiCanvas' twelve.", kind="name"
     )
+    report: bool = setting(True, "Also write report.html, one file with numbers, pictures and settings.")
+    show_unsafe_pictures: bool = setting(False, SHOW_UNSAFE_HELP)
     output_dir: str = setting(f"{OUTPUTS}/evaluations", "The run's folder is made in it.", kind="path")
 
     def conflicts(self) -> Iterator[Problem]:

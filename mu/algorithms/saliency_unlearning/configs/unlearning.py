@@ -21,6 +21,9 @@ from mu.run_folder import space_problem, writable_problem
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 _MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
+SHOW_UNSAFE_HELP = (
+    "report.html of a concept of template i2p: show its pictures; else they are blurred in the file."
+)
 TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
 _NARROW = ("selfattn", "xattn", "selflayer", "xlayer")
 _TRAIN_METHOD_HELP = (
@@ -144,7 +147,10 @@ class TrainConfig(ConceptKeys):
         ge=1,
     )
     validation_draws: int = setting(
-        32, "validate_every_steps: draws of image, timestep and noise for each of the two losses.", ge=1, le=100_000
+        32,
+        "validate_every_steps: draws of image, timestep and noise for each of the two losses.",
+        ge=1,
+        le=100_000,
     )
     wandb: str = setting(
         "off",
@@ -153,8 +159,13 @@ class TrainConfig(ConceptKeys):
     )
     wandb_project: str = setting("saliency-unlearning", "Project there.", kind="name")
     wandb_unsafe_pictures: bool = setting(
-        False, "template i2p: send the pictures of sample_every_steps there too; else they stay on this machine."
+        False,
+        "template i2p: send the pictures of sample_every_steps there too; else they stay on this machine.",
     )
+    report: bool = setting(
+        True, "The command train also writes report.html, one file with curves and pictures."
+    )
+    show_unsafe_pictures: bool = setting(False, SHOW_UNSAFE_HELP)
     output_dir: str = setting(f"{OUTPUTS}/finetuned_models", "The run's folder is made in it.", kind="path")
 
     def conflicts(self) -> Iterator[Problem]:
