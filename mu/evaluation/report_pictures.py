@@ -115,11 +115,11 @@ def _data_uri(path: Path, most_px: int, png_bytes: int, *, blurred: bool) -> str
     if blurred:
         picture = picture.filter(ImageFilter.GaussianBlur(max(8, max(picture.size) / 40)))
     content = io.BytesIO()
-    picture.save(content, format="PNG", optimize=True)
+    picture.save(content, format="PNG")
     kind = "png"
     if content.tell() > png_bytes:
         content, kind = io.BytesIO(), "jpeg"
-        picture.save(content, format="JPEG", quality=85, optimize=True)
+        picture.save(content, format="JPEG", quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 

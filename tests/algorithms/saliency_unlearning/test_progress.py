@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from pytorch_lightning.loggers import WandbLogger
 
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.progress import Progress, fixed_batches, validation_losses
@@ -117,6 +115,16 @@ def test_draws_of_a_validation_differ_from_those_of_training(data: SaliencyUnlea
     assert not any(torch.equal(one, other) for one in forget[2] for other in trained)
 
 
+I2P = {
+    "template": "i2p",
+    "dataset_type": "i2p",
+    "template_name": "violence",
+    "styles": None,
+    "objects": None,
+    "raw_dataset_dir": "data/i2p",
+}
+
+
 class Recorder(WandbLogger):
     """What would go to Weights & Biases."""
 
@@ -134,8 +142,8 @@ class Recorder(WandbLogger):
     ("changes", "sent"),
     [
         ({}, True),
-        ({"template": "i2p"}, False),
-        ({"template": "i2p", "wandb_unsafe_pictures": True}, True),
+        (I2P, False),
+        ({**I2P, "wandb_unsafe_pictures": True}, True),
     ],
 )
 def test_unsafe_pictures_go_to_wandb_only_when_asked(
@@ -146,16 +154,9 @@ def test_unsafe_pictures_go_to_wandb_only_when_asked(
     changes: dict[str, Any],
     sent: bool,
 ) -> None:
-    keys = {
-        "sample_every_steps": 3,
-        "validate_every_steps": 3,
-        "sample_prompts": ("a teapot",),
-        "forget_prompts": ("a teapot",),
-        "retain_prompts": ("a cup",),
-        "template_name": "pots",
-        **changes,
-    }
-    config: TrainConfig = replace(tiny_runs.train_config(), **keys)
+    config = tiny_runs.train_config(
+        sample_prompts=("a teapot",), sample_every_steps=3, validate_every_steps=3, **changes
+    )
     taken: list[Path] = []
     pictures: Any = SimpleNamespace(snapshot=lambda _, path: taken.append(path) or path)
     with RunFolder.create(tmp_path, "run") as folder:
