@@ -37,6 +37,7 @@ _STYLE = {
     "legend.frameon": False,
 }
 _LEAST_STEPS_SMOOTHED = 20
+_LABEL_LENGTH = 22
 
 Curve = Sequence[tuple[float, float]]
 """(step, value), in order."""
@@ -115,10 +116,10 @@ def confusion_matrix(
         axes.set_ylim(len(rows), 0)
         axes.set_aspect("equal")
         size = 8.5 if cell > 0.3 else 6
-        axes.set_yticks([r + 0.5 for r in range(len(rows))], [_words(name) for name in rows], fontsize=size)
+        axes.set_yticks([r + 0.5 for r in range(len(rows))], [_short(name) for name in rows], fontsize=size)
         axes.set_xticks(
             [c + 0.5 for c in range(len(columns))],
-            [_words(name) for name in columns],
+            [_short(name) for name in columns],
             rotation=45,
             ha="left",
             rotation_mode="anchor",
@@ -206,6 +207,11 @@ def _rounded(left: float, row: float, width: float, **look: Any) -> FancyBboxPat
 
 def _words(name: str) -> str:
     return name.replace("_blocks.", " ").replace("_block.", " ").replace("_", " ")
+
+
+def _short(name: str) -> str:
+    """For the edge of a figure: longer, it would leave no room for the figure."""
+    return _words(name) if len(name) <= _LABEL_LENGTH else f"{_words(name)[: _LABEL_LENGTH - 1]}…"
 
 
 def _columns(points: Curve) -> tuple[list[float], list[float]]:
