@@ -34,7 +34,7 @@ install-dev: $(VENV)/.installed-dev  ## the same, with what tests and checks nee
 
 demo: $(VENV)/.installed             ## mask, unlearn, sample and evaluate one style of the bundled model
 	$(DOOR).generate_mask --config_path emoji_canvas/mask_style.yaml
-	$(DOOR).train --config_path emoji_canvas/train_style.yaml
+	$(DOOR).train --config_path emoji_canvas/train_style.yaml --validate_every_steps 20 --sample_every_steps 40
 	$(DOOR).evaluate --config_path emoji_canvas/evaluate_style.yaml
 
 table: $(VENV)/.installed            ## the results table of README.md: every style and object; goes on where it stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from functools import cache
 
 from mu.errors import MuError
@@ -36,6 +37,26 @@ def resolve_devices(devices: str) -> str:
         have = "device 0" if count == 1 else f"devices 0 to {count - 1}"
         raise DeviceError(f"devices: there is no CUDA device {number}; this machine has {have}")
     return f"cuda:{number}"
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """The most memory that this process has held so far: "process", and "cuda" where torch has used it.
+
+    Empty where the system does not tell, as on Windows.
+    """
+    try:
+        import resource
+    except ImportError:
+        return {}
+    # In KiB, on macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak["cuda"] = max(
+            torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count())
+        )
+    return peak
 
 
 @cache

@@ -35,6 +35,7 @@ from mu.algorithms.saliency_unlearning.masking import (
     threshold_masks,
 )
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel, names_of
+from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
@@ -50,6 +51,7 @@ from mu.algorithms.saliency_unlearning.utils import (
 )
 from mu.config import config_of, require_paths
 from mu.datasets.index import concept_label
+from mu.devices import peak_memory_bytes
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 from mu.verbosity import bars_off
@@ -177,7 +179,8 @@ class SaliencyUnlearningAlgorithm:
         Returns:
             `run`, the run's folder; `checkpoint`; `patch`, its path (None without); `pictures`, before and after (None
             without); `mask`, its path (None without); `weights_selected`, `weights_changed` (in the file),
-            `weights_total`; `steps`; `loss`, `forget_loss` and `retain_loss` of the last epoch; `seconds`.
+            `weights_total`; `steps`; `loss`, `forget_loss` and `retain_loss` of the last epoch; `seconds`;
+            `peak_memory_bytes`, of the process so far.
 
         Raises:
             ConfigError: a path is missing; names the command that makes what is missing.
@@ -199,7 +202,7 @@ class SaliencyUnlearningAlgorithm:
 
             pictures = ProgressPictures(config, ldm, data.rows)
             pictures.take("before")
-            losses = self._train(model, data, folder)
+            losses = self._train(model, data, folder, pictures)
             gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
             model.verify_unmasked()
             pictures.take("after")
@@ -221,12 +224,17 @@ class SaliencyUnlearningAlgorithm:
                 "steps": data.total_steps,
                 **losses,
                 "seconds": time.monotonic() - started,
+                "peak_memory_bytes": peak_memory_bytes(),
             }
             _save(folder, result)
             return result
 
     def _train(
-        self, model: SaliencyUnlearnModel, data: SaliencyUnlearnDataHandler, folder: RunFolder
+        self,
+        model: SaliencyUnlearnModel,
+        data: SaliencyUnlearnDataHandler,
+        folder: RunFolder,
+        pictures: ProgressPictures,
     ) -> dict[str, float]:
         """All steps; returns the losses of `fit`."""
         config = self.config
@@ -253,7 +261,8 @@ class SaliencyUnlearningAlgorithm:
                 optimizer=config.optimizer,
                 originals=originals,
             )
-            return fit(trainer, data, config, folder)
+            progress = Progress(config, steps, pictures, folder)
+            return fit(trainer, data, config, folder, callbacks=[progress])
 
     def _mask(self, ldm: LatentDiffusion, mask_path: Path | None) -> Mask | None:
         """The mask that `masking` asks for; None is all weights."""

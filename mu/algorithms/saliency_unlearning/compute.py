@@ -192,6 +192,20 @@ def _encoders_parked(ldm: LatentDiffusion) -> Iterator[None]:
 
 
 @contextmanager
+def encoders_at_hand(ldm: LatentDiffusion) -> Iterator[None]:
+    """Autoencoder and text encoder on the UNet's device until the block ends, wherever they are parked."""
+    parts = [part for part in (ldm.first_stage_model, ldm.cond_stage_model) if part is not None]
+    places = [next(part.parameters()).device for part in parts]
+    try:
+        for part in parts:
+            part.to(ldm.device)
+        yield
+    finally:
+        for part, place in zip(parts, places, strict=True):
+            part.to(place)
+
+
+@contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     """TF32 for what is left in fp32 on a GPU: never where fp32 is asked for, always beside bf16, which is coarser."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

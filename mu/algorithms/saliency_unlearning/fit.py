@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,17 @@ _log = logging.getLogger(__name__)
 
 
 def fit(
-    trainer: SaliencyUnlearnTrainer, data: SaliencyUnlearnDataHandler, config: TrainConfig, folder: RunFolder
+    trainer: SaliencyUnlearnTrainer,
+    data: SaliencyUnlearnDataHandler,
+    config: TrainConfig,
+    folder: RunFolder,
+    *,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> dict[str, float]:
     """Run all steps of a config.
+
+    Args:
+        callbacks: called after the losses of a step are on disk.
 
     Returns:
         `loss`, `forget_loss` and `retain_loss`, each the mean over the last epoch.
@@ -54,7 +63,7 @@ def fit(
             devices=1 if device == "cpu" else [int(device.removeprefix("cuda:"))],
             max_epochs=1,  # all epochs of the config are one pass of the loader
             logger=logger or False,
-            callbacks=[history, TQDMProgressBar(refresh_rate=0 if bars_off() else 1)],
+            callbacks=[history, *callbacks, TQDMProgressBar(refresh_rate=0 if bars_off() else 1)],
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_model_summary=False,

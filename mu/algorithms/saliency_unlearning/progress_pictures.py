@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,8 +44,18 @@ class ProgressPictures:
 
     def take(self, moment: str) -> None:
         """Sample all prompts with all seeds, under the name of a moment such as "before"."""
-        if not self.prompts:
-            return
+        if self.prompts:
+            self._taken[moment] = self._sample(moment)
+
+    def save(self, path: Path) -> Path | None:
+        """Write one row a prompt, one column a moment and seed. Returns the path, None when there are no prompts."""
+        return self._write(self._taken, path) if self._taken else None
+
+    def snapshot(self, moment: str, path: Path) -> Path:
+        """Sample all prompts with all seeds, and write them by themselves; nothing of it is kept for `save`."""
+        return self._write({moment: self._sample(moment)}, path)
+
+    def _sample(self, moment: str) -> list[Tensor]:
         pairs = [(prompt, seed) for prompt in self.prompts for seed in self.config.sample_seeds]
         sampled = sample_images(
             self.model,
@@ -52,29 +63,22 @@ class ProgressPictures:
             steps=self.config.sample_steps,
             guidance_scale=self.config.guidance_scale,
             image_size=self.config.image_size,
+            # Fully rounded weights, while they are trained, compute with the rest in their own precision.
+            precision="bf16" if self.model.dtype == torch.bfloat16 else "fp32",
         )
-        self._taken[moment] = list(
-            tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=bars_off())
-        )
+        return list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=bars_off()))
 
-    def save(self, path: Path) -> Path | None:
-        """Write one row a prompt, one column a moment and seed. Returns the path, None when there are no prompts."""
-        if not self._taken:
-            return None
+    def _write(self, taken: Mapping[str, Sequence[Tensor]], path: Path) -> Path:
         seeds = self.config.sample_seeds
         rows = [
-            [
-                to_picture(image)
-                for images in self._taken.values()
-                for image in images[first : first + len(seeds)]
-            ]
+            [to_picture(image) for images in taken.values() for image in images[first : first + len(seeds)]]
             for first in range(0, len(self.prompts) * len(seeds), len(seeds))
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(
             rows,
             self.prompts,
-            [moment for moment in self._taken for _ in seeds],
+            [moment for moment in taken for _ in seeds],
             mark_row=range(self._forgotten),
             title=f"{self.config.template} {concept_label(self.config.template_name)} forgotten; "
             f"seeds {', '.join(map(str, seeds))}",

@@ -45,6 +45,9 @@ def test_mask_train_sample_and_evaluate(
     said = printed(capsys)
     assert Path(said["checkpoint"]).is_file()
     assert Path(said["mask"]) == mask
+    report = Path(said["report"]).read_text()
+    assert "No pictures: the run sampled none" in report
+    assert re.search(r"input 0 · [\d.]+ %", report)
     assert said["steps"] == "2"
     assert re.fullmatch(r"[\d.e+-]+", said["retain_loss"])
 
@@ -69,6 +72,16 @@ def test_mask_train_sample_and_evaluate(
     (checkpoint,) = Path("models").rglob("model.safetensors")
     assert said["checkpoint"] == str(checkpoint)
     assert Path(said["picture"]).is_file()
+    assert Path(said["report"]).parent == Path(said["run"])
+    report = Path(said["report"]).read_text()
+    for part in (
+        "Noto – forgotten",
+        "Forget term",
+        "Settings: mask",
+        "Time, evaluation",
+        "Size of the patch",
+    ):
+        assert part in report
 
 
 def test_a_run_that_fails_says_so_in_one_line(

@@ -19,6 +19,7 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
     is_checkpoint,
 )
 from mu.algorithms.saliency_unlearning.configs.quality import QualityKeys
+from mu.algorithms.saliency_unlearning.configs.unlearning import SHOW_UNSAFE_HELP
 from mu.config import Config, ConfigError, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.index import DataError, concept_names
@@ -208,6 +209,8 @@ class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
         "Objects of the grid; null: as of styles, EmojiCanvas' twelve or UnlearnCanvas' 20.",
         kind="name",
     )
+    report: bool = setting(True, "Also write report.html, one file with numbers, pictures and settings.")
+    show_unsafe_pictures: bool = setting(False, SHOW_UNSAFE_HELP)
     output_dir: str = setting(f"{OUTPUTS}/evaluations", "The run's folder is made in it.", kind="path")
 
     def all_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -21,6 +21,9 @@ from mu.run_folder import space_problem, writable_problem
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 _MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
+SHOW_UNSAFE_HELP = (
+    "report.html of a concept of template i2p: show its pictures; else they are blurred in the file."
+)
 TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
 _NARROW = ("selfattn", "xattn", "selflayer", "xlayer")
 _TRAIN_METHOD_HELP = (
@@ -189,12 +192,35 @@ class TrainConfig(ComputeKeys):
     sample_seeds: tuple[int, ...] = setting(
         (188, 288), "Seeds of each of these pictures.", ge=0, lt=1_000_000
     )
+    sample_every_steps: int | None = setting(
+        None, "Also take these pictures every so many steps, into pictures/step_*.png; null: do not.", ge=1
+    )
+    validate_every_steps: int | None = setting(
+        None,
+        "Before the first step and every so many steps, both losses on fixed images, timesteps and noise, into "
+        "validation.csv; null: do not. Neither this nor the pictures changes what is trained.",
+        ge=1,
+    )
+    validation_draws: int = setting(
+        32,
+        "validate_every_steps: draws of image, timestep and noise for each of the two losses.",
+        ge=1,
+        le=100_000,
+    )
     wandb: str = setting(
         "off",
         "Weights & Biases. online without a key, network or terminal becomes offline, with one warning.",
         choices=("off", "offline", "online"),
     )
     wandb_project: str = setting("saliency-unlearning", "Project there.", kind="name")
+    wandb_unsafe_pictures: bool = setting(
+        False,
+        "template i2p: send the pictures of sample_every_steps there too; else they stay on this machine.",
+    )
+    report: bool = setting(
+        True, "The command train also writes report.html, one file with curves and pictures."
+    )
+    show_unsafe_pictures: bool = setting(False, SHOW_UNSAFE_HELP)
     output_dir: str = setting(f"{OUTPUTS}/finetuned_models", "The run's folder is made in it.", kind="path")
 
     def conflicts(self) -> Iterator[Problem]:
@@ -203,6 +229,11 @@ class TrainConfig(ComputeKeys):
             yield (
                 ("mask_path", "masking"),
                 f"masking saliency needs a mask; this makes one: {mask_command(self)}",
+            )
+        if self.sample_every_steps is not None and self.sample_prompts == ():
+            yield (
+                ("sample_every_steps", "sample_prompts"),
+                "there are no prompts to sample; leave sample_prompts out, or name some",
             )
 
     def disk_problems(self) -> Iterator[Problem]:

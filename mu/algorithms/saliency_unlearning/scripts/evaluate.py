@@ -16,9 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: EvaluateConfig) -> object:
+    from mu.algorithms.saliency_unlearning.reporting import measured
     from mu.evaluation import evaluate
 
-    return evaluate.run(config)
+    return measured(evaluate.run, config)
 
 
 if __name__ == "__main__":

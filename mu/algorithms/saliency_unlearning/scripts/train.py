@@ -17,8 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: TrainConfig) -> object:
     from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
+    from mu.algorithms.saliency_unlearning.reporting import report_training
 
-    return SaliencyUnlearningAlgorithm(config).run()
+    result = SaliencyUnlearningAlgorithm(config).run()
+    return {**result, "report": report_training(config, result["run"])} if config.report else result
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""`report.html` of a training run and of an evaluation: gathers what lies in their folders and in the mask's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from mu.algorithms.saliency_unlearning.configs import EvaluateConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.mask_file import load_mask_metadata
+from mu.devices import peak_memory_bytes
+from mu.evaluation.report import (
+    TrainingRun,
+    is_training_run,
+    read_evaluation,
+    read_training_run,
+    write_report,
+)
+
+REPORT_NAME = "report.html"
+
+
+def report_training(config: TrainConfig, folder: Path) -> Path:
+    """Writes the report of a finished training run into its folder; returns its path. Raises WriteError."""
+    training = _training(folder)
+    return write_report(
+        folder / REPORT_NAME,
+        training=training,
+        other_configs=_mask_config(training),
+        show_unsafe=config.show_unsafe_pictures,
+    )
+
+
+def measured(
+    evaluate: Callable[[EvaluateConfig], dict[str, object]], config: EvaluateConfig
+) -> dict[str, object]:
+    """Evaluates, and writes the report of it and of the training run that made the checkpoint, if it lies in one.
+
+    Returns:
+        What `evaluate` does, with `seconds`, `peak_memory_bytes` (of the process so far) and the path `report`.
+    """
+    started = time.monotonic()
+    result = evaluate(config)
+    spent = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes()}
+    result = {**result, **spent}
+    if not config.report:
+        return result
+    folder = Path(str(result["run"]))
+    made_in = Path(str(result["checkpoint"])).parent if "checkpoint" in result else None
+    training = _training(made_in) if made_in is not None and is_training_run(made_in) else None
+    report = write_report(
+        folder / REPORT_NAME,
+        evaluation=read_evaluation(folder),
+        training=training,
+        spent=spent,
+        other_configs=_mask_config(training),
+        show_unsafe=config.show_unsafe_pictures,
+    )
+    return {**result, "report": str(report)}
+
+
+def _training(folder: Path) -> TrainingRun:
+    """A training run with its mask, where the mask's file is still where the run found it."""
+    run = read_training_run(folder)
+    path = run.file("mask")
+    if path is None:
+        return run
+    names: list[str] = []
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    return read_training_run(folder, mask=load_mask_metadata(path), weight_names=names)
+
+
+def _mask_config(run: TrainingRun | None) -> Mapping[str, Mapping[str, Any]]:
+    """The settings that the mask was made with, which lie beside it."""
+    path = None if run is None else run.file("mask")
+    settings = None if path is None else path.parent / "config.yaml"
+    if settings is None or not settings.is_file():
+        return {}
+    content = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    return {"mask": content} if isinstance(content, Mapping) else {}

@@ -1,0 +1,138 @@
+"""Pictures within a report: small, as data URIs, and blurred where they are not to be seen."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageFilter
+
+from mu.evaluation.metrics import Prediction
+from mu.evaluation.report_data import EvaluationRun
+
+CELL_PX = 96
+MOST_ROWS, MOST_COLUMNS, MOST_STEPS = 12, 12, 8
+_CELL_PNG_BYTES = 8_000
+_PICTURE_PX = 1400
+_PICTURE_PNG_BYTES = 250_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image of the grid: its data URI, and what it is, in words."""
+
+    uri: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A concept's images of each model, same prompts and seeds; its cells are one for each column."""
+
+    name: str
+    forgotten: bool
+    cells: dict[str, list[Cell | None]]
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PictureGrid:
+    """Rows of the kind that was forgotten, the forgotten ones first; columns of the other kind.
+
+    Attributes:
+        left_out: how many rows and columns there are beside those that are shown.
+    """
+
+    columns: list[str]
+    pairs: list[Pair]
+    left_out: tuple[int, int]
+
+
+def picture_grid(run: EvaluationRun, *, blurred: bool) -> PictureGrid | None:
+    """The images of the first seed of each prompt, before and after; None of images without styles and objects."""
+    kind = run.template
+    if kind not in ("style", "object"):
+        return None
+    images = {model: run.images(model) for model in run.models}
+    keys = list(dict.fromkeys(key for found in images.values() for key in found))
+    if not keys:
+        return None
+    place = 0 if kind == "style" else 1
+    every = sorted(dict.fromkeys(key[place] for key in keys), key=lambda name: name not in run.concepts)
+    others = list(dict.fromkeys(key[1 - place] for key in keys))
+    rows, columns = _some(every, MOST_ROWS, kept=run.concepts), _some(others, MOST_COLUMNS)
+    seen = {
+        model: {(row.style, row.object, row.seed): row for row in predictions}
+        for model, predictions in run.predictions.items()
+    }
+    pairs = []
+    for name in rows:
+        cells: dict[str, list[Cell | None]] = {}
+        for model, found in images.items():
+            cells[model] = []
+            for column in columns:
+                style, object = (name, column) if kind == "style" else (column, name)
+                if (style, object) not in found:
+                    cells[model].append(None)
+                    continue
+                seed, path = found[style, object]
+                alt = _in_words(model, style, object, seed, seen.get(model, {}).get((style, object, seed)))
+                cells[model].append(Cell(cell_uri(path, blurred=blurred), alt))
+        accuracy = {
+            model: numbers[f"{kind}_accuracy_by_class"][name]
+            for model, numbers in run.models.items()
+            if name in numbers.get(f"{kind}_accuracy_by_class", {})
+        }
+        pairs.append(Pair(name, name in run.concepts, cells, accuracy))
+    return PictureGrid(columns, pairs, (len(every) - len(rows), len(others) - len(columns)))
+
+
+def cell_uri(path: Path, *, blurred: bool) -> str:
+    """An image for a cell of the grid."""
+    return _data_uri(path, CELL_PX, _CELL_PNG_BYTES, blurred=blurred)
+
+
+def picture_uri(path: Path, *, blurred: bool) -> str:
+    """A whole picture, such as a grid that training has drawn."""
+    return _data_uri(path, _PICTURE_PX, _PICTURE_PNG_BYTES, blurred=blurred)
+
+
+def some_steps(paths: Sequence[Path]) -> list[Path]:
+    """A few pictures, evenly over the run, the last among them."""
+    if len(paths) <= MOST_STEPS:
+        return list(paths)
+    return [paths[(i + 1) * len(paths) // MOST_STEPS - 1] for i in range(MOST_STEPS)]
+
+
+def _data_uri(path: Path, most_px: int, png_bytes: int, *, blurred: bool) -> str:
+    """PNG, or JPEG where PNG is large. What is blurred is so in the file, not only on the screen."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((most_px, most_px), Image.Resampling.LANCZOS)
+    if blurred:
+        picture = picture.filter(ImageFilter.GaussianBlur(max(8, max(picture.size) / 40)))
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    kind = "png"
+    if content.tell() > png_bytes:
+        content, kind = io.BytesIO(), "jpeg"
+        picture.save(content, format="JPEG", quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _some(names: Sequence[str], most: int, kept: Collection[str] = ()) -> list[str]:
+    """So many names at most, evenly, with all of `kept`, in their order."""
+    if len(names) <= most:
+        return list(names)
+    others = [name for name in names if name not in kept]
+    room = max(0, most - (len(names) - len(others)))
+    chosen = {others[i * len(others) // room] for i in range(room)} | set(kept)
+    return [name for name in names if name in chosen]
+
+
+def _in_words(model: str, style: str, object: str, seed: int, seen: Prediction | None) -> str:
+    text = f"{model}: {object} in {style}, seed {seed}"
+    return text if seen is None else f"{text}; seen as {seen.predicted_object} in {seen.predicted_style}"

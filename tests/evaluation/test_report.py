@@ -1,0 +1,376 @@
+"""The report: what it shows is what the files of the runs say, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import yaml
+from PIL import Image
+
+from mu.evaluation.metrics import Prediction, accuracy_by_class, predictions_csv, table_csv, unlearning_scores
+from mu.evaluation.report import read_evaluation, read_training_run, write_report
+from mu.evaluation.report_data import ReportError, confusion, read_curves
+from mu.evaluation.report_figures import confusion_matrix, running_mean
+
+HOSTILE = "<script>alert('x')</script> $x_1$ & --"
+OBJECTS = ("Cats", "Dogs", "Cars")
+SEEDS = (188, 288)
+_EMPTY = {"img", "meta", "link", "br", "line", "circle"}
+
+
+class Page(HTMLParser):
+    """The elements of a page: (tag, attributes, the ids around it), and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str], tuple[str, ...]]] = []
+        self._open: list[tuple[str, str]] = []
+        self._text: list[str] = []
+        self.feed(html)
+        assert self._open == [], "an element was not closed"
+        self.text = re.sub(r"\s+", " ", " ".join(self._text)).replace(" ,", ",").replace(" .", ".")
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, values, tuple(name for _, name in self._open if name)))
+        if tag not in _EMPTY:
+            self._open.append((tag, values.get("id", "")))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in _EMPTY:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _EMPTY:
+            assert self._open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self._open or self._open[-1][0] != "style":
+            self._text.append(data)
+
+    def values(self, within: str = "") -> list[float]:
+        """Of the <data> elements, below the element with that id."""
+        return [
+            float(attributes["value"])
+            for tag, attributes, ids in self.elements
+            if tag == "data" and (not within or within in ids)
+        ]
+
+    def pictures(self) -> list[tuple[str, numpy.ndarray]]:
+        """(alt, pixels) of each <img>."""
+        found = []
+        for tag, attributes, _ in self.elements:
+            if tag == "img":
+                head, _, content = attributes["src"].partition(";base64,")
+                assert head in ("data:image/png", "data:image/jpeg")
+                with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as opened:
+                    found.append((attributes["alt"], numpy.asarray(opened.convert("RGB"))))
+        return found
+
+
+Evaluated = Callable[..., Path]
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Evaluated:
+    """evaluated(styles, ...): an evaluation's folder; its images are one plain colour each, or all are `image`."""
+
+    def make(
+        styles: tuple[str, ...] = ("Noto", "Blob"),
+        objects: tuple[str, ...] = OBJECTS,
+        *,
+        template: str = "style",
+        forgotten: str = "Noto",
+        models: tuple[str, ...] = ("before", "after"),
+        image: Path | None = None,
+        **more: Any,
+    ) -> Path:
+        folder = tmp_path / "evaluation"
+        folder.mkdir()
+        asked = [(style, object, seed) for style in styles for object in objects for seed in SEEDS]
+        metrics: dict[str, Any] = {
+            "template": template,
+            "template_name": forgotten,
+            "classifier": "some_classifier",
+            "styles": styles,
+            "objects": objects,
+            "meanings": {"UA": f"images that are not seen as {forgotten}"},
+            "models": {},
+        }
+        generator = numpy.random.default_rng(0)
+        for model in models:
+            predictions = [
+                Prediction(
+                    style, object, seed, *(str(generator.choice(names)) for names in (styles, objects))
+                )
+                for style, object, seed in asked
+            ]
+            rows = []
+            for number, key in enumerate(asked):
+                path = image or tmp_path / f"{model}-{number}.png"
+                if image is None:
+                    shade = number if model == "before" else 100 + number
+                    Image.new("RGB", (64, 64), colour(shade)).save(path)
+                rows.append((*key, "a prompt", path))
+            columns = ("style", "object", "seed", "prompt", "file")
+            (folder / f"images_{model}.csv").write_bytes(table_csv(columns, rows))
+            (folder / f"predictions_{model}.csv").write_bytes(predictions_csv(predictions))
+            scores = unlearning_scores(predictions, template=template, template_name=forgotten)
+            by_class = {
+                f"{kind}_accuracy_by_class": {
+                    name: share.value for name, share in accuracy_by_class(predictions, kind).items()
+                }
+                for kind in ("style", "object")
+            }
+            metrics["models"][model] = {**asdict(scores), **by_class, **more}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump({"template": template, "template_name": forgotten, "devices": "0", "styles": None})
+        )
+        return folder
+
+    return make
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    return number, 20, 230
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Callable[..., Path]:
+    """trained(**config): a training run's folder of 40 steps."""
+
+    def make(**config: Any) -> Path:
+        folder = tmp_path / "training"
+        (folder / "pictures").mkdir(parents=True)
+        generator = numpy.random.default_rng(0)
+        for name in ("before_after", "step_000020", "step_000040"):
+            noise = generator.integers(0, 255, (80, 120, 3), dtype=numpy.uint8)
+            Image.fromarray(noise).save(folder / "pictures" / f"{name}.png")
+        (folder / "model.safetensors").write_bytes(bytes(123_000))
+        keys = {
+            "template": "style",
+            "template_name": "Noto",
+            "train_method": "xattn",
+            "masking": "random",
+            **config,
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(keys))
+        rows = [(step, 3 / step, 2 / step, 1 / step) for step in range(1, 41)]
+        (folder / "metrics.csv").write_bytes(table_csv(("step", "loss", "forget", "retain"), rows))
+        numbers = {
+            "checkpoint": str(folder / "model.safetensors"),
+            "patch": None,
+            "mask": None,
+            "weights_selected": 1200,
+            "weights_changed": 1100,
+            "steps": 40,
+            "seconds": 75.5,
+            "peak_memory_bytes": {"process": 2_500_000_000},
+        }
+        (folder / "metrics.json").write_text(json.dumps(numbers))
+        (folder / "environment.json").write_text(
+            json.dumps({"python": "3.99", "packages": {"torch": "2.99"}})
+        )
+        return folder
+
+    return make
+
+
+def page_of(tmp_path: Path, **runs: Any) -> Page:
+    path = write_report(tmp_path / "report.html", **runs)
+    html = path.read_text(encoding="utf-8")
+    # Nothing is loaded from anywhere.
+    assert not re.search(r"https?:|//|@import", re.sub(r"base64,[A-Za-z0-9+/=]+", "", html))
+    page = Page(html)
+    tags = {tag for tag, _, _ in page.elements}
+    assert tags.isdisjoint({"script", "link", "iframe", "object", "embed"})
+    for _, attributes, _ in page.elements:
+        assert attributes.get("src", "data:").startswith("data:")
+        assert attributes.get("href", "#").startswith("#")
+        assert not any(name.startswith("on") for name in attributes)
+    return page
+
+
+def test_numbers_are_those_of_the_json(evaluated: Evaluated, tmp_path: Path) -> None:
+    folder = evaluated(fid={"value": 12.5, "n": 9, "bootstrap_95": [11.0, 14.25], "reference": "base"})
+    page = page_of(tmp_path, evaluation=read_evaluation(folder))
+    models = json.loads((folder / "metrics.json").read_text())["models"]
+    for key in ("UA", "IRA", "CRA", "own"):
+        noted = [models[name][key] for name in ("before", "after")]
+        assert page.values(within=key) == [share["value"] for share in noted]
+        for share in noted:
+            low, high = share["wilson_95"]
+            assert f"{100 * low:.1f} % to {100 * high:.1f} % n = {share['n']}" in page.text
+    after = models["after"]["UA"]
+    assert f"not recognised as such in {100 * after['value']:.1f} %" in page.text
+    assert page.values().count(12.5) == 2
+    assert "11 to 14.25, n = 9" in page.text
+
+
+def test_pictures_are_those_of_the_first_seed_with_the_forgotten_row_marked(
+    evaluated: Evaluated, tmp_path: Path
+) -> None:
+    run = read_evaluation(evaluated(("Blob", "Noto", "Fluent")))
+    page = page_of(tmp_path, evaluation=run)
+    pictures = page.pictures()
+    expected = []
+    for style in ("Noto", "Blob", "Fluent"):  # the forgotten one first
+        for model in ("before", "after"):
+            for place, object in enumerate(OBJECTS):
+                number = 2 * (3 * ("Blob", "Noto", "Fluent").index(style) + place)
+                expected.append(
+                    (f"{model}: {object} in {style}, seed 188", number + 100 * (model == "after"))
+                )
+    assert [alt.partition(";")[0] for alt, _ in pictures] == [alt for alt, _ in expected]
+    for (_, pixels), (_, number) in zip(pictures, expected, strict=True):
+        assert pixels.shape == (64, 64, 3)
+        assert (pixels == colour(number)).all()
+    marked = [attributes for tag, attributes, _ in page.elements if tag == "tbody"]
+    assert [attributes.get("class", "") for attributes in marked] == ["forgotten", "", ""]
+    assert "Noto – forgotten" in page.text
+
+
+def test_rows_are_objects_where_an_object_was_forgotten(evaluated: Evaluated, tmp_path: Path) -> None:
+    run = read_evaluation(evaluated(template="object", forgotten="Dogs", models=("after",)))
+    page = page_of(tmp_path, evaluation=run)
+    assert [alt.partition(",")[0] for alt, _ in page.pictures()] == [
+        f"after: {object} in {style}" for object in ("Dogs", "Cats", "Cars") for style in ("Noto", "Blob")
+    ]
+    assert "The model before unlearning was not measured" in page.text
+
+
+def test_a_name_from_outside_stays_text(evaluated: Evaluated, trained: Any, tmp_path: Path) -> None:
+    evaluation = read_evaluation(evaluated((HOSTILE, "Blob"), forgotten=HOSTILE))
+    training = read_training_run(trained(template_name=HOSTILE, substitute=HOSTILE))
+    page = page_of(tmp_path, evaluation=evaluation, training=training)
+    shown = HOSTILE.replace("_", " ")
+    assert page.text.count(shown) > 5
+    assert f"Forgetting {shown}" in page.text
+    assert any(
+        attributes.get("alt", "").startswith(f"before: Cats in {HOSTILE},")
+        for _, attributes, _ in page.elements
+    )
+
+
+def test_a_training_run_with_its_mask(trained: Any, tmp_path: Path) -> None:
+    folder = trained(masking="saliency")
+    (folder / "validation.csv").write_text("step,loss,forget,retain\n0,3,2,1\n20,2,1,1\n20,2,1.5,0.5\n")
+    kept = {"time_embed": 0.0, "input_blocks.0": 0.125, "middle_block.0": 0.25, "output_blocks.0": 0.5}
+    run = read_training_run(folder, mask={"kept": 300, "total": 1000, "kept_fraction": kept})
+    assert run.validation["forget"] == [(0, 2), (20, 1.5)]  # a resumed run's later row
+    page = page_of(tmp_path, training=run)
+    for text in (
+        "time embed · 0 %",
+        "input 0 · 12.5 %",
+        "middle 0 · 25 %",
+        "output 0 · 50 %",
+        "at most 50.0 %",
+    ):
+        assert text in page.text
+    assert page.values() == [300, 1000, 75.5, 2_500_000_000, 123_000]
+    assert page.text.count("validation") == 2  # a legend in each of the two curves
+    for text in ("Forget term", "Retain term", "75.5 s", "2.5 GB", "123 kB", "3.99", "2.99", "xattn"):
+        assert text in page.text
+    assert [alt for alt, _ in page.pictures()] == [
+        "pictures at step 20",
+        "pictures at step 40",
+        "the same prompts and seeds before and after training",
+    ]
+    assert "has not been measured yet" in page.text
+
+
+def test_what_is_missing_is_said(evaluated: Evaluated, trained: Any, tmp_path: Path) -> None:
+    page = page_of(tmp_path, evaluation=read_evaluation(evaluated()))
+    assert "The checkpoint does not lie in the folder of a training run" in page.text
+    folder = trained()
+    for name in ("metrics.csv", "environment.json"):
+        (folder / name).unlink()
+    for picture in (folder / "pictures").iterdir():
+        picture.unlink()
+    page = page_of(tmp_path, training=read_training_run(folder))
+    for text in (
+        "No loss curves",
+        "No pictures: the run sampled none",
+        "No saliency mask: masking random",
+        "Size of the patch there is none",
+        "No scores",
+    ):
+        assert text in page.text
+    assert page.pictures() == []
+
+
+@pytest.mark.parametrize(
+    ("template", "show", "sharp"), [("style", False, True), ("i2p", False, False), ("i2p", True, True)]
+)
+def test_unsafe_pictures_are_blurred_in_the_file(
+    trained: Any, tmp_path: Path, template: str, show: bool, sharp: bool
+) -> None:
+    page = page_of(tmp_path, training=read_training_run(trained(template=template)), show_unsafe=show)
+    pictures = page.pictures()
+    assert len(pictures) == 3
+    for _, pixels in pictures:
+        assert (pixels.std() > 40) == sharp  # noise of 0..255: 74
+    assert ("blurred in this file" in page.text) == (not sharp)
+
+
+def test_a_large_grid_is_cut_with_the_forgotten_in_it_and_stays_small(
+    evaluated: Evaluated, tmp_path: Path
+) -> None:
+    noise = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=numpy.uint8))
+    styles = tuple(f"Style_{number}" for number in range(14))
+    objects = tuple(f"Object_{number}" for number in range(13))
+    noise.save(tmp_path / "noise.png")
+    folder = evaluated(styles, objects, forgotten="Style_13", image=tmp_path / "noise.png")
+    page = page_of(tmp_path, evaluation=read_evaluation(folder))
+    pictures = page.pictures()
+    assert len(pictures) == 12 * 12 * 2
+    assert pictures[0][0].startswith("before: Object_0 in Style_13, seed 188")
+    assert pictures[0][1].shape == (96, 96, 3)
+    assert "2 more styles and 1 more objects were measured and are not shown" in page.text
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+
+
+def test_a_matrix_counts_what_was_seen() -> None:
+    seen = [("Noto", "Blob"), ("Noto", "Blob"), ("Noto", "Blob"), ("Noto", "Noto"), ("Blob", "Blob")]
+    rows = [Prediction(asked, "Cats", seed, found, "Cats") for seed, (asked, found) in enumerate(seen)]
+    counts = confusion(rows, "style", ("Blob", "Noto"))
+    assert counts == {"Blob": {"Blob": 1}, "Noto": {"Blob": 3, "Noto": 1}}
+    texts = re.findall(r">([^<>\s]+)</text>", confusion_matrix(counts, marked=("Noto",), title="styles"))
+    assert sorted(texts) == sorted(["Blob", "Noto", "Blob", "Noto", "100", "75", "25"])
+
+
+def test_a_running_mean_is_of_its_window() -> None:
+    curve = [(float(step), float(step % 2)) for step in range(40)]
+    smooth = running_mean(curve)
+    assert smooth[0] == (2.0, pytest.approx(0.4))  # 0, 1, 0, 1, 0
+    assert smooth[-1] == (37.0, pytest.approx(0.6))
+    assert running_mean(curve[:19]) == []
+
+
+def test_another_folder_is_refused(tmp_path: Path, evaluated: Evaluated) -> None:
+    assert read_curves(tmp_path / "none.csv") == {}
+    with pytest.raises(ReportError, match=r"no metrics\.json of an evaluation"):
+        read_evaluation(tmp_path)
+    with pytest.raises(ReportError, match=r"metrics\.json of a training run"):
+        read_training_run(evaluated())
+    with pytest.raises(ValueError, match="an evaluation or a training run"):
+        write_report(tmp_path / "report.html")
+
+
+def test_images_of_the_grid_are_found_where_there_is_no_table(evaluated: Evaluated) -> None:
+    run = read_evaluation(evaluated(models=("after",)))
+    (run.folder / "images_after.csv").unlink()
+    run = replace(run, metrics={"models": {"after": {"images": "grids/x"}}})
+    assert run.images("after")["Blob", "Dogs"] == (188, Path("grids/x/Blob/Dogs/188.png"))
