@@ -120,6 +120,7 @@ class _Evaluation:
     sources: dict[str, Path] = field(init=False)
     given: dict[str, tuple[AskedImage, ...]] = field(init=False, default_factory=dict)
     other_seeds: tuple[AskedImage, ...] = field(init=False, default=())
+    reference_folder: tuple[AskedImage, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         """Finds checkpoints and folders, and looks at the folders' images, before anything is sampled."""
@@ -138,6 +139,9 @@ class _Evaluation:
         for name, key in (("before", "base_images_dir"), ("after", "images_dir")):
             if folders[name] is not None:
                 self.given[name] = self._read(key, self.sources[name])
+        if config.fid_reference_dir is not None:
+            folder = resolve_path(config.fid_reference_dir)
+            self.reference_folder = self._read("fid_reference_dir", folder)
         if len(self.given) == 2 and self.given["before"][0].style and not paired(*self.given.values()):
             keys = [{image.key for image in images} for images in self.given.values()]
             lacking = sorted(keys[0] ^ keys[1])
@@ -183,8 +187,7 @@ class _Evaluation:
         if config.fid_reference == "base_other_seeds":
             seeds = ", ".join(map(str, config.fid_reference_seeds))
             return Reference(f"base, seeds {seeds}", self.other_seeds)
-        folder = resolve_path(str(config.fid_reference_dir))
-        return Reference(str(folder), self._read("fid_reference_dir", folder))
+        return Reference(str(config.fid_reference_dir), self.reference_folder)
 
     def _read(self, key: str, folder: Path) -> tuple[AskedImage, ...]:
         names = {"styles": self.styles, "objects": self.objects}

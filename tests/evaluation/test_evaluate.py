@@ -333,6 +333,15 @@ def test_the_base_has_a_distance_from_seed_to_seed(config: EvaluateConfig) -> No
     assert found["n_reference"] == 9
 
 
+def test_a_reference_that_cannot_be_used_is_refused_before_sampling(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"fid_reference_dir: .* holds no images"):
+        evaluate.run(replace(config, fid_reference="folder", fid_reference_dir=str(tmp_path / "empty")))
+    assert not Path(config.output_dir).exists()
+
+
 def test_which_prompts_fid_is_of_is_an_option(config: EvaluateConfig) -> None:
     for prompts, n in (("retained", 6), ("forgotten", 6), ("all", 12)):
         chosen = replace(config, fid_reference="base", fid_prompts=prompts, fid_resamples=0)
