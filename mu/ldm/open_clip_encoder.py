@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mu.ldm.params import OpenClipParams
-from mu.ldm.text_encoder import VOCAB_SIZE, tokenize
+from mu.ldm.text_encoder import VOCAB_SIZE, clip_tokenizer, tokenize
 
 PAD_TOKEN = 0
 """What OpenCLIP fills prompts up with; CLIP repeats its end token instead."""
@@ -90,6 +90,7 @@ class OpenClipTextEncoder(nn.Module):
 
     def __init__(self, params: OpenClipParams) -> None:
         super().__init__()
+        clip_tokenizer()  # see TextEncoder
         self.params = params
         self.model = OpenClipNetwork(params)
 

@@ -35,6 +35,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, params: TextEncoderParams) -> None:
         super().__init__()
+        clip_tokenizer()  # refused here, before gigabytes of weights are read, and not at the first prompt
         self.params = params
         config = CLIPTextConfig(
             vocab_size=VOCAB_SIZE,

@@ -108,9 +108,9 @@ def main(folder: Path, first: int, count: int) -> dict[str, Any]:
             if (grown := peak_mb() - before) > MEGABYTES:
                 watch.seen.append(f"{grown:.0f} MB")
             if watch.seen or result.startswith("fault"):
-                faults.append(
-                    {"case": case, "reader": read.__name__, "result": result, "seen": watch.seen[:3]}
-                )
+                fault = {"case": case, "reader": read.__name__, "result": result, "seen": watch.seen[:3]}
+                print(json.dumps(fault), file=sys.stderr, flush=True)
+                faults.append(fault)
                 watch.seen.clear()
     return {"outcomes": outcomes, "faults": faults}
 

@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from mu.ldm import LatentDiffusion, NoTextEncoderError, text_encoder
 from mu.ldm.text_encoder import TokenizerError, clip_tokenizer, tokenize
+from tests.conftest import TINY_V2
 
 PREFIX = "cond_stage_model.transformer.text_model."
 START, END = 49406, 49407
@@ -143,7 +144,7 @@ def no_cached_tokenizer() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_cached_tokenizer")
 def test_promise_06_a_tokenizer_that_forgot_its_vocabulary_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, make_tiny_model: Callable[..., LatentDiffusion]
 ) -> None:
     # What transformers 5 builds, without a word, when it is given file names: start and end alone.
     monkeypatch.setattr(
@@ -151,8 +152,9 @@ def test_promise_06_a_tokenizer_that_forgot_its_vocabulary_is_refused(
         "CLIPTokenizer",
         lambda **_: CLIPTokenizer(vocab_file="vocab.json", merges_file="merges.txt"),
     )
-    with pytest.raises(TokenizerError, match=r"not CLIP's: \d+ tokens \(expected 49408\)"):
-        clip_tokenizer()
+    for build in (clip_tokenizer, make_tiny_model, lambda: make_tiny_model(**TINY_V2)):
+        with pytest.raises(TokenizerError, match=r"not CLIP's: \d+ tokens \(expected 49408\)"):
+            build()
 
 
 @pytest.mark.usefixtures("no_cached_tokenizer")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mu.commands.archive import ArchiveError, Limits, unpack
 from mu.commands.files import DownloadError
 
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 PIECES = ["..", ".", "", "a", "b", "A", "/", "\\", "//", "../", "..\\", "C:", "~"]
 PIECES += ["\u202e", "ü", "u\u0308", "con", " ", "%2e%2e/"]
 NAMES = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("/".join) | st.text(max_size=20)

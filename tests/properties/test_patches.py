@@ -16,7 +16,7 @@ from mu.ldm.patch import apply_patch, bits_of, make_patch, remove_patch
 from mu.ldm.patch_file import load_patch, save_patch
 from mu.ldm.patching import apply_patches
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=40, deadline=None)
 UNET = "model.diffusion_model."
 WIDTHS = {
     torch.float32: np.uint32,
