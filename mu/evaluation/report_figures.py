@@ -54,7 +54,7 @@ def loss_curve(title: str, training: Curve, validation: Curve, *, colour: str) -
         if smooth:
             axes.plot(*_columns(smooth), color=colour, linewidth=1.8, label="training, running mean")
         if validation:
-            look = {"marker": "o", "markersize": 3.5, "linewidth": 0.8}
+            look: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 0.8}
             axes.plot(*_columns(validation), color=_INK, label="validation", **look)
         values = [y for _, y in (smooth or curve)]
         if values and min(values) > 0 and max(values) > 8 * min(values):
