@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mu.datasets.images import load_pixels, to_unit_range
 from mu.evaluation.classifier import ClassifierError
 from mu.evaluation.classifiers import FeatureClassifier, import_named
+from mu.evaluation.images import AskedImage
 from mu.ldm.tensor_file import CheckpointError, read_state_dict
 from mu.verbosity import bars_off
 
@@ -141,6 +142,19 @@ def image_features(
             found.append(extractor.features(batch).double().cpu())
             progress.update(len(batch))
     return torch.cat(found)  # (N, F)
+
+
+def features_of(extractor: FeatureExtractor) -> Callable[[Sequence[AskedImage]], Tensor]:
+    """A function of images to their features, (N, F) float64, that reads each image once."""
+    known: dict[Path, Tensor] = {}
+
+    def features(images: Sequence[AskedImage]) -> Tensor:
+        new = [image.path for image in images if image.path not in known]
+        if new:
+            known.update(zip(new, image_features(new, extractor, batch_size=100), strict=True))
+        return torch.stack([known[image.path] for image in images])  # (N, F)
+
+    return features
 
 
 def _batches(

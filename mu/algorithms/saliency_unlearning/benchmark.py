@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mu.algorithms.saliency_unlearning.results_table import (
     markdown,
     mean_of,
     reading,
+    scores_of,
 )
 from mu.algorithms.saliency_unlearning.variants import Variant, concept_folder, variants
 from mu.algorithms.saliency_unlearning.workers import at_work, claimed
@@ -34,7 +36,9 @@ from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.generated import SampleSettings
 from mu.devices import resolve_devices
 from mu.evaluation.classifier import EmojiClassifier, load_classifier
+from mu.evaluation.distances import fid
 from mu.evaluation.evaluate import Grid, MeasuredModel, measure
+from mu.evaluation.features import ClassifierFeatures, features_of
 from mu.evaluation.metrics import table_csv, unlearning_scores
 from mu.ldm import load_model
 from mu.run_folder import environment
@@ -67,7 +71,8 @@ class Benchmark:
         self.grid = Grid(STYLES, OBJECTS, config.seeds)
         self.device = resolve_devices(config.devices[0])
         self.classifier: EmojiClassifier = load_classifier(resolve_path(config.classifier_path), self.device)
-        self._bases: dict[Path, MeasuredModel] = {}
+        self._bases: dict[tuple[Path, tuple[int, ...]], MeasuredModel] = {}
+        self._features = features_of(ClassifierFeatures(self.classifier, Path(config.classifier_path).name))
 
     def run(self) -> dict[str, Any]:
         config = self.config
@@ -130,6 +135,9 @@ class Benchmark:
             "method": variant.method,
             "threshold": variant.threshold,
         }
+        reference = (
+            self.base(train, self.config.fid_reference_seeds) if self.config.fid_reference_seeds else None
+        )
         for moment, measured in (("before", base), ("after", after)):
             counted = unlearning_scores(
                 measured.predictions,
@@ -139,6 +147,8 @@ class Benchmark:
                 left_out=self.config.left_out,
             ).as_dict()
             row[moment] = {key: counted[key] for key in SCORES}
+            if reference is not None:
+                row[moment]["FID"] = self._fid(train, measured, reference)
         return {**row, **made}
 
     def _kept(self, variant: Variant, base: MeasuredModel) -> Row | None:
@@ -164,16 +174,36 @@ class Benchmark:
         write_atomically(variant.folder / "made.json", json.dumps(row, indent=2).encode())
         return row
 
-    def base(self, train: TrainConfig) -> MeasuredModel:
-        """The recipe's model before unlearning, measured once."""
-        checkpoint = train.checkpoint()
-        if checkpoint not in self._bases:
+    def _fid(self, train: TrainConfig, measured: MeasuredModel, reference: MeasuredModel) -> dict[str, Any]:
+        """FID of the images of retained prompts, which are of other seeds than the reference's."""
+        sets = (
+            [
+                image
+                for image in images
+                if image.asked(train.template) != train.template_name
+                and not {image.style, image.object} & set(self.config.left_out)
+            ]
+            for images in (measured.asked, reference.asked)
+        )
+        return asdict(fid(*map(self._features, sets), paired=False, resamples=0))
+
+    def base(self, train: TrainConfig, seeds: tuple[int, ...] | None = None) -> MeasuredModel:
+        """The recipe's model before unlearning, measured once, with the table's seeds or others."""
+        key = train.checkpoint(), seeds or self.config.seeds
+        if key not in self._bases:
             # The first of several processes samples its images.
             with claimed(self.folder / "runs", wait=True):
-                self._bases[checkpoint] = self._measure(train, checkpoint, use_ema=train.use_ema)
-        return self._bases[checkpoint]
+                self._bases[key] = self._measure(train, key[0], seeds=key[1], use_ema=train.use_ema)
+        return self._bases[key]
 
-    def _measure(self, train: TrainConfig, checkpoint: Path, *, use_ema: bool = False) -> MeasuredModel:
+    def _measure(
+        self,
+        train: TrainConfig,
+        checkpoint: Path,
+        *,
+        seeds: tuple[int, ...] | None = None,
+        use_ema: bool = False,
+    ) -> MeasuredModel:
         model = load_model(
             resolve_path(train.model_config_path), checkpoint, device=self.device, use_ema=use_ema
         )
@@ -183,7 +213,7 @@ class Benchmark:
         return measure(
             model,
             self.classifier,
-            self.grid,
+            self.grid if seeds is None else replace(self.grid, seeds=seeds),
             settings=settings,
             batch_size=self.config.batch_size,
             folder=self.folder,
@@ -200,6 +230,7 @@ class Benchmark:
             "classifier": Path(self.config.classifier_path).name,
             "cra_prompts": self.config.cra_prompts,
             "left_out": list(self.config.left_out),
+            "fid_reference_seeds": list(self.config.fid_reference_seeds),
             "environment": environment(),
             "means_percent": means[0],
             "methods": [
@@ -211,11 +242,12 @@ class Benchmark:
         path = self.folder / self.config.table_name
         write_atomically(f"{path}.json", f"{json.dumps(content, indent=2)}\n".encode())
         identity = ("template", "template_name", "method", "threshold")
-        columns = [*identity, *SCORES, *(f"base_{key}" for key in SCORES), "seconds"]
+        scores = scores_of(rows)
+        columns = [*identity, *scores, *(f"base_{key}" for key in scores), "seconds"]
         cells = [
             [
                 *(row[key] for key in identity),
-                *(row[moment][key]["value"] for moment in ("after", "before") for key in SCORES),
+                *(row[moment][key]["value"] for moment in ("after", "before") for key in scores),
                 sum(row["seconds"].values()),
             ]
             for row in rows

@@ -1,18 +1,32 @@
-"""The results table: means of its rows, and its Markdown. Numbers are percent, to one decimal."""
+"""The results table: means of its rows, and its Markdown. Numbers but FID are percent, to one decimal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SCORES = ("UA", "IRA", "CRA", "own")
-_HEADINGS = ("kind", "forgotten", "UA", "IRA", "base", "CRA", "base", "own", "base", "seconds")
-_COLUMNS = ("UA", "IRA", "base_IRA", "CRA", "base_CRA", "own", "base_own")
-"""What stands below `_HEADINGS` from the third to the last but one."""
+_COLUMNS = {
+    "UA": "UA",
+    "IRA": "IRA",
+    "base_IRA": "base",
+    "CRA": "CRA",
+    "base_CRA": "base",
+    "own": "own",
+    "base_own": "base",
+    "FID": "FID",
+    "base_FID": "base",
+}
+"""The columns between the concept and the seconds, in their order, and their headings. FID is no percentage."""
 
 Row = dict[str, Any]
 """One concept: `template`, `template_name`, `method`, `threshold`; the shares `before` and `after` by score;
 `seconds` by stage."""
+
+
+def scores_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The scores that all rows have: `SCORES`, and FID where it was measured."""
+    return (*SCORES, "FID") if rows and all("FID" in row["after"] for row in rows) else SCORES
 
 
 def mean_of(rows: Sequence[Row], kind: str) -> dict[str, float]:
@@ -22,8 +36,9 @@ def mean_of(rows: Sequence[Row], kind: str) -> dict[str, float]:
         return {}
     means = {}
     for moment, prefix in (("after", ""), ("before", "base_")):
-        for key in SCORES:
-            means[prefix + key] = round(100 * sum(row[moment][key]["value"] for row in own) / len(own), 2)
+        for key in scores_of(own):
+            unit = 1 if key == "FID" else 100
+            means[prefix + key] = round(unit * sum(row[moment][key]["value"] for row in own) / len(own), 2)
     means["seconds"] = round(sum(sum(row["seconds"].values()) for row in own) / len(own), 1)
     return means
 
@@ -52,26 +67,29 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def means_markdown(rows: Sequence[Row]) -> str:
     """The means alone: a line for each kind, method and threshold; n is the number of concepts."""
-    headings = (_HEADINGS[0], "method", "n", *_HEADINGS[2:])
-    lines = [f"| {' | '.join(headings)} |", f"|---|---|{'---:|' * (len(headings) - 2)}"]
+    columns = _columns(rows)
+    lines = _head(("kind", "method"), ("n", *columns.values()))
     for kind in ("style", "object"):
         for which, own in by_method(rows).items():
             if means := mean_of(own, kind):
                 count = sum(row["template"] == kind for row in own)
-                lines.append(_line(f"{kind}s", f"{label(*which)} | {count}", means))
+                lines.append(_line(f"{kind}s", f"{label(*which)} | {count}", means, columns))
     return "\n".join(lines) + "\n"
 
 
 def _table(rows: Sequence[Row]) -> str:
     """Rows of one method, with the means of styles and of objects below them."""
-    lines = [f"| {' | '.join(_HEADINGS)} |", f"|---|---|{'---:|' * (len(_HEADINGS) - 2)}"]
+    columns = _columns(rows)
+    lines = _head(("kind", "forgotten"), columns.values())
     for kind in ("style", "object"):
         means = mean_of(rows, kind)
         for row in rows:
             if row["template"] == kind:
-                lines.append(_line(kind, row["template_name"].replace("_", " "), mean_of([row], kind)))
+                lines.append(
+                    _line(kind, row["template_name"].replace("_", " "), mean_of([row], kind), columns)
+                )
         if means:
-            lines.append(_line(f"**{kind}s**", "**mean**", means))
+            lines.append(_line(f"**{kind}s**", "**mean**", means, columns))
     return "\n".join(lines) + "\n"
 
 
@@ -85,5 +103,16 @@ def reading(cra_prompts: str, left_out: Sequence[str]) -> str:
     return f"\n{' '.join(parts)}\n" if parts else ""
 
 
-def _line(kind: str, name: str, values: Mapping[str, float]) -> str:
-    return f"| {kind} | {name} | {' | '.join(f'{values[key]:.1f}' for key in _COLUMNS)} | {values['seconds']:.0f} |"
+def _columns(rows: Sequence[Row]) -> dict[str, str]:
+    scores = scores_of(rows)
+    return {key: heading for key, heading in _COLUMNS.items() if key.removeprefix("base_") in scores}
+
+
+def _head(names: Sequence[str], numbers: Iterable[str]) -> list[str]:
+    headings = (*names, *numbers, "seconds")
+    rules = "---|" * len(names) + "---:|" * (len(headings) - len(names))
+    return [f"| {' | '.join(headings)} |", f"|{rules}"]
+
+
+def _line(kind: str, name: str, values: Mapping[str, float], columns: Iterable[str]) -> str:
+    return f"| {kind} | {name} | {' | '.join(f'{values[key]:.1f}' for key in columns)} | {values['seconds']:.0f} |"

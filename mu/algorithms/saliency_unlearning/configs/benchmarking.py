@@ -52,6 +52,14 @@ class BenchmarkConfig(ScoringKeys):
     object_train: str = setting(
         "emoji_canvas/train_object.yaml", "Recipe of forgetting an object.", kind="path"
     )
+    fid_reference_seeds: tuple[int, ...] = setting(
+        (1188, 1288, 1588, 1688, 1888),
+        "FID of the retained prompts, by the classifier's features, is measured to the base model's images of these "
+        "seeds; so the base's own FID is from seed to seed. []: no FID.",
+        ge=0,
+        lt=1_000_000,
+        may_be_empty=True,
+    )
     devices: tuple[str, ...] = setting(
         ("0",), "CUDA device numbers such as 0, or cpu; workers take them in turn.", pattern=DEVICES_PATTERN
     )
@@ -72,6 +80,11 @@ class BenchmarkConfig(ScoringKeys):
     output_dir: str = setting(f"{OUTPUTS}/benchmark", "Folder of the table and of all its runs.", kind="path")
 
     def conflicts(self) -> Iterator[Problem]:
+        if same := set(self.seeds) & set(self.fid_reference_seeds):
+            yield (
+                ("fid_reference_seeds", "seeds"),
+                f"both have {min(same)}; the reference's must be others",
+            )
         yield from self._left_out_problems(STYLES, OBJECTS, forgotten=self.concepts or STYLES + OBJECTS)
         for name in self.concepts or ():
             if name not in STYLES + OBJECTS:
