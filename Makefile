@@ -1,6 +1,6 @@
 # Commands of the repository. The first call makes the environment in .venv; later ones find it there.
 #   make demo     forget a style of the bundled model, and measure what was forgotten and what was kept
-#   make test     the tests            make check   lint, format, types, who imports whom
+#   make test     the tests            make check   lint, format, types, who imports whom, documentation
 PYTHON ?= python3
 VENV   ?= .venv
 # Empty (`make test CONSTRAINTS=`) installs the newest versions instead of the tested ones.
@@ -49,11 +49,12 @@ test-slow: $(VENV)/.installed-dev    ## the tests that take long
 test-gpu: $(VENV)/.installed-dev     ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-check: $(VENV)/.installed-dev        ## lint, format, types, who imports whom
+check: $(VENV)/.installed-dev        ## lint, format, types, who imports whom, documentation (into site/)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-dev       ## put the code into the house's form
 	$(BIN)/ruff check --fix .
@@ -63,5 +64,5 @@ readme-keys: $(VENV)/.installed      ## write the table of config keys in README
 	$(BIN)/python scripts/readme_keys.py
 
 clean:                               ## remove builds and caches; data, models, outputs and .venv stay
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find mu tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

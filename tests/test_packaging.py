@@ -8,9 +8,11 @@ import subprocess
 import sys
 import zipfile
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import setuptools
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -76,6 +78,51 @@ def test_environment_has_its_name_and_python(path: Path) -> None:
     environment = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert environment["name"] == "saliency_unlearning"
     assert "python=3.11" in environment["dependencies"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_a_built_distribution_runs_in_an_empty_environment(tmp_path: Path, kind: str) -> None:
+    """Of the dependencies, `--help` needs PyYAML, tqdm and Pillow alone: links to them are all that is put in."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "mu", source / "mu", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "-o", str(tmp_path), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("unlearn_diff-*.whl" if kind == "wheel" else "unlearn_diff-*.tar.gz")
+
+    empty = tmp_path / "empty"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(empty)], check=True)
+    python = empty / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    # setuptools builds the sdist once more, and has to be seen for that.
+    (site,) = (empty / "lib").glob("python*/site-packages")
+    (site / "build_tools.pth").write_text(str(Path(setuptools.__file__).parents[1]))
+    install = [*pip, "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", str(built)]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    (site / "build_tools.pth").unlink()
+    for package in ("yaml", "tqdm", "PIL"):
+        folder = Path(str(find_spec(package).origin)).parent  # type: ignore[union-attr]
+        (site / package).symlink_to(folder)
+        for libraries in folder.parent.glob(f"{'pillow' if package == 'PIL' else package}.libs"):
+            (site / libraries.name).symlink_to(libraries)
+    runs = [["-m", "mu.commands.download_data"], ["-m", "mu.commands.debug_report"]]
+    runs += [
+        ["-m", f"mu.algorithms.saliency_unlearning.scripts.{door}"] for door in ("generate_mask", "train")
+    ]
+    for run in runs:
+        done = subprocess.run(
+            [str(python), "-I", *run, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "--quiet" in done.stdout
+    where = "import mu; print(mu.__file__); print(mu.__version__)"
+    done = subprocess.run([str(python), "-I", "-c", where], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(site / "mu/__init__.py"), mu.__version__]
 
 
 @pytest.mark.slow

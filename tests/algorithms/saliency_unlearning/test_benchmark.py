@@ -23,9 +23,11 @@ from mu.algorithms.saliency_unlearning.variants import deciding, recipes, varian
 from mu.algorithms.saliency_unlearning.workers import claimed
 from mu.config import check_paths, dump
 from mu.datasets import emoji_canvas
-from mu.datasets.generated import SampleSettings
+from mu.datasets.generated import GeneratedImages, SampleSettings
+from mu.datasets.images import load_pixels
 from mu.evaluation.classifier import EmojiClassifier, load_classifier, save_classifier
 from mu.evaluation.evaluate import Grid, measure
+from mu.evaluation.features import ClassifierFeatures
 from mu.evaluation.metrics import unlearning_scores
 from mu.ldm import load_model
 
@@ -118,6 +120,12 @@ def test_the_rows_are_the_scores_before_and_after(finished: Any, tiny_runs: Any)
         ("object", "Dogs"),
     ]
     classifier = load_classifier(config.classifier_path)
+    base_images = GeneratedImages(
+        load_model(tiny_runs.model_config, tiny_runs.checkpoint()),
+        folder,
+        SampleSettings(2, 3.0, 16),
+        subfolder="grids",
+    ).path
     for row in rows:
         checkpoints = {"before": tiny_runs.checkpoint(), "after": folder / row["checkpoint"]}
         for moment, checkpoint in checkpoints.items():
@@ -135,10 +143,34 @@ def test_the_rows_are_the_scores_before_and_after(finished: Any, tiny_runs: Any)
             for key in SCORES:
                 assert row[moment][key]["value"] == getattr(scores, key).value
                 assert row[moment][key]["n"] == 4
+            fid = row[moment]["FID"]
+            assert fid["value"] == pytest.approx(fid_by_hand(measured.images, base_images, row, classifier))
+            assert fid["n"] == 4
+            assert fid["n_reference"] == 10
         assert row["steps"] == 2
         assert row["weights_total"] > row["weights_changed"] > 0
     assert rows[0]["before"] != rows[0]["after"]
     assert len(list((folder / "grids").iterdir())) == 3  # of the base, once, and of each checkpoint
+
+
+def fid_by_hand(images: Path, base: Path, row: dict[str, Any], classifier: EmojiClassifier) -> float:
+    """Of the images of retained prompts, to the base's of the reference seeds, by torch's eigenvalues."""
+    kept = {
+        "style": [("Blob", "Cats"), ("Blob", "Dogs")],
+        "object": [("Noto", "Cats"), ("Blob", "Cats")],
+    }[row["template"]]
+    moments = []
+    for folder, seeds in ((images, (188, 288)), (base, (1188, 1288, 1588, 1688, 1888))):
+        files = [folder / style / name / f"{seed}.png" for style, name in kept for seed in seeds]
+        features = (
+            ClassifierFeatures(classifier, "c")
+            .features(torch.stack([load_pixels(f) for f in files]))
+            .double()
+        )
+        moments.append((features.mean(0), features.T.cov()))
+    (m, c), (n, d) = moments
+    root = torch.linalg.eigvals(c @ d).sqrt().real.sum()
+    return float((m - n).square().sum() + c.trace() + d.trace() - 2 * root)
 
 
 def test_all_that_a_table_makes_lies_in_its_folder(finished: Any) -> None:
@@ -166,7 +198,7 @@ def test_the_three_tables_say_the_same(finished: Any) -> None:
     for row, line in zip(content["rows"], lines, strict=True):
         for key in ("template", "template_name", "method", "threshold"):
             assert line[key] == str(row[key])
-        for key in SCORES:
+        for key in (*SCORES, "FID"):
             assert float(line[key]) == row["after"][key]["value"]
             assert float(line[f"base_{key}"]) == row["before"][key]["value"]
     assert (Path(config.output_dir) / "table.md").read_text() == markdown(content["rows"])

@@ -165,6 +165,34 @@ def test_promise_26_a_connection_that_cannot_be_made_leaves_the_run_offline(
 
 
 @pytest.mark.slow
+def test_promise_26_no_secret_and_no_network_lose_no_run(
+    train: Callable[..., dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_runs: Any,
+    folder: RunFolder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The real thing: there is a key, nobody listens at the other end, and there is no terminal."""
+    secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "HF_TOKEN": "hf_" + "aB3" * 11}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    config = tiny_runs.train_config(wandb="online")
+    folder.save_config(config)
+    folder.save_environment()
+    assert train(config)["loss"] == 8.5
+    assert list((folder.path / "wandb").glob("offline-run-*/*.wandb"))
+    assert sum("this run is kept offline" in message for message in caplog.messages) == 1
+    for path in folder.path.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert [name for name, value in secrets.items() if value.encode() in content] == [], path
+
+
+@pytest.mark.slow
 def test_an_offline_run_is_kept_in_the_run_folder(
     train: Callable[..., dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
