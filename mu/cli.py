@@ -1,7 +1,7 @@
 """Command lines from config classes: `--config_path X.yaml --key value ...`, `--help`, exit codes.
 
-Exit codes: 0 done, 1 a run that failed with a message, 2 a mistake in the settings, 130 interrupted, 141 not begun
-because nobody reads its output any more.
+Exit codes: 0 done, 1 a run that failed with a message, 2 a mistake in the settings, 130 interrupted (SIGINT), 141 not
+begun because nobody reads its output any more, 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import contextlib
 import errno
 import os
 import shlex
+import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +34,7 @@ from mu.config import (
 )
 from mu.config_file import Text, read_list
 from mu.config_values import Key
-from mu.errors import MuError
+from mu.errors import MuError, Terminated
 
 C = TypeVar("C", bound=Config)
 _WIDTH = 110
@@ -90,7 +92,8 @@ def run_door(
     try:
         config = parse_cli(cls, arguments, packaged=packaged)
         say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
-        result = run(config)
+        with _terminable():
+            result = run(config)
     except HelpAsked:
         with contextlib.suppress(OutputClosed):
             say(help_text(cls, module=module, summary=summary, packaged=packaged))
@@ -111,10 +114,34 @@ def run_door(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     if isinstance(result, Mapping):
         with contextlib.suppress(OutputClosed):
             say("\n".join(_result_lines(result)))
     return 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is raised as Terminated while the block lasts, so that files that are half written are removed."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    # Only the main thread may set handlers; one that a caller has set is his to keep.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def say(text: str) -> None:

@@ -12,12 +12,17 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.algorithms.saliency_unlearning.run_state import RunState
+from mu.algorithms.saliency_unlearning.step_boundary import StepBoundary
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import as_dict
 from mu.devices import resolve_devices
+from mu.errors import Terminated
 from mu.run_folder import RunFolder
 
 _PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16-mixed": "bf16-mixed"}
@@ -27,20 +32,48 @@ _log = logging.getLogger(__name__)
 
 
 def fit(
-    trainer: SaliencyUnlearnTrainer, data: SaliencyUnlearnDataHandler, config: TrainConfig, folder: RunFolder
+    trainer: SaliencyUnlearnTrainer,
+    data: SaliencyUnlearnDataHandler,
+    config: TrainConfig,
+    folder: RunFolder,
+    *,
+    checkpoints: Checkpoints,
+    resumed: RunState | None = None,
 ) -> dict[str, float]:
-    """Run all steps of a config.
+    """Run all steps of a config, or those that a resumed run still has to do.
 
     Returns:
         `loss`, `forget_loss` and `retain_loss`, each the mean over the last epoch.
 
     Raises:
         TrainingError: a loss or gradient was not finite; no weight was changed by it.
-        KeyboardInterrupt: Ctrl-C, after the loggers are closed.
+        KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after the step, its checkpoint, and the loggers are done.
     """
     device = resolve_devices(config.devices)
+    boundary = StepBoundary(trainer.model, folder, checkpoints, total_steps=data.total_steps)
+    if resumed is not None:
+        boundary.restore(resumed)
     history = LossHistory(folder)
-    loader = data.train_loader()
+    if boundary.step < data.total_steps:
+        _run_steps(trainer, data, config, folder, device=device, history=history, boundary=boundary)
+    trainer.model.ldm.to(device)  # Lightning leaves the model on the CPU
+    last = history.rows[-data.steps_per_epoch :]
+    means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
+    return dict(zip(("loss", "forget_loss", "retain_loss"), means, strict=True))
+
+
+def _run_steps(
+    trainer: SaliencyUnlearnTrainer,
+    data: SaliencyUnlearnDataHandler,
+    config: TrainConfig,
+    folder: RunFolder,
+    *,
+    device: str,
+    history: LossHistory,
+    boundary: StepBoundary,
+) -> None:
+    """Lightning's loop over the steps that are still to do."""
+    loader = data.train_loader(start_step=boundary.step)
     logger = wandb_logger(config, folder.path)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -55,7 +88,7 @@ def fit(
             precision=_PRECISIONS[config.precision],
             max_epochs=1,  # all epochs of the config are one pass of the loader
             logger=logger or False,
-            callbacks=[history, TQDMProgressBar(refresh_rate=1)],
+            callbacks=[history, TQDMProgressBar(refresh_rate=1), boundary],
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -64,7 +97,10 @@ def fit(
         )
         at_ctrl_c = signal.getsignal(signal.SIGINT)
         try:
-            loop.fit(trainer, loader)
+            with boundary.taking_signals():
+                loop.fit(trainer, loader)
+        except SIGTERMException:  # Lightning's, of a signal that came before the first step
+            raise Terminated from None
         except SystemExit as stopped:  # what Lightning makes of Ctrl-C, which it also switches off for good
             if not isinstance(stopped.__context__, KeyboardInterrupt):
                 raise
@@ -73,18 +109,14 @@ def fit(
         finally:
             if logger is not None:
                 logger.experiment.finish()  # else the next run of this process would go on in this one
-    trainer.model.ldm.to(device)  # Lightning leaves the model on the CPU
-    last = history.rows[-data.steps_per_epoch :]
-    means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
-    return dict(zip(("loss", "forget_loss", "retain_loss"), means, strict=True))
 
 
 class LossHistory(pl.Callback):
-    """Both terms of every step, in memory and in `metrics.csv`."""
+    """Both terms of every step, in memory and in `metrics.csv`; goes on with the rows that are there."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.rows: list[tuple[float, ...]] = []
+        self.rows = [tuple(float(row[name]) for name in _TERMS) for row in folder.metrics_csv.read()]
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         row = tuple(float(trainer.callback_metrics[name]) for name in _TERMS)
