@@ -145,7 +145,7 @@ def test_exit_codes(capsys):
         door(fail(ZeroDivisionError()))
 
 
-DOOR = "from tests.test_cli import door; sys.exit(door(lambda _: print('begun', file=sys.stderr), *sys.argv[1:]))"
+DOOR = "from test_cli import door; sys.exit(door(lambda _: print('begun', file=sys.stderr), *sys.argv[1:]))"
 PARSER = "from mu.cli import ArgumentParser; ArgumentParser(epilog='x ' * 90_000).parse_args()"
 
 
@@ -161,7 +161,7 @@ def test_a_reader_that_has_gone_ends_a_door_quietly(program, argv, code):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parent,  # of this module, which the program may import
     )
     process.stdout.close()
     _, said = process.communicate()

@@ -185,6 +185,7 @@ class SaliencyUnlearningAlgorithm:
                 lr=config.lr,
                 decay_steps=data.total_steps if config.lr_schedule == "linear" else None,
                 target=config.target,
+                retain_target=config.retain_target,
             )
             losses = fit(trainer, data, config, folder, checkpoints=checkpoints, resumed=resumed)
             model.verify_unmasked()

@@ -28,10 +28,14 @@ def salun_loss(
     retain: RetainBatch,
     alpha: float,
     target_model: NoisePredictor | None = None,
+    *,
+    retain_model: NoisePredictor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """E ||eps(z_t | c_f) - sg[eps(z_t | c_p)]||^2 + alpha E ||eps(z_t^r | c_r) - eps||^2, means over all elements.
 
     On the same noisy latents the forgotten prompt c_f must predict what the substitute prompt c_p predicts.
+    With a `retain_model`, its prediction stands in the place of eps in the second term: what is retained then pulls
+    towards that model, by a gradient without the noise's own variance, and by none at all where nothing has changed.
 
     Args:
         model: the model that is trained.
@@ -39,6 +43,7 @@ def salun_loss(
         retain: see `RetainBatch`.
         alpha: weight of retaining.
         target_model: predicts for the substitute prompt, without gradient; default: `model` itself.
+        retain_model: predicts what the retained images are to give, without gradient; default: the noise itself.
 
     Returns:
         loss, forget term, retain term: fp32 scalars.
@@ -46,15 +51,23 @@ def salun_loss(
     target_model = model if target_model is None else target_model
     latents, timesteps, noise, context, substitute_context = forget
     noisy = model.q_sample(latents, timesteps, noise)  # (B, C, H, W)
-    with torch.no_grad():
-        target = predict_noise(target_model, noisy, timesteps, substitute_context)  # (B, C, H, W)
     retain_latents, retain_timesteps, retain_noise, retain_context = retain
     retain_noisy = model.q_sample(retain_latents, retain_timesteps, retain_noise)  # (B', C, H, W)
+    to_forget = (noisy, timesteps, substitute_context)
+    to_retain = (retain_noisy, retain_timesteps, retain_context)
+    with torch.no_grad():  # forget_target (B, C, H, W), retain_target (B', C, H, W)
+        if retain_model is None:
+            forget_target, retain_target = predict_noise(target_model, *to_forget), retain_noise.float()
+        elif retain_model is target_model:
+            forget_target, retain_target = predict_noise_pair(target_model, to_forget, to_retain)
+        else:
+            forget_target = predict_noise(target_model, *to_forget)
+            retain_target = predict_noise(retain_model, *to_retain)
     forget_prediction, retain_prediction = predict_noise_pair(
-        model, (noisy, timesteps, context), (retain_noisy, retain_timesteps, retain_context)
+        model, (noisy, timesteps, context), to_retain
     )  # (B, C, H, W), (B', C, H, W)
-    forget_term = F.mse_loss(forget_prediction, target)
-    retain_term = F.mse_loss(retain_prediction, retain_noise.float())
+    forget_term = F.mse_loss(forget_prediction, forget_target)
+    retain_term = F.mse_loss(retain_prediction, retain_target)
     return forget_term + alpha * retain_term, forget_term, retain_term
 
 
@@ -69,6 +82,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         lr: learning rate of Adam.
         decay_steps: the learning rate falls linearly to 0 over so many steps; None keeps it constant.
         target: which model predicts for the substitute prompt: the current one, or the frozen original.
+        retain_target: what the retained images are to give: the noise, or what the frozen original predicts.
 
     Raises:
         TrainingError: while training, a loss or a gradient is NaN or infinite; names the step and its
@@ -83,15 +97,20 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         lr: float,
         decay_steps: int | None = None,
         target: str = "current",
+        retain_target: str = "noise",
     ) -> None:
         super().__init__()
         if target not in ("current", "frozen"):
             raise ValueError(f"target is {target!r}; known: current, frozen")
+        if retain_target not in ("noise", "frozen"):
+            raise ValueError(f"retain_target is {retain_target!r}; known: noise, frozen")
         self.model = model
         self.alpha = alpha
         self.lr = lr
         self.decay_steps = decay_steps
-        self.target_model = FrozenOriginal(model) if target == "frozen" else None
+        original = FrozenOriginal(model) if "frozen" in (target, retain_target) else None
+        self.target_model = original if target == "frozen" else None
+        self.retain_model = original if retain_target == "frozen" else None
         self._images = ""
 
     def configure_optimizers(self) -> Any:
@@ -106,7 +125,12 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
         loss, forget_term, retain_term = salun_loss(
-            self.model.ldm, batch["forget"], batch["retain"], self.alpha, self.target_model
+            self.model.ldm,
+            batch["forget"],
+            batch["retain"],
+            self.alpha,
+            self.target_model,
+            retain_model=self.retain_model,
         )
         self._images = "; ".join(f"{part}: {', '.join(files)}" for part, files in batch["images"].items())
         if not torch.isfinite(loss):

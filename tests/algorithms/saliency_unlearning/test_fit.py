@@ -43,7 +43,7 @@ def train(
         model = SaliencyUnlearnModel(make_tiny_model(), "xattn")
         steps = iter(TERMS)
 
-        def planned(*_: Any) -> tuple[torch.Tensor, ...]:
+        def planned(*_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
             look(model)
             reached = torch.stack([parameter.sum() for _, parameter in model.parameters_to_train()]).sum()
             return tuple(value + 0.0 * reached for value in next(steps))

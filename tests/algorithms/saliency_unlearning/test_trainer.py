@@ -131,6 +131,37 @@ def test_one_call_equals_separate_calls(tiny_model: LatentDiffusion) -> None:
     assert ((got - expected).norm() / expected.norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_is_retained_may_be_what_another_model_predicts(
+    make_tiny_model: Callable[..., LatentDiffusion], shared: bool
+) -> None:
+    model, other, batch = make_tiny_model(seed=0), make_tiny_model(seed=1), tiny_batch(0)
+    _, forget_term, retain_term = salun_loss(
+        model,
+        batch["forget"],
+        batch["retain"],
+        0.5,
+        target_model=other if shared else None,
+        retain_model=other,
+    )
+    latents, timesteps, noise, context = batch["retain"]
+    inputs = model.q_sample(latents, timesteps, noise), timesteps, context
+    expected = (model.predict_noise(*inputs) - other.predict_noise(*inputs)).square().mean()
+    torch.testing.assert_close(retain_term, expected, rtol=1e-5, atol=1e-7)
+    alone = salun_loss(model, batch["forget"], batch["retain"], 0.5, other if shared else None)
+    torch.testing.assert_close(forget_term, alone[1], rtol=1e-5, atol=1e-7)
+    assert not torch.isclose(retain_term, alone[2], rtol=1e-2)
+
+
+def test_a_model_retains_what_it_predicts_itself(tiny_model: LatentDiffusion) -> None:
+    """No pull where nothing has changed: the retain term and its gradient are 0 up to rounding."""
+    batch = tiny_batch(0)
+    retain_term = salun_loss(tiny_model, batch["forget"], batch["retain"], 0.5, retain_model=tiny_model)[2]
+    assert retain_term.item() < 1e-10
+    gradients = torch.autograd.grad(retain_term, list(tiny_model.unet.parameters()))
+    assert max(gradient.abs().max().item() for gradient in gradients) < 1e-5
+
+
 def test_the_target_may_be_another_model(make_tiny_model: Callable[..., LatentDiffusion]) -> None:
     model, other, batch = make_tiny_model(seed=0), make_tiny_model(seed=1), tiny_batch(0)
     latents, timesteps, noise, context, substitute = batch["forget"]
@@ -238,6 +269,30 @@ def test_the_target_is_the_current_or_the_frozen_model(
     model.verify_unmasked()
 
 
+def test_with_a_frozen_retain_target_the_retain_term_starts_at_nothing(
+    make_tiny_model: Callable[..., LatentDiffusion],
+) -> None:
+    ldm, original = make_tiny_model(), make_tiny_model()
+    model = SaliencyUnlearnModel(ldm, "full", half_mask(ldm))
+    trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-2, retain_target="frozen")
+    seen: list[tuple[float, float]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, _: pl.Trainer, __: pl.LightningModule, batch: Any, ___: int) -> None:
+            with torch.no_grad():
+                terms = salun_loss(ldm, batch["forget"], batch["retain"], 0.5, retain_model=original)
+            seen.append((float(terms[2]), math.nan))
+
+        def on_train_batch_end(self, pl_trainer: pl.Trainer, *_: Any) -> None:
+            seen[-1] = (seen[-1][0], float(pl_trainer.progress_bar_metrics["retain"]))
+
+    fit(trainer, [tiny_batch(0), tiny_batch(1)], callbacks=[Look()])
+    assert seen[0][1] < 1e-10
+    assert seen[1][1] == pytest.approx(seen[1][0], rel=1e-4)
+    assert seen[1][1] > 1e-8
+    model.verify_unmasked()
+
+
 def test_a_loss_that_is_not_finite_stops_before_it_is_written(tiny_model: LatentDiffusion) -> None:
     batches = [tiny_batch(0), tiny_batch(1), tiny_batch(2)]
     batches[1]["retain"][2][0, 0, 0, 0] = math.inf
@@ -286,6 +341,10 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_written(
 def test_an_unknown_target_is_refused(tiny_model: LatentDiffusion) -> None:
     with pytest.raises(ValueError, match="known: current, frozen"):
         SaliencyUnlearnTrainer(SaliencyUnlearnModel(tiny_model, "full"), alpha=0.5, lr=1e-3, target="ema")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="noise, frozen"):
+        SaliencyUnlearnTrainer(
+            SaliencyUnlearnModel(tiny_model, "full"), alpha=0.5, lr=1e-3, retain_target="original"
+        )
 
 
 def test_the_learning_rate_falls_in_equal_steps(make_tiny_model: Callable[..., LatentDiffusion]) -> None:

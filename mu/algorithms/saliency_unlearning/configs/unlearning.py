@@ -101,6 +101,12 @@ class TrainConfig(ConceptKeys):
         "Which model predicts for the substitute prompt: the current one, without gradient, or the frozen original.",
         choices=("current", "frozen"),
     )
+    retain_target: str = setting(
+        "noise",
+        "What the images to retain are to give. noise: the noise that was added, as the paper's. frozen: what the "
+        "frozen original predicts, which disturbs less of what is kept, for one more prediction a step.",
+        choices=("noise", "frozen"),
+    )
     epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
     lr: float = setting(1e-5, "Learning rate of Adam.", gt=0, le=1)
     lr_schedule: str = setting(
