@@ -188,15 +188,6 @@ class MetricsCsv:
         with open(self.path, newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def content(self) -> bytes:
-        """The file as it is; nothing where there is none."""
-        return self.path.read_bytes() if self.path.exists() else b""
-
-    def replace(self, content: bytes) -> None:
-        """Make the file what `content` gave, of this run or of another folder's."""
-        write_atomically(self.path, content)
-        self._columns = None
-
     def _write(self, row: Iterable[object]) -> None:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row)

@@ -37,6 +37,10 @@ MAY_DIFFER = frozenset(
         *("devices", "wandb", "wandb_project"),
         *("resume", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints"),
         *("output_dir", "processed_dataset_dir", "output_format", "patch", "sample_prompts", "sample_seeds"),
+        # Looked at beside the training.
+        *("sample_every_steps", "validate_every_steps", "validation_draws", "wandb_unsafe_pictures"),
+        # Memory and speed, the result to rounding.
+        *("micro_batch_size", "channels_last", "gradient_checkpointing", "compile"),
         # What lies at these paths is compared, not the paths.
         *("ckpt_path", "model_config_path", "mask_path", "raw_dataset_dir", "retain_dataset_dir"),
     }
@@ -142,24 +146,24 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def _identity_of(model: SaliencyUnlearnModel, rows: ForgetRetain) -> dict[str, str]:
-    """Digests of what a config names by path; and torch's version, with another of which bits may differ."""
+    """Digests of what a config names by path; and what the rounding depends on."""
     listed = [[(row.key, row.substitute_prompt) for row in part] for part in (rows.forget, rows.retain)]
     return {
         "ckpt_path": fingerprint(model.ldm.state_dict()),
         "model_config_path": _sha256(repr(model.ldm.params)),
         "mask_path": fingerprint(model.selected),
         "raw_dataset_dir": _sha256(json.dumps(listed)),
-        "torch": torch.__version__,
+        "arithmetic": f"torch {torch.__version__} on {model.ldm.device.type}",
     }
 
 
 def _check_identity(resumed: Head, identity: Mapping[str, str]) -> None:
     was = resumed.identity
-    if was["torch"] != identity["torch"]:
+    if was["arithmetic"] != identity["arithmetic"]:
         _log.warning(
-            "resume: the run was begun with torch %s and goes on with %s: its last bits may come out otherwise",
-            was["torch"],
-            identity["torch"],
+            "resume: the run was begun with %s and goes on with %s: its last bits may come out otherwise",
+            was["arithmetic"],
+            identity["arithmetic"],
         )
     what = {
         "ckpt_path": "the model is not the one that the run was begun with",

@@ -40,40 +40,22 @@ def fit(
     checkpoints: Checkpoints,
     resumed: RunState | None = None,
 ) -> dict[str, float]:
-    """Run all steps of a config, or those that a resumed run still has to do.
+    """Run all steps of a config; of a run that is resumed, those that it still has to do.
 
     Returns:
         `loss`, `forget_loss` and `retain_loss`, each the mean over the last epoch.
 
     Raises:
         TrainingError: a loss or gradient was not finite; no weight was changed by it.
-        KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after the step, its checkpoint, and the loggers are done.
+        KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after the step, its checkpoint and the loggers are done.
     """
     device = resolve_devices(config.devices)
     boundary = StepBoundary(trainer.model, folder, checkpoints, total_steps=data.total_steps)
     if resumed is not None:
         boundary.restore(resumed)
     history = LossHistory(folder)
-    if boundary.step < data.total_steps:
-        _run_steps(trainer, data, config, folder, device=device, history=history, boundary=boundary)
-    trainer.model.ldm.to(device)  # Lightning leaves the model on the CPU
-    last = history.rows[-data.steps_per_epoch :]
-    means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
-    return dict(zip(("loss", "forget_loss", "retain_loss"), means, strict=True))
-
-
-def _run_steps(
-    trainer: SaliencyUnlearnTrainer,
-    data: SaliencyUnlearnDataHandler,
-    config: TrainConfig,
-    folder: RunFolder,
-    *,
-    device: str,
-    history: LossHistory,
-    boundary: StepBoundary,
-) -> None:
-    """Lightning's loop over the steps that are still to do."""
-    loader = data.train_loader(start_step=boundary.step)
+    # A run that has done all its steps still ends as others do, with a loader that is not read.
+    loader = data.train_loader(start_step=min(boundary.step, data.total_steps - 1))
     logger = wandb_logger(config, folder.path)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -109,10 +91,14 @@ def _run_steps(
         finally:
             if logger is not None:
                 logger.experiment.finish()  # else the next run of this process would go on in this one
+    trainer.model.ldm.to(device)  # Lightning leaves the model on the CPU
+    last = history.rows[-data.steps_per_epoch :]
+    means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
+    return dict(zip(("loss", "forget_loss", "retain_loss"), means, strict=True))
 
 
 class LossHistory(pl.Callback):
-    """Both terms of every step, in memory and in `metrics.csv`; goes on with the rows that are there."""
+    """Both terms of every step, in memory and in `metrics.csv`; goes on after the rows that are there."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
