@@ -29,9 +29,9 @@ class StepBoundary(pl.Callback):
     """Saves and restores everything that the next step depends on, and stops the run between two steps.
 
     That is: the values of the weights that move, the optimizer, the schedule of its learning rate, the number of
-    steps done, and the tables (*.csv) in the run's folder. There is no state of random numbers: those of a step follow from
-    the seed and the step (`mu.datasets.streams`). It belongs last among the callbacks, so that what the others write is
-    saved too.
+    steps done, and the tables (*.csv) in the run's folder. There is no state of random numbers: those of a step
+    follow from the seed and the step (`mu.datasets.streams`). It belongs last among the callbacks, so that what the
+    others write is saved too.
 
     Args:
         model: its selected weights are saved.
