@@ -6,8 +6,10 @@ A server process imports what is heavy, runs none of it, and forks once for each
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SCRIPTS = "mu.algorithms.saliency_unlearning.scripts"
 HEAVY = (
     "mu.algorithms.saliency_unlearning.algorithm",
@@ -80,6 +83,24 @@ class Commands:
         request = {"script": script, "log": str(log), "argv": argv, "max_file_bytes": max_file_bytes}
         print(json.dumps(request), file=self._server.stdin, flush=True)
         return Command(self._server, int(self._server.stdout.readline()), log)
+
+    def run_despite_kills(
+        self, script: str, log: Path, *argv: str, rng: random.Random, seconds: float
+    ) -> int:
+        """Begin a command again and again, each time ended within `seconds` by a signal; returns how often.
+
+        A try that is not ended in time must end well.
+        """
+        for kills in itertools.count():
+            signum = rng.choice(SIGNALS)
+            due = time.monotonic() + rng.uniform(0.0, seconds)
+            command = self.start(script, log, *argv)
+            code = command.kill_when(signum, lambda due=due: time.monotonic() >= due)
+            if code == 0:
+                return kills
+            assert code in (-signum, 128 + signum), command.output()
+            assert "Traceback" not in command.output(), command.output()
+        raise AssertionError("never")
 
     def run(self, script: str, log: Path, *argv: str, max_file_bytes: int | None = None) -> int:
         """A command from beginning to end; returns its exit code."""

@@ -24,7 +24,7 @@ from mu.config import ConfigError
 from mu.errors import Terminated
 from mu.ldm.tensor_file import FINGERPRINT_KEY, CheckpointError, fingerprint, read_state_dict
 from mu.run_folder import RunFolder, RunFolderError
-from tests.forked_commands import SCRIPTS, Commands, flags
+from tests.forked_commands import SCRIPTS, SIGNALS, Commands, flags
 
 TRAIN = f"{SCRIPTS}.train"
 SETTINGS = {
@@ -35,6 +35,8 @@ SETTINGS = {
     "keep_checkpoints": 3,
 }
 """Of 4 steps, with all that has a state: optimizer, schedule, originals."""
+RECIPE: dict[str, Any] = {"epochs": 2, "batch_size": 3, "lr": 1e-3, "sample_prompts": ()}
+"""That of `tiny_runs.train_config`."""
 
 
 @pytest.fixture(scope="module")
@@ -291,27 +293,16 @@ def test_checkpoints_are_due_by_steps_or_by_minutes(
 # ---- real processes
 
 
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as server:
-        yield server
-
-
 @pytest.fixture
 def train(tiny_runs: Any, tmp_path: Path, commands: Commands) -> Any:
     """train(**keys): begins a training command below `tmp_path / "runs"`."""
 
     def start(*, max_file_bytes: int | None = None, **changes: Any) -> Any:
-        keys = {"epochs": 2, "batch_size": 3, "lr": 1e-3, "sample_prompts": (), **SETTINGS}
-        keys |= {"output_dir": str(tmp_path / "runs"), **changes}
+        keys = {**RECIPE, **SETTINGS, "output_dir": str(tmp_path / "runs"), **changes}
         argv = flags(tiny_runs.keys(**keys))
         return commands.start(TRAIN, tmp_path / "log", *argv, max_file_bytes=max_file_bytes)
 
     return start
-
-
-def is_saving(folder: Path) -> bool:
-    return any(folder.glob("*/checkpoints/.*.tmp"))
 
 
 def test_a_kill_during_a_save_and_a_full_disk_leave_the_last_checkpoint(
@@ -360,30 +351,22 @@ def test_a_command_that_is_told_to_stop_says_how_to_go_on(
 
 @pytest.mark.slow
 def test_a_run_killed_over_and_over_comes_to_the_same_bits(
-    train: Any, tmp_path: Path, whole: dict[str, Any]
+    tiny_runs: Any, commands: Commands, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
-    """SIGKILL, SIGTERM and SIGINT at random moments of the whole command."""
-    import time
-
+    """SIGKILL, SIGTERM and SIGINT at random moments of the whole command, also while it saves."""
     rng = random.Random(0)
-    runs = tmp_path / "runs"
-    began = time.monotonic()
-    assert train().wait() == 0
-    seconds = time.monotonic() - began
     kills = 0
-    for _ in range(25):
-        shutil.rmtree(runs)
-        signum = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-        code = -1
-        while code != 0:
-            resume = "newest" if list(runs.glob("*/checkpoints/step-*")) else None
-            due = time.monotonic() + rng.uniform(0.0, 1.1 * seconds)
-            command = train(resume=resume)
-            code = command.kill_when(signum, lambda due=due: time.monotonic() >= due)
-            assert code in (0, -signal.SIGKILL, 143, 130), command.output()
-            kills += code != 0
-            for path in runs.glob("*/checkpoints/step-*"):
-                read_run_state(path)
-        finished = [run for run in runs.iterdir() if (run / "metrics.json").exists()]
-        assert results(finished[0]) == whole
-    assert kills >= 25
+    for number in range(10):
+        runs = tmp_path / f"runs-{number}"
+        argv = flags(tiny_runs.keys(**{**RECIPE, **SETTINGS, "output_dir": str(runs)}))
+        command = commands.start(TRAIN, tmp_path / "log", *argv)
+        saved = rng.choice(["step-00000001*", ".step-00000002*", ".step-00000003*"])
+        code = command.kill_when(
+            rng.choice(SIGNALS), lambda saved=saved, runs=runs: any(runs.glob(f"*/checkpoints/{saved}"))
+        )
+        if code != 0:
+            argv += ["--resume", "newest"]
+            kills += 1 + commands.run_despite_kills(TRAIN, tmp_path / "log", *argv, rng=rng, seconds=4)
+        (finished,) = [run for run in runs.iterdir() if (run / "metrics.json").exists()]
+        assert results(finished) == whole
+    assert kills >= 10
