@@ -1,7 +1,7 @@
 """Command lines from config classes: `--config_path X.yaml --key value ...`, `--help`, exit codes.
 
-Exit codes: 0 done, 1 a run that failed with a message, 2 a mistake in the settings, 130 interrupted, 141 not begun
-because nobody reads its output any more.
+Exit codes: 0 done, 1 a run that failed with a message, 2 a mistake in the settings, 130 interrupted (SIGINT), 141 not
+begun because nobody reads its output any more, 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import errno
 import logging
 import os
 import shlex
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +36,7 @@ from mu.config import (
 )
 from mu.config_file import Text, read_list
 from mu.config_values import Key
-from mu.errors import MuError
+from mu.errors import MuError, Terminated
 from mu.verbosity import LEVELS, console_level, is_quiet, verbosity
 
 C = TypeVar("C", bound=Config)
@@ -100,7 +102,7 @@ def run_door(
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = parse_cli(cls, arguments, packaged=packaged)
-        with _asked_verbosity(cls, arguments):
+        with _asked_verbosity(cls, arguments), _terminable():
             if not is_quiet():
                 say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
             result = run(config)
@@ -124,6 +126,9 @@ def run_door(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     if isinstance(result, Mapping):
         with contextlib.suppress(OutputClosed):
             say("\n".join(_result_lines(result)))
@@ -141,6 +146,27 @@ def _asked_verbosity(cls: type[Config], argv: Sequence[str]) -> Iterator[None]:
             if console_level() <= logging.DEBUG:
                 traceback.print_exc()
             raise
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is raised as Terminated while the block lasts, so that files that are half written are removed."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    # Only the main thread may set handlers; one that a caller has set is his to keep.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def say(text: str) -> None:

@@ -9,3 +9,7 @@ class MuError(Exception):
     The command line prints such an error as one line, without a traceback. Modules derive their own errors
     from it, beside the built-in class that fits (`class CheckpointError(MuError, ValueError)`).
     """
+
+
+class Terminated(BaseException):
+    """The process was asked to end, by SIGTERM. As KeyboardInterrupt, it is no error, and no Exception."""

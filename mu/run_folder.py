@@ -6,6 +6,8 @@ Files are written whole or not at all (`mu.atomic`). Nothing here imports torch.
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import itertools
 import json
 import logging
@@ -18,6 +20,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
+from typing import IO, cast
 
 from mu.atomic import write_atomically
 from mu.config import Config, dump
@@ -34,6 +37,9 @@ _DISTRIBUTIONS = (
     "numpy",
     "pillow",
 )
+RESULT = "metrics.json"
+"""What a run writes last into its folder."""
+_LOG = "log.txt"
 _ROOT_LOGGER = logging.getLogger("mu")
 _LINE = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 
@@ -83,13 +89,18 @@ class RunFolder:
 
     @classmethod
     def go_on(cls, output_dir: str | Path, name: str) -> RunFolder:
-        """The folder `<output_dir>/<name>`, made where there is none; its log is continued. Raises as `create`."""
+        """The folder `<output_dir>/<name>`, made where there is none; its log is continued.
+
+        Raises as `create`, and RunFolderError where another process is at work in it.
+        """
         _check_name(name)
         path = Path(output_dir) / name
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
             run._open_log()
+        except BlockingIOError as error:
+            raise RunFolderError(f"{path}: another process is at work in this run folder") from error
         except OSError as error:
             raise _not_made(output_dir, error) from error
         return run
@@ -139,7 +150,13 @@ class RunFolder:
                 handler.handle(record)
 
     def _open_log(self) -> None:
-        self._handlers.append(logging.FileHandler(self.path / "log.txt", encoding="utf-8"))
+        log = logging.FileHandler(self.path / _LOG, encoding="utf-8")
+        try:
+            _lock(cast(IO[str], log.stream))  # for as long as the log is open; also a kill lets go of it
+        except BlockingIOError:
+            log.close()
+            raise
+        self._handlers.append(log)
         # One console for a run within a run.
         if not any(isinstance(handler, ConsoleHandler) for handler in _ROOT_LOGGER.handlers):
             self._handlers.append(ConsoleHandler(console_level()))
@@ -152,7 +169,10 @@ class RunFolder:
 
 
 class MetricsCsv:
-    """Rows `step, name, ...` of numbers. The first row sets the columns; each row is on disk when it is appended."""
+    """Rows `step, name, ...` of numbers. The first row sets the columns; each row is on disk when it is appended.
+
+    A file that is there already is continued.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -160,6 +180,9 @@ class MetricsCsv:
 
     def append(self, step: int, **values: float) -> None:
         """Adds a row; a column without a value stays blank. Raises ValueError for a column the file has not."""
+        if self._columns is None and self.path.exists():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                self._columns = tuple(next(csv.reader(file), ())) or None
         if self._columns is None:
             self._columns = ("step", *values)
             self._write(self._columns)
@@ -170,6 +193,13 @@ class MetricsCsv:
             )
         row = {"step": step, **values}
         self._write([row.get(column, "") for column in self._columns])
+
+    def read(self) -> list[dict[str, str]]:
+        """The rows that are there, as text."""
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
 
     def _write(self, row: Iterable[object]) -> None:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
@@ -211,6 +241,32 @@ def environment() -> dict[str, object]:
             "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         }
     return result
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run of a folder came to its end."""
+    return (run / RESULT).exists()
+
+
+def is_running(run: Path) -> bool:
+    """Whether a process is at work in a run folder."""
+    try:
+        with open(run / _LOG, encoding="utf-8") as log:
+            _lock(log)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock an open file until it is closed. Raises BlockingIOError where another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+            raise
 
 
 def _check_name(name: str) -> None:

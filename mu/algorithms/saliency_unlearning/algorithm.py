@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, find_run_state, run_of
 from mu.algorithms.saliency_unlearning.compute import choose, computing
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
@@ -37,6 +38,7 @@ from mu.algorithms.saliency_unlearning.masking import (
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel, names_of
 from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
+from mu.algorithms.saliency_unlearning.run_state import Head, RunState
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
@@ -53,7 +55,7 @@ from mu.config import config_of, require_paths
 from mu.datasets.index import concept_label
 from mu.devices import peak_memory_bytes
 from mu.ldm import LatentDiffusion
-from mu.run_folder import RunFolder
+from mu.run_folder import RESULT, RunFolder
 from mu.verbosity import bars_off
 
 Result = dict[str, Any]
@@ -183,15 +185,21 @@ class SaliencyUnlearningAlgorithm:
             `peak_memory_bytes`, of the process so far.
 
         Raises:
-            ConfigError: a path is missing; names the command that makes what is missing.
+            ConfigError: a path is missing; names the command that makes what is missing. Or `resume` leads to a run
+                with other settings; names the keys.
+            ResumeError: `resume` leads to no checkpoint.
+            KeyboardInterrupt, Terminated: SIGINT or SIGTERM; while training, a checkpoint was written before.
             TrainingError: a loss or gradient was not finite, or a weight outside the mask changed.
             MuError: the checkpoint, the mask or the data cannot be used; see the message.
         """
         config = self.config
         require_paths(config)
         started = time.monotonic()
-        with RunFolder.create(config.output_dir, run_name(config)) as folder:
-            folder.save_config(config)
+        resumed = find_run_state(config) if config.resume is not None else None
+        with (
+            _run_folder(config, resumed) as folder,
+            Checkpoints(folder.path, config) as checkpoints,
+        ):
             mask_path = find_mask(config) if config.masking == "saliency" else None
             source = config.checkpoint()  # once: in a folder of runs, this run will itself be the newest
             ldm = model_of(config)
@@ -199,10 +207,11 @@ class SaliencyUnlearningAlgorithm:
             data = SaliencyUnlearnDataHandler(config, ldm)
             model = SaliencyUnlearnModel(ldm, config.train_method, mask)
             folder.logger.info("%(selected)d of %(total)d weights of the UNet may move", model.counts)
+            checkpoints.identify(model, data.rows, resumed)
 
             pictures = ProgressPictures(config, ldm, data.rows)
             pictures.take("before")
-            losses = self._train(model, data, folder, pictures)
+            losses = self._train(model, data, folder, pictures, checkpoints=checkpoints, resumed=resumed)
             gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
             model.verify_unmasked()
             pictures.take("after")
@@ -235,6 +244,9 @@ class SaliencyUnlearningAlgorithm:
         data: SaliencyUnlearnDataHandler,
         folder: RunFolder,
         pictures: ProgressPictures,
+        *,
+        checkpoints: Checkpoints,
+        resumed: RunState | None,
     ) -> dict[str, float]:
         """All steps; returns the losses of `fit`."""
         config = self.config
@@ -262,7 +274,9 @@ class SaliencyUnlearningAlgorithm:
                 originals=originals,
             )
             progress = Progress(config, steps, pictures, folder)
-            return fit(trainer, data, config, folder, callbacks=[progress])
+            return fit(
+                trainer, data, config, folder, callbacks=[progress], checkpoints=checkpoints, resumed=resumed
+            )
 
     def _mask(self, ldm: LatentDiffusion, mask_path: Path | None) -> Mask | None:
         """The mask that `masking` asks for; None is all weights."""
@@ -282,10 +296,19 @@ class SaliencyUnlearningAlgorithm:
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
 
 
+def _run_folder(config: TrainConfig, resumed: Head | None) -> RunFolder:
+    """A new folder with its config.yaml; or that of the run which is resumed, where it lies in `output_dir`."""
+    if resumed is not None and (run := run_of(resumed, config)) is not None:
+        return RunFolder.go_on(run.parent, run.name)
+    folder = RunFolder.create(config.output_dir, run_name(config))
+    folder.save_config(config)
+    return folder
+
+
 def _save(folder: RunFolder, result: Result) -> None:
-    """Write a result as metrics.json, paths as text; and the environment."""
-    folder.save_json("metrics.json", _plain(result))
+    """Write the environment; and last, because it says that the run is done, a result as metrics.json."""
     folder.save_environment()
+    folder.save_json(RESULT, _plain(result))
 
 
 def _plain(value: Any) -> Any:

@@ -13,12 +13,17 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.algorithms.saliency_unlearning.run_state import RunState
+from mu.algorithms.saliency_unlearning.step_boundary import StepBoundary
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import as_dict
 from mu.devices import resolve_devices
+from mu.errors import Terminated
 from mu.run_folder import RunFolder
 from mu.verbosity import bars_off
 
@@ -34,8 +39,10 @@ def fit(
     folder: RunFolder,
     *,
     callbacks: Sequence[pl.Callback] = (),
+    checkpoints: Checkpoints,
+    resumed: RunState | None = None,
 ) -> dict[str, float]:
-    """Run all steps of a config.
+    """Run all steps of a config; of a run that is resumed, those that it still has to do.
 
     Args:
         callbacks: called after the losses of a step are on disk.
@@ -45,11 +52,15 @@ def fit(
 
     Raises:
         TrainingError: a loss or gradient was not finite; no weight was changed by it.
-        KeyboardInterrupt: Ctrl-C, after the loggers are closed.
+        KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after the step, its checkpoint and the loggers are done.
     """
     device = resolve_devices(config.devices)
+    boundary = StepBoundary(trainer.model, folder, checkpoints, total_steps=data.total_steps)
+    if resumed is not None:
+        boundary.restore(resumed)
     history = LossHistory(folder)
-    loader = data.train_loader()
+    # A run that has done all its steps still ends as others do, with a loader that is not read.
+    loader = data.train_loader(start_step=min(boundary.step, data.total_steps - 1))
     logger = wandb_logger(config, folder.path)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -63,7 +74,12 @@ def fit(
             devices=1 if device == "cpu" else [int(device.removeprefix("cuda:"))],
             max_epochs=1,  # all epochs of the config are one pass of the loader
             logger=logger or False,
-            callbacks=[history, *callbacks, TQDMProgressBar(refresh_rate=0 if bars_off() else 1)],
+            callbacks=[
+                history,
+                *callbacks,
+                TQDMProgressBar(refresh_rate=0 if bars_off() else 1),
+                boundary,
+            ],
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -72,7 +88,10 @@ def fit(
         )
         at_ctrl_c = signal.getsignal(signal.SIGINT)
         try:
-            loop.fit(trainer, loader)
+            with boundary.taking_signals():
+                loop.fit(trainer, loader)
+        except SIGTERMException:  # Lightning's, of a signal that came before the first step
+            raise Terminated from None
         except SystemExit as stopped:  # what Lightning makes of Ctrl-C, which it also switches off for good
             if not isinstance(stopped.__context__, KeyboardInterrupt):
                 raise
@@ -87,11 +106,11 @@ def fit(
 
 
 class LossHistory(pl.Callback):
-    """Both terms of every step, in memory and in `metrics.csv`."""
+    """Both terms of every step, in memory and in `metrics.csv`; goes on after the rows that are there."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.rows: list[tuple[float, ...]] = []
+        self.rows = [tuple(float(row[name]) for name in _TERMS) for row in folder.metrics_csv.read()]
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         row = tuple(float(trainer.callback_metrics[name]) for name in _TERMS)

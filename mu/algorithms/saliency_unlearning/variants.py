@@ -21,6 +21,10 @@ _PLACES = [
     "model_config_path",
     "use_ema",
     "devices",
+    "resume",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "keep_checkpoints",
 ]
 """Keys that do not decide what a concept becomes, or (of the model) decide it through the model's fingerprint."""
 _FIRST_KEYS = """

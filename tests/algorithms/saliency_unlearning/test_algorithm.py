@@ -454,7 +454,7 @@ def test_promise_23_a_weight_that_moves_outside_the_mask_stops_the_run(
             model.get_parameter("first_stage_model.quant_conv.bias")[0] += 1e-3
 
     with monkeypatch.context() as patch:
-        patch.setattr(algorithm, "fit", lambda trainer, *_: spoil(trainer.model.ldm))
+        patch.setattr(algorithm, "fit", lambda trainer, *_, **__: spoil(trainer.model.ldm))
         with pytest.raises(TrainingError, match="1 tensors changed outside the mask: first_stage_model"):
             trained(tiny_runs, tmp_path / "memory")
     assert not list((tmp_path / "memory").rglob("model.*"))
@@ -464,7 +464,7 @@ def test_promise_23_a_weight_that_moves_outside_the_mask_stops_the_run(
         return write_unlearned(model, config, folder, source=source)
 
     with monkeypatch.context() as patch:
-        patch.setattr(algorithm, "fit", lambda *_: {})
+        patch.setattr(algorithm, "fit", lambda *_, **__: {})
         patch.setattr(algorithm, "write_unlearned", write_spoilt)
         with pytest.raises(TrainingError, match=r"quant_conv\.bias differs from .* outside the mask"):
             trained(tiny_runs, tmp_path / "file")

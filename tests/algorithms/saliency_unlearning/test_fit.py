@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mu.algorithms.saliency_unlearning import fit as fit_module
 from mu.algorithms.saliency_unlearning import trainer as trainer_module
+from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.fit import fit, wandb_logger
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
@@ -50,9 +51,12 @@ def train(
         monkeypatch.setattr(trainer_module, "salun_loss", planned)
         batches: Any = [{"forget": (torch.zeros(1),), "retain": (), "images": {}}] * len(TERMS)
         data: Any = SimpleNamespace(
-            train_loader=lambda: DataLoader(batches, batch_size=None), steps_per_epoch=2, total_steps=4
+            train_loader=lambda *, start_step: DataLoader(batches[start_step:], batch_size=None),
+            steps_per_epoch=2,
+            total_steps=4,
         )
-        return fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3), data, config, folder)
+        trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3)
+        return fit(trainer, data, config, folder, checkpoints=Checkpoints(folder.path, config))
 
     return run
 

@@ -20,6 +20,8 @@ from mu.run_folder import space_problem, writable_problem
 
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
+TRAIN_MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
+RESUME_NEWEST = "newest"
 _MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 SHOW_UNSAFE_HELP = (
     "report.html of a concept of template i2p: show its pictures; else they are blurred in the file."
@@ -206,6 +208,28 @@ class TrainConfig(ComputeKeys):
         "validate_every_steps: draws of image, timestep and noise for each of the two losses.",
         ge=1,
         le=100_000,
+    )
+    checkpoint_every_steps: int | None = setting(
+        None,
+        "Write a checkpoint of the run after every so many steps; null: only as checkpoint_every_minutes says. A run "
+        "that is asked to stop (Ctrl-C, SIGTERM) always writes one. When the run is done, they are removed.",
+        ge=1,
+    )
+    checkpoint_every_minutes: float | None = setting(
+        10.0,
+        "Write a checkpoint when the last is so old, or the run, at the end of a step; null: never.",
+        gt=0,
+    )
+    keep_checkpoints: int = setting(
+        2,
+        "How many checkpoints of the run are kept; an older one goes when a newer one has been read back.",
+        ge=1,
+    )
+    resume: str | None = setting(
+        None,
+        "Go on with a run that stopped early: its folder (then from the newest checkpoint that is whole), a checkpoint "
+        "file, or newest, the newest checkpoint of a run with these settings in output_dir.",
+        kind="path",
     )
     wandb: str = setting(
         "off",

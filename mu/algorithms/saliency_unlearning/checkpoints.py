@@ -1,0 +1,259 @@
+"""The checkpoints of a training run: when they are written, which are kept, and which one a run goes on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shlex
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.configs.unlearning import RESUME_NEWEST, TRAIN_MODULE
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.run_state import (
+    Head,
+    RunState,
+    read_head,
+    read_run_state,
+    verify_run_state,
+    write_run_state,
+)
+from mu.config import ConfigError, keys_of, resolve_path
+from mu.datasets.index import ForgetRetain
+from mu.errors import MuError
+from mu.ldm.tensor_file import CheckpointError, fingerprint
+from mu.run_folder import is_finished, is_running, space_problem
+
+MAY_DIFFER = frozenset(
+    {
+        *("devices", "wandb", "wandb_project"),
+        *("resume", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints"),
+        *("output_dir", "processed_dataset_dir", "output_format", "patch", "sample_prompts", "sample_seeds"),
+        # Looked at beside the training.
+        *("sample_every_steps", "validate_every_steps", "validation_draws", "wandb_unsafe_pictures"),
+        *("report", "show_unsafe_pictures"),
+        # Memory and speed, the result to rounding.
+        *("micro_batch_size", "channels_last", "gradient_checkpointing", "compile"),
+        # What lies at these paths is compared, not the paths.
+        *("ckpt_path", "model_config_path", "mask_path", "raw_dataset_dir", "retain_dataset_dir"),
+    }
+)
+"""Keys that a resumed run may have other values of: they do not change what the run comes to."""
+
+_FOLDER = "checkpoints"
+_FILES = "step-*.safetensors"
+_log = logging.getLogger(__name__)
+
+
+class ResumeError(MuError, ValueError):
+    """There is no checkpoint that a run could go on with."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, `<run>/checkpoints/step-<steps done>.safetensors`.
+
+    As a context manager it ends with the run: a run that is done needs no checkpoints, and they are removed; for one
+    that stopped early, the command that goes on with it is logged.
+
+    Args:
+        run: the run's folder.
+        config: `checkpoint_every_steps`, `checkpoint_every_minutes` and `keep_checkpoints`.
+    """
+
+    def __init__(self, run: Path, config: TrainConfig) -> None:
+        self.run = run
+        self.config = config
+        self.folder = run / _FOLDER
+        self._identity: dict[str, str] = {}
+        self._saved_at = time.monotonic()
+
+    @property
+    def paths(self) -> list[Path]:
+        """The checkpoints that are there, newest first."""
+        return sorted(self.folder.glob(_FILES), reverse=True)
+
+    def identify(self, model: SaliencyUnlearnModel, rows: ForgetRetain, resumed: Head | None = None) -> None:
+        """Say what the run is of, before its first step; the checkpoint that it goes on with must be of the same.
+
+        Raises:
+            ConfigError: it is not; names the keys that lead to something else than they did.
+        """
+        # Weights and two moments; while one is written, the last ones are still there.
+        needed = 12 * model.counts["selected"] * (self.config.keep_checkpoints + 1)
+        if (problem := space_problem(self.run, needed)) is not None:
+            _log.warning("checkpoints, with keep_checkpoints %d: %s", self.config.keep_checkpoints, problem)
+        self._identity = _identity_of(model, rows)
+        if resumed is not None:
+            _check_identity(resumed, self._identity)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the interval says to save after `step` steps."""
+        steps, minutes = self.config.checkpoint_every_steps, self.config.checkpoint_every_minutes
+        return (steps is not None and step % steps == 0) or (
+            minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        )
+
+    def save(self, step: int, content: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, read it back, and only then remove those that are too many.
+
+        Raises:
+            CheckpointError: it could not be written, or reads back otherwise; the earlier ones are as they were.
+        """
+        path = self.folder / f"step-{step:08d}.safetensors"
+        write_run_state(path, content, step=step, settings=settings_of(self.config), identity=self._identity)
+        try:
+            verify_run_state(path)
+        except CheckpointError:
+            path.unlink()
+            raise
+        for old in [other for other in self.paths if other < path][self.config.keep_checkpoints - 1 :]:
+            old.unlink()
+        self._saved_at = time.monotonic()
+        _log.info("checkpoint after step %d: %s", step, path)
+        return path
+
+    def __enter__(self) -> Checkpoints:
+        for cut_off in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            cut_off.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+        elif self.paths:
+            _log.info("to go on from %s: %s", self.paths[0], resume_command(self.run))
+
+
+def resume_command(run: Path) -> str:
+    """The command that goes on with a run."""
+    words = ["python", "-m", TRAIN_MODULE, "--config_path", str(run / "config.yaml"), "--resume", str(run)]
+    return shlex.join(words)
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The keys that decide what a run comes to, as JSON has them."""
+    wanted = {
+        key.name: getattr(config, key.name) for key in keys_of(type(config)) if key.name not in MAY_DIFFER
+    }
+    settings: dict[str, Any] = json.loads(json.dumps(wanted))
+    return settings
+
+
+def _identity_of(model: SaliencyUnlearnModel, rows: ForgetRetain) -> dict[str, str]:
+    """Digests of what a config names by path; and what the rounding depends on."""
+    listed = [[(row.key, row.substitute_prompt) for row in part] for part in (rows.forget, rows.retain)]
+    return {
+        "ckpt_path": fingerprint(model.ldm.state_dict()),
+        "model_config_path": _sha256(repr(model.ldm.params)),
+        "mask_path": fingerprint(model.selected),
+        "raw_dataset_dir": _sha256(json.dumps(listed)),
+        "arithmetic": f"torch {torch.__version__} on {model.ldm.device.type}",
+    }
+
+
+def _check_identity(resumed: Head, identity: Mapping[str, str]) -> None:
+    was = resumed.identity
+    if was["arithmetic"] != identity["arithmetic"]:
+        _log.warning(
+            "resume: the run was begun with %s and goes on with %s: its last bits may come out otherwise",
+            was["arithmetic"],
+            identity["arithmetic"],
+        )
+    what = {
+        "ckpt_path": "the model is not the one that the run was begun with",
+        "model_config_path": "the model's structure is not that which the run was begun with",
+        "mask_path": "the weights that may move are not those of the run: it was begun with another mask",
+        "raw_dataset_dir": "the images and prompts are not those of the run",
+    }
+    faults = [f"{key}: {message}" for key, message in what.items() if was[key] != identity[key]]
+    if faults:
+        raise ConfigError([f"{fault} ({resumed.path})" for fault in faults])
+
+
+def find_run_state(config: TrainConfig) -> RunState:
+    """The checkpoint that `resume` leads to, checked; damaged ones before it are named in the log.
+
+    Raises:
+        ResumeError: there is none.
+        ConfigError: it is of a run with other settings; names the keys.
+    """
+    assert config.resume is not None
+    settings = settings_of(config)
+    refused: ConfigError | None = None
+    damaged: list[str] = []
+    for path in _candidates(config):
+        try:
+            faults = _differences(read_head(path), settings)
+            if not faults:
+                state = read_run_state(path)
+                _log.info("resume: going on after step %d, from %s", state.step, path)
+                return state
+        except CheckpointError as error:
+            _log.warning("resume: passed over: %s", error)
+            damaged.append(str(path))
+        else:
+            refused = refused or ConfigError(faults)
+            if config.resume != RESUME_NEWEST:
+                raise refused
+    if refused is not None:
+        raise refused
+    place = f"below {config.output_dir}" if config.resume == RESUME_NEWEST else f"at {config.resume}"
+    raise ResumeError(
+        f"resume: there is no {'whole ' if damaged else ''}checkpoint of an unfinished run {place}"
+        f"{'; damaged: ' + ', '.join(damaged) if damaged else ''}. Without --resume the run begins anew"
+    )
+
+
+def run_of(state: Head, config: TrainConfig) -> Path | None:
+    """The run folder that a resumed run goes on in; None: a new one, as the old is not in `output_dir`."""
+    run = state.path.absolute().parent.parent
+    inside = state.path.parent.name == _FOLDER and run.parent.resolve() == Path(config.output_dir).resolve()
+    return Path(config.output_dir) / run.name if inside else None
+
+
+def _candidates(config: TrainConfig) -> list[Path]:
+    """The checkpoint files that `resume` may mean, newest first."""
+    assert config.resume is not None
+    if config.resume == RESUME_NEWEST:
+        runs = [run.parent for run in Path(config.output_dir).glob(f"*/{_FOLDER}")]
+        idle = [run for run in runs if not (is_finished(run) or is_running(run))]
+        found = [path for run in idle for path in (run / _FOLDER).glob(_FILES)]
+        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True)
+    path = resolve_path(config.resume)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ResumeError(f"resume: there is no file or folder {path}")
+    if is_finished(path):
+        raise ResumeError(f"resume: the run in {path} is finished; there is nothing to go on with")
+    return sorted((path / _FOLDER).glob(_FILES), reverse=True)
+
+
+def _differences(head: Head, settings: Mapping[str, Any]) -> list[str]:
+    """The keys of which a checkpoint has other values; one that it lacks had its default."""
+    defaults = {key.name: key.default for key in keys_of(TrainConfig)}
+    was = {**json.loads(json.dumps(_only(defaults, settings))), **head.settings}
+    return [
+        f"{key}: the run was begun with {was[key]}, now it is {settings.get(key, 'no key any more')} ({head.path})"
+        for key in was
+        if key not in settings or was[key] != settings[key]
+    ]
+
+
+def _only(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: values[key] for key in keys}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
