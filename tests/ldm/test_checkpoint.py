@@ -663,7 +663,7 @@ def test_a_pickle_of_tuples_in_tuples_does_not_end_the_process(tmp_path: Path) -
 
 @pytest.mark.parametrize("length", [b"\x8d" + struct.pack("<Q", 1 << 40), b"X\xff\xff\xff\xff"])
 def test_a_text_longer_than_the_file_is_not_made_room_for(tmp_path: Path, length: bytes) -> None:
-    with pytest.raises(CheckpointError, match="claims a value of [0-9,]+ bytes, more than the file has"):
+    with pytest.raises(CheckpointError, match=r"claims a value of [0-9,]+ bytes, more than the file has"):
         read_state_dict(with_pickle(tmp_path / "m.ckpt", b"\x80\x02" + length + b"abc."))
 
 
