@@ -48,7 +48,7 @@ def test_imports_in_examples_work(page: Path) -> None:
             exec(statement, {})
 
 
-@pytest.mark.parametrize("name", ["readme_keys", "readme_table", "controls_table"])
+@pytest.mark.parametrize("name", ["readme_keys", "readme_table", "readme_speed", "controls_table"])
 def test_tables_are_what_their_scripts_make(name: str) -> None:
     script = [sys.executable, str(ROOT / f"scripts/{name}.py"), "--check"]
     done = subprocess.run(script, capture_output=True, text=True, check=False)

@@ -32,6 +32,8 @@ SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
 FINGERPRINT_KEY = "mu.fingerprint"
 """Metadata key of the SHA-256 that files written here carry."""
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict")
+MOST_DIMENSIONS = 64
+"""Of a tensor with which torch and numpy can do anything."""
 _MOST_DECLARED = 16
 """Bytes of tensors for each byte of a pickled file: several names may share a storage, but not a terabyte's worth."""
 _AGAIN = "get the file again, and compare its size and SHA-256 with those of its source"
@@ -148,6 +150,7 @@ def is_shape(value: object) -> bool:
     """Whether a value that was read as JSON is the shape of a tensor that can be, with or without entries."""
     return (
         isinstance(value, list)
+        and len(value) <= MOST_DIMENSIONS
         and all(type(side) is int and side >= 0 for side in value)
         and math.prod(side or 1 for side in value) < 2**63
     )

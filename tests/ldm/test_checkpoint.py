@@ -638,3 +638,50 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"file/sub/m\.ckpt could not be written"):
         write_state_dict(some_tensors(), tmp_path / "file" / "sub" / "m.ckpt")
+
+
+# ---- files that crash or fill the memory of whoever reads them ----
+
+
+def with_pickle(path: Path, content: bytes) -> Path:
+    """A file of torch.save whose pickle is another."""
+    torch.save({"a": torch.arange(10.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, old in members.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else old)
+    return path
+
+
+def test_a_pickle_of_tuples_in_tuples_does_not_end_the_process(tmp_path: Path) -> None:
+    """To hash them, as a key is, overflows the C stack."""
+    path = with_pickle(tmp_path / "m.ckpt", b"\x80\x02})" + b"\x85" * 3_000_000 + b"Ns.")
+    with pytest.raises(CheckpointError, match="tuples in tuples, more than 100 deep"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("length", [b"\x8d" + struct.pack("<Q", 1 << 40), b"X\xff\xff\xff\xff"])
+def test_a_text_longer_than_the_file_is_not_made_room_for(tmp_path: Path, length: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"claims a value of [0-9,]+ bytes, more than the file has"):
+        read_state_dict(with_pickle(tmp_path / "m.ckpt", b"\x80\x02" + length + b"abc."))
+
+
+def test_tensors_that_claim_more_than_the_file_has_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1).expand(1 << 40)}, tmp_path / "m.ckpt")
+    with pytest.raises(CheckpointError, match="claim more than 16 times"):
+        read_state_dict(tmp_path / "m.ckpt")
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", b"\x80\x02}.")
+        archive.writestr("m/data/0", bytes(5_000_000))
+    with pytest.raises(CheckpointError, match="zip bomb"):
+        read_state_dict(tmp_path / "m.ckpt")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.ckpt")
+    with pytest.raises(CheckpointError, match="is a pipe or device"):
+        read_state_dict(tmp_path / "m.ckpt")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mu.ldm.ema import ema_name
@@ -357,3 +359,23 @@ def test_a_file_is_as_large_as_that_arithmetic_says(share: float, tmp_path: Path
     save_patch(make_patch(before, after), tmp_path / "p.safetensors")
     marks = {0.01: 4 * count, 0.5: size // 8, 1.0: 0}[share]
     assert 0 < (tmp_path / "p.safetensors").stat().st_size - 2 * count - marks < 2000
+
+
+@pytest.mark.parametrize("kind", ["all", "index"])
+def test_a_patch_that_claims_terabytes_is_refused_without_making_room(tmp_path: Path, kind: str) -> None:
+    before = {WEIGHT: torch.zeros(200)}
+    after = {WEIGHT: torch.ones(200)} if kind == "all" else moved(before, {WEIGHT: [7]})
+    save_patch(make_patch(before, after), tmp_path / "p.safetensors")
+    with safe_open(tmp_path / "p.safetensors", framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    told = json.loads(metadata["tensors"])
+    told[WEIGHT]["shape"] = [1 << 44]
+    save_file(stored, tmp_path / "p.safetensors", metadata={**metadata, "tensors": json.dumps(told)})
+    if kind == "all":
+        with pytest.raises(PatchError, match="marks 17592186044416 entries and has values for 200"):
+            load_patch(tmp_path / "p.safetensors")
+        return
+    patch = load_patch(tmp_path / "p.safetensors")  # one position may be marked in any tensor
+    with pytest.raises(PatchError, match="is not a patch of"):
+        apply_patch(before, patch)

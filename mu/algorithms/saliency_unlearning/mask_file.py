@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mu.errors import MuError
 from mu.ldm.tensor_file import (
     FINGERPRINT_KEY,
+    MOST_DIMENSIONS,
     CheckpointError,
     is_shape,
     read_state_dict,
@@ -206,6 +207,8 @@ def _unpack_all(packed: Mapping[str, Tensor], metadata: Mapping[str, Any], path:
 
 
 def _from_numbers(name: str, values: Tensor, path: str | Path) -> Tensor:
+    if values.ndim > MOST_DIMENSIONS:
+        raise MaskError(f"{path} is not a mask: {name} has {values.ndim} dimensions")
     if values.dtype == torch.bool:
         return values
     marked = values == 1

@@ -261,3 +261,19 @@ def test_promise_07_masks_of_other_models_are_refused() -> None:
         check_mask(
             fitting_mask(), TwoLayers(), metadata={"model_fingerprint": "sha256:1"}, fingerprint="sha256:2"
         )
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 6000, "[" * 60_000, '{"w": [0, 4611686018427387904, 4611686018427387904]}']
+)
+def test_metadata_that_would_stop_the_parser_is_refused(tmp_path: Path, text: str) -> None:
+    metadata = {"mask_format": "1", "shapes": text, "kept": "1", "total": "1"}
+    save_file({"w": torch.ones(1, dtype=torch.uint8)}, tmp_path / "m.safetensors", metadata=metadata)
+    with pytest.raises(MaskError, match="lacks the shapes"):
+        load_mask(tmp_path / "m.safetensors")
+
+
+def test_a_tensor_of_too_many_dimensions_is_no_mask(tmp_path: Path) -> None:
+    save_file({"w": torch.ones([1] * 70)}, tmp_path / "m.safetensors")
+    with pytest.raises(MaskError, match="w has 70 dimensions"):
+        load_mask(tmp_path / "m.safetensors")
