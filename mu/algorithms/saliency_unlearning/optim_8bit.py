@@ -87,7 +87,7 @@ def _library() -> Any:
     except ImportError as error:
         raise MissingPackageError(
             "optimizer adam8bit needs the package bitsandbytes, which is not installed: "
-            "pip install 'unlearn_diff[eight-bit]', or choose optimizer adam"
+            "pip install '.[eight-bit]', or choose optimizer adam"
         ) from error
     return bitsandbytes.functional
 
