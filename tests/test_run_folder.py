@@ -153,7 +153,7 @@ def test_a_killed_run_keeps_the_rows_it_wrote(tmp_path):
     assert len((run / "log.txt").read_text().splitlines()) == 5
 
 
-def test_space_and_permission_are_found_before_a_run(tmp_path):
+def test_promise_17_space_and_permission_are_found_before_a_run(tmp_path):
     assert space_problem(tmp_path / "not" / "yet", 1) is None
     assert "MB are needed" in str(space_problem(tmp_path / "not" / "yet", 10**18))
     assert writable_problem(tmp_path / "not" / "yet") is None

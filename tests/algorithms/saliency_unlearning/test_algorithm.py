@@ -144,7 +144,7 @@ def test_the_masks_mark_the_most_salient_weights(
     assert not any((masks[0.2][name] & ~masks[0.5][name]).any() for name in saliency)
 
 
-def test_a_loss_that_is_not_finite_names_the_images(
+def test_promise_21_a_loss_that_is_not_finite_names_the_images(
     tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = LatentDiffusion.q_sample
@@ -562,7 +562,7 @@ def test_whatever_the_way_to_compute_only_the_mask_moves_and_the_file_keeps_its_
     assert result["weights_changed"] > 0.5 * result["weights_selected"]
 
 
-def test_a_mask_is_the_same_to_rounding_when_memory_runs_out(
+def test_promise_22_a_mask_is_the_same_to_rounding_when_memory_runs_out(
     tiny_runs: Any, tmp_path: Path, mask_run: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, batches = LatentDiffusion.predict_noise, []

@@ -347,7 +347,7 @@ def test_with_a_frozen_retain_target_the_retain_term_starts_at_nothing(
     model.verify_unmasked()
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_is_written(tiny_model: LatentDiffusion) -> None:
+def test_promise_21_a_loss_that_is_not_finite_stops_before_it_is_written(tiny_model: LatentDiffusion) -> None:
     batches = [tiny_batch(0), tiny_batch(1), tiny_batch(2)]
     batches[1]["retain"][2][0, 0, 0, 0] = math.inf
     model = SaliencyUnlearnModel(tiny_model, "full", half_mask(tiny_model))
@@ -366,7 +366,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_written(tiny_model: Latent
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_stops_before_it_is_written(
+def test_promise_21_a_gradient_that_is_not_finite_stops_before_it_is_written(
     tiny_model: LatentDiffusion, bad: float
 ) -> None:
     """Also where the entry is outside the mask."""
@@ -511,7 +511,7 @@ def needs_memory(ldm: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, *, most:
 
 
 @pytest.mark.parametrize("when", ["forward", "backward", "cuda"])
-def test_out_of_memory_halves_the_pieces_and_not_the_batch(
+def test_promise_22_out_of_memory_halves_the_pieces_and_not_the_batch(
     make_tiny_model: Callable[..., LatentDiffusion],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -538,7 +538,7 @@ def test_out_of_memory_halves_the_pieces_and_not_the_batch(
     ]
 
 
-def test_memory_that_does_not_suffice_for_one_image_is_an_error(
+def test_promise_22_memory_that_does_not_suffice_for_one_image_is_an_error(
     tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = SaliencyUnlearnModel(tiny_model, "full")
