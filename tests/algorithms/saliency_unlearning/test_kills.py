@@ -16,7 +16,7 @@ from mu.evaluation.classifier import EmojiClassifier, save_classifier
 from tests.forked_commands import SCRIPTS, Commands, flags
 
 MASK = f"{SCRIPTS}.generate_mask"
-ROUNDS = 6
+ROUNDS = 4
 
 
 def mask_argv(tiny_runs: Any, folder: Path) -> list[str]:
@@ -85,7 +85,7 @@ def test_mask_runs_killed_at_random_make_the_same_mask(
     for number in range(ROUNDS):
         folder = tmp_path / f"killed-{number}"
         argv = mask_argv(tiny_runs, folder)
-        kills += commands.run_despite_kills(MASK, tmp_path / "log", *argv, rng=rng, seconds=4)
+        kills += commands.run_despite_kills(MASK, tmp_path / "log", *argv, rng=rng)
         assert_same_pixels(tmp_path / "whole", folder)
         assert made(tmp_path / "whole")[1] == made(folder)[1]
     assert kills >= ROUNDS
@@ -115,7 +115,7 @@ def test_samples_killed_at_random_are_the_same_images(
     kills = 0
     for number in range(ROUNDS):
         name = f"killed-{number}"
-        kills += commands.run_despite_kills(script, tmp_path / "log", *argv(name), rng=rng, seconds=3)
+        kills += commands.run_despite_kills(script, tmp_path / "log", *argv(name), rng=rng)
         assert_same_pixels(tmp_path / "whole" / "images", tmp_path / name / "images")
         assert (tmp_path / name / "images.csv").read_bytes() == (
             tmp_path / "whole" / "images.csv"
@@ -161,6 +161,6 @@ def test_evaluations_killed_at_random_come_to_the_same_numbers(
     kills = 0
     for number in range(ROUNDS):
         name = f"killed-{number}"
-        kills += commands.run_despite_kills(script, tmp_path / "log", *argv(name), rng=rng, seconds=4)
+        kills += commands.run_despite_kills(script, tmp_path / "log", *argv(name), rng=rng)
         assert metrics(name) == metrics("whole")
     assert kills >= ROUNDS

@@ -366,7 +366,7 @@ def test_a_run_killed_over_and_over_comes_to_the_same_bits(
         )
         if code != 0:
             argv += ["--resume", "newest"]
-            kills += 1 + commands.run_despite_kills(TRAIN, tmp_path / "log", *argv, rng=rng, seconds=4)
+            kills += 1 + commands.run_despite_kills(TRAIN, tmp_path / "log", *argv, rng=rng)
         (finished,) = [run for run in runs.iterdir() if (run / "metrics.json").exists()]
         assert results(finished) == whole
     assert kills >= 10
