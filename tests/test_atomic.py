@@ -34,7 +34,7 @@ def test_folders_are_made_and_the_content_is_there(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
+def test_promise_16_a_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     write_atomically(path, b"old")
     ended = subprocess.run(

@@ -610,7 +610,7 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path: Path, suffix: str) -> 
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_full_disk_keeps_the_previous_file(tmp_path: Path, suffix: str) -> None:
+def test_promise_16_a_full_disk_keeps_the_previous_file(tmp_path: Path, suffix: str) -> None:
     own_mounts = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
     mount = 'mount -t tmpfs -o size=1m none "$1"'
     if (

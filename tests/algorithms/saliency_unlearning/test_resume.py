@@ -108,7 +108,7 @@ def damage(path: Path) -> None:
     ("step", "signum", "error"),
     [(1, signal.SIGINT, KeyboardInterrupt), (4, signal.SIGTERM, Terminated)],
 )
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(
+def test_promise_19_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(
     tiny_runs: Any,
     tmp_path: Path,
     whole: dict[str, Any],
@@ -173,7 +173,7 @@ def test_a_run_that_still_runs_is_not_gone_on_with(tiny_runs: Any, stopped: Path
 # ---- which checkpoint
 
 
-def test_resume_without_a_checkpoint_is_an_error_before_anything_is_made(
+def test_promise_20_resume_without_a_checkpoint_is_an_error_before_anything_is_made(
     tiny_runs: Any, tmp_path: Path
 ) -> None:
     for resume, said in [
@@ -187,7 +187,7 @@ def test_resume_without_a_checkpoint_is_an_error_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+def test_promise_20_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     tiny_runs: Any, stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = stopped / "checkpoints" / "step-00000003.safetensors"
@@ -211,7 +211,7 @@ def test_a_truncated_checkpoint_is_never_taken(tiny_runs: Any, stopped: Path, cu
     assert find_run_state(config).step == 2
 
 
-def test_other_settings_are_refused_and_named(tiny_runs: Any, stopped: Path) -> None:
+def test_promise_19_other_settings_are_refused_and_named(tiny_runs: Any, stopped: Path) -> None:
     for resume in (str(stopped), "newest"):
         changed = {**SETTINGS, "lr": 2e-3, "seed": 7, "output_dir": str(stopped.parent), "resume": resume}
         with pytest.raises(ConfigError) as caught:
@@ -305,7 +305,7 @@ def train(tiny_runs: Any, tmp_path: Path, commands: Commands) -> Any:
     return start
 
 
-def test_a_kill_during_a_save_and_a_full_disk_leave_the_last_checkpoint(
+def test_promise_15_a_kill_during_a_save_and_a_full_disk_leave_the_last_checkpoint(
     train: Any, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     """15 and 16 of what users may rely on: SIGKILL while a file is written; a write that the system refuses."""
@@ -335,7 +335,7 @@ def test_a_kill_during_a_save_and_a_full_disk_leave_the_last_checkpoint(
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_command_that_is_told_to_stop_says_how_to_go_on(
+def test_promise_18_a_command_that_is_told_to_stop_says_how_to_go_on(
     train: Any, tmp_path: Path, whole: dict[str, Any], signum: int, code: int
 ) -> None:
     runs = tmp_path / "runs"
@@ -350,7 +350,7 @@ def test_a_command_that_is_told_to_stop_says_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_a_run_killed_over_and_over_comes_to_the_same_bits(
+def test_promise_15_a_run_killed_over_and_over_comes_to_the_same_bits(
     tiny_runs: Any, commands: Commands, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     """SIGKILL, SIGTERM and SIGINT at random moments of the whole command, also while it saves."""
