@@ -164,9 +164,13 @@ class SaliencyUnlearnModel(nn.Module):
                 self._follow(name, parameter)
                 trained[name] = self._entries[name].read(parameter).clone()
                 self._entries[name].write_(parameter, self._originals[name])
+        # Autocast would keep its bf16 copies of these weights for the predictions with the trained ones.
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
         try:
             yield self.ldm
         finally:
+            torch.set_autocast_cache_enabled(cached)
             with torch.no_grad():
                 for name, parameter in self.parameters_to_train():
                     self._entries[name].write_(parameter, trained[name])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mu.algorithms.saliency_unlearning.compute import Compute, OutOfMemoryError, computing
-from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import (
     SaliencyUnlearnTrainer,
     TrainingError,
@@ -321,6 +321,31 @@ def test_the_target_is_the_current_or_the_frozen_model(
     assert abs(by_current - by_frozen) > 1e-3 * by_current
     assert logged == pytest.approx(by_current if target == "current" else by_frozen, rel=1e-4)
     model.verify_unmasked()
+
+
+def test_under_autocast_the_frozen_model_does_not_stand_in_for_the_trained_one(
+    make_tiny_model: Callable[..., LatentDiffusion],
+) -> None:
+    """Autocast keeps bf16 copies of weights: those of the frozen original must not serve the trained model."""
+    ldm, moved, original, batch = make_tiny_model(), make_tiny_model(), make_tiny_model(), tiny_batch(0)
+    frozen = FrozenOriginal(SaliencyUnlearnModel(ldm, "full"))
+    with torch.no_grad():
+        for model in (ldm, moved):
+            for parameter in model.unet.parameters():
+                parameter.mul_(1.1)
+    expected = salun_loss(moved, batch["forget"], batch["retain"], 0.5, original, retain_model=original)
+    with Compute(precision="bf16-mixed").autocast(ldm.device):
+        found = salun_loss(ldm, batch["forget"], batch["retain"], 0.5, frozen, retain_model=frozen)
+    for term, wanted in zip(found, expected, strict=True):
+        assert wanted.item() > 1e-4
+        torch.testing.assert_close(term, wanted, rtol=0.2, atol=0.0)
+    found[0].backward()
+    expected[0].backward()
+    gradients = [
+        torch.cat([p.grad.reshape(-1) for p in model.unet.parameters() if p.grad is not None])
+        for model in (ldm, moved)
+    ]
+    assert ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item() < 0.2
 
 
 def test_with_a_frozen_retain_target_the_retain_term_starts_at_nothing(
