@@ -256,7 +256,7 @@ def test_a_name_from_outside_stays_text(evaluated: Evaluated, trained: Any, tmp_
     training = read_training_run(trained(template_name=HOSTILE, substitute=HOSTILE))
     page = page_of(tmp_path, evaluation=evaluation, training=training)
     shown = HOSTILE.replace("_", " ")
-    assert page.text.count(shown) > 5
+    assert page.text.count(shown) >= 4
     assert f"Forgetting {shown}" in page.text
     assert any(
         attributes.get("alt", "").startswith(f"before: Cats in {HOSTILE},")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -62,7 +63,7 @@ def sampler(monkeypatch: pytest.MonkeyPatch) -> Sampler:
 
 
 def pictures(config: TrainConfig, data: ForgetRetain) -> ProgressPictures:
-    model: Any = None  # the sampler stands in for it
+    model: Any = SimpleNamespace(dtype=torch.float32)  # the sampler stands in for the rest
     return ProgressPictures(config, model, data)
 
 
@@ -95,7 +96,12 @@ def test_forgotten_prompts_come_first_and_are_framed_together(
     taken.take("after")
     prompts = [noto.format("Dogs"), noto.format("Cats"), blob.format("Cats"), "a teapot"]
     assert sampler.pairs == [(prompt, seed) for prompt in prompts for seed in (5, 3)] * 2
-    assert sampler.options == {"steps": 4, "guidance_scale": 2.5, "image_size": 32}
+    assert sampler.options == {
+        "steps": 4,
+        "guidance_scale": 2.5,
+        "image_size": 32,
+        "precision": "fp32",
+    }
 
     path = taken.save(tmp_path / "new" / "before_after.png")
     assert path == tmp_path / "new" / "before_after.png"
