@@ -219,8 +219,15 @@ def test_training_is_the_plain_loop_and_moves_only_the_mask(
             parameter.grad *= mask[name]
         optimizer.step()
     trained = dict(ldm.unet.named_parameters())
-    for name, parameter in plain.unet.named_parameters():
-        torch.testing.assert_close(trained[name], parameter, rtol=0.0, atol=1e-5)
+    updates = [
+        torch.cat(
+            [(p.detach() - before[f"model.diffusion_model.{name}"]).reshape(-1) for name, p in parameters]
+        )
+        for parameters in (trained.items(), plain.unet.named_parameters())
+    ]
+    # Of an entry whose gradient is nothing but rounding, Adam makes a step that is anything up to lr.
+    assert ((updates[0] - updates[1]).norm() / updates[1].norm()).item() < 1e-3
+    assert ((updates[0] - updates[1]).abs() > 1e-5).float().mean().item() < 1e-3
 
     moved = {name for name, value in ldm.state_dict().items() if not torch.equal(value, before[name])}
     assert moved <= {f"model.diffusion_model.{name}" for name in model.selected}
