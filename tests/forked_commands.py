@@ -97,10 +97,18 @@ class Commands:
         print(json.dumps(request), file=self._server.stdin, flush=True)
         return Command(self._server, int(self._server.stdout.readline()), log)
 
-    def run_despite_kills(self, script: str, log: Path, *argv: str, rng: random.Random) -> int:
+    def run_despite_kills(
+        self,
+        script: str,
+        log: Path,
+        *argv: str,
+        rng: random.Random,
+        done: Callable[[], bool] = lambda: False,
+    ) -> int:
         """Begin a command again and again, ended each time by a signal at a random moment; returns how often.
 
-        A try that ends before its moment must end well. Later tries are given more time.
+        A try that ends before its moment must end well. Later tries are given more time. `done` says that all was done
+        when the signal came, so that there is nothing to begin again.
         """
         for kills in itertools.count():
             signum = rng.choice(SIGNALS)
@@ -111,6 +119,8 @@ class Commands:
                 return kills
             assert code in (-signum, 128 + signum), f"{signum}: {code}\n{command.output()}"
             assert "Traceback" not in command.output(), command.output()
+            if done():
+                return kills + 1
         raise AssertionError("never")
 
     def run(self, script: str, log: Path, *argv: str, max_file_bytes: int | None = None) -> int:
