@@ -91,6 +91,7 @@ def run_door(
     summary: str,
     packaged: Path | None = None,
     argv: Sequence[str] | None = None,
+    first_words: Sequence[str] = (),
 ) -> int:
     """A whole command: settings, their print, the run, its result; returns the exit code.
 
@@ -98,8 +99,9 @@ def run_door(
         run: does the work and returns what is printed at the end, a mapping of names to paths and numbers. It
             imports what is heavy itself, so that mistakes and help come without the wait.
         module: name after `python -m`.
+        first_words: keys whose values may come first without their names, in this order.
     """
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = _named(sys.argv[1:] if argv is None else argv, first_words)
     try:
         config = parse_cli(cls, arguments, packaged=packaged)
         with _asked_verbosity(cls, arguments), _terminable():
@@ -133,6 +135,15 @@ def run_door(
         with contextlib.suppress(OutputClosed):
             say("\n".join(_result_lines(result)))
     return 0
+
+
+def _named(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Arguments with the names of `keys` before their first words, as far as these are no flags."""
+    words, named = list(argv), []
+    for key in keys:
+        if words and not words[0].startswith("-"):
+            named += [f"--{key}", words.pop(0)]
+    return [*named, *words]
 
 
 @contextlib.contextmanager

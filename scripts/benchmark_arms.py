@@ -137,6 +137,13 @@ class Arm:
         noise = batch.posterior_noise.to(self.device)
         return sample_posterior(mean.float(), logvar.float(), noise, self.model.scale_factor)
 
+    def _masked_update(self) -> None:
+        """A step of dense Adam on gradients multiplied by the mask."""
+        for name, parameter in self.moving.items():
+            if parameter.grad is not None:
+                parameter.grad *= self.kept[name]
+        self.optimizer.step()
+
     def noised(self, latents: Tensor, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """z_t, t and eps on the device."""
         timesteps, noise = batch.timesteps.to(self.device), batch.noise.to(self.device)
@@ -203,10 +210,7 @@ class Plain(Arm):
             prediction = predict(noisy, timesteps, self._context(retain.prompt, len(retain))).float()
             loss = loss + ALPHA * F.mse_loss(prediction, noise)
             loss.backward()
-        for name, parameter in self.moving.items():
-            if parameter.grad is not None:
-                parameter.grad *= self.kept[name]
-        self.optimizer.step()
+        self._masked_update()
 
     def save_model(self, folder: Path) -> Path:
         path = folder / "model.ckpt"
@@ -281,10 +285,7 @@ class Careful(EncodedOnce):
         loss = F.mse_loss(prediction, target) + ALPHA * F.mse_loss(retained.float(), noise)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for name, parameter in self.moving.items():
-            if parameter.grad is not None:
-                parameter.grad *= self.kept[name]
-        self.optimizer.step()
+        self._masked_update()
 
     def save_model(self, folder: Path) -> Path:
         path = folder / "model.safetensors"

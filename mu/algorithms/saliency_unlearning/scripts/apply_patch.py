@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import PACKAGED, ApplyPatchConfig
@@ -13,18 +12,14 @@ MODULE = "mu.algorithms.saliency_unlearning.scripts.apply_patch"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code. Its first words, up to two, are the input and the output."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    named: list[str] = []
-    for flag in ("--input_path", "--output_path"):
-        if words and not words[0].startswith("-"):
-            named += [flag, words.pop(0)]
     return run_door(
         ApplyPatchConfig,
         _run,
         module=MODULE,
         summary=str(__doc__),
         packaged=PACKAGED,
-        argv=[*named, *words],
+        argv=argv,
+        first_words=("input_path", "output_path"),
     )
 
 
