@@ -104,7 +104,7 @@ def run_door(
     arguments = _named(sys.argv[1:] if argv is None else argv, first_words)
     try:
         config = parse_cli(cls, arguments, packaged=packaged)
-        with _asked_verbosity(cls, arguments), _terminable():
+        with _asked_verbosity(cls, arguments), terminable():
             if not is_quiet():
                 say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
             result = run(config)
@@ -160,7 +160,7 @@ def _asked_verbosity(cls: type[Config], argv: Sequence[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM is raised as Terminated while the block lasts, so that files that are half written are removed."""
 
     def terminate(*_: object) -> None:
