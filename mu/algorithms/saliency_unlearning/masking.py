@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory
 from mu.algorithms.saliency_unlearning.mask_file import (
     Mask,
@@ -215,7 +216,11 @@ def threshold_mask(saliency: Mapping[str, Tensor], threshold: float) -> Mask:
 
 
 def threshold_masks(
-    saliency: Mapping[str, Tensor], thresholds: Sequence[float], *, pool: Collection[str] | None = None
+    saliency: Mapping[str, Tensor],
+    thresholds: Sequence[float],
+    *,
+    pool: Collection[str] | None = None,
+    shards: bool = False,
 ) -> list[Mask]:
     """One mask for each threshold, as `threshold_mask` makes it, from shared passes over the saliencies.
 
@@ -223,13 +228,17 @@ def threshold_masks(
 
     Args:
         pool: names that are ranked; the others are left unmarked. Default: all.
+        shards: the saliencies are this process' rows, see `shards`; so are then the masks, of what is the most salient
+            in all processes together.
 
     Raises:
         MaskError: as `threshold_mask`, or the pool holds a name that has no saliency.
     """
     ranked = _ranked(saliency, pool)
     size = sum(values.numel() for values in ranked.values())
-    edges = find_edges(ranked, [_kept_count(threshold, size) for threshold in thresholds])
+    if shards:
+        size = sum(ranks.gathered(size))
+    edges = find_edges(ranked, [_kept_count(threshold, size) for threshold in thresholds], shards=shards)
     masks: list[Mask] = [
         {
             # What is ranked is written once, below.

@@ -1,4 +1,4 @@
-"""The UNet's weights split over the processes of a run: fully sharded data parallelism (Zhao et al. 2023), torch's FSDP2.
+"""The UNet's weights split over the processes of a run: fully sharded data parallelism (Zhao et al. 2023), by torch.
 
 Of every tensor, a process has some consecutive rows: the rank-th piece of ceil(rows / processes) rows; the last pieces
 may be shorter, or empty. So have gradients, and what the optimizer keeps. For its pass, a block of the UNet gets its
@@ -95,14 +95,15 @@ def local(tensor: Tensor) -> Tensor:
     return rows
 
 
-def rows_of(whole: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor, a view of the rows that this process has of `like`, where that is sharded."""
-    if not is_shard(like):
-        return whole
+def own_rows(whole: Tensor) -> Tensor:
+    """A view of the rows that this process has of a tensor once it is sharded."""
     most = -(-len(whole) // ranks.world_size())
-    rows = whole[ranks.rank() * most : (ranks.rank() + 1) * most]
-    assert rows.shape == local(like).shape
-    return rows
+    return whole[ranks.rank() * most : (ranks.rank() + 1) * most]
+
+
+def rows_of(whole: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor, the rows that this process has of `like`: all of them where that is not sharded."""
+    return own_rows(whole) if is_shard(like) else whole
 
 
 def whole_of(rows: Tensor, like: Tensor) -> Tensor:
@@ -153,21 +154,22 @@ def places_in_joined(counts: Sequence[int]) -> list[slice]:
     Args:
         counts: their lengths in this process.
     """
-    by_rank = ranks.gathered(list(counts))
-    starts = [sum(before) for before in zip(*by_rank[: ranks.rank()], strict=True)] or [0] * len(counts)
-    return [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    places = []
+    for here in zip(*ranks.gathered(list(counts)), strict=True):  # of a vector, by rank
+        start = sum(here[: ranks.rank()])
+        places.append(slice(start, start + here[ranks.rank()]))
+    return places
 
 
-def whole_mask(mask: Mapping[str, Tensor], unet: nn.Module) -> dict[str, Tensor]:
-    """The mask of the whole UNet, on the CPU, from every process' rows; in the main process alone.
+def whole_mask(mask: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole mask, on the CPU, from every process' rows of it; in the main process alone.
 
     Args:
         mask: name -> bool tensor, this process' rows.
-        unet: its parameters have the whole shapes.
+        like: name -> a tensor of the whole shape.
     """
-    flat = {name: marked.reshape(-1).view(torch.uint8) for name, marked in mask.items()}
-    shapes = {name: parameter.shape for name, parameter in unet.named_parameters()}
-    return {name: bits.view(torch.bool).view(shapes[name]) for name, bits in joined_on_main(flat).items()}
+    bits = joined_on_main({name: marked.reshape(-1).view(torch.uint8) for name, marked in mask.items()})
+    return {name: flat.view(torch.bool).view(like[name].shape) for name, flat in bits.items()}
 
 
 def joined_state(state: Mapping[str, Any]) -> dict[str, Any]:
