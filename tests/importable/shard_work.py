@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from mu.ldm import load_model
 STEPS = 3
 SAVED = 2
 """Steps after which the state is taken."""
-THRESHOLDS = (1e-3, 0.1, 0.5, 0.9, 1.0)
+THRESHOLDS = (0.01, 0.1, 0.5, 0.9, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,8 @@ def trained(task: Task) -> dict[str, Any]:
         for step in range(start, STEPS):
             losses.append(_step(model, original, optimizer, step))
             if step + 1 == SAVED:
-                found["saved"] = {"weights": model.selected_values(), "optimizer": optimizer.state_dict()}
+                saved = {"weights": model.selected_values(), "optimizer": optimizer.state_dict()}
+                found["saved"] = copy.deepcopy(saved)
         found["losses"] = losses
         found["bytes"] = _bytes(named, optimizer)
         for name, parameter in named:
@@ -158,8 +160,9 @@ def refused() -> list[list[str]]:
     negative[0] = -1
     said = []
     for values in (nan, negative, torch.zeros(4, 2)):
+        rows = {"zeros": own_rows(torch.zeros(2)), "layer.weight": own_rows(values)}
         try:
-            threshold_masks({"fine": torch.ones(2), "layer.weight": own_rows(values)}, [0.5], shards=True)
+            threshold_masks(rows, [0.5], shards=True)
         except MaskError as error:
             said.append(ranks.gathered(str(error)))
     return said
