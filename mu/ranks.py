@@ -8,7 +8,6 @@ in the same order: what one alone may meet, an error too, is told to the others 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +57,11 @@ def world_size() -> int:
 def local_rank() -> int:
     """Which of the processes of this machine this is."""
     return _place.local_rank
+
+
+def local_world_size() -> int:
+    """How many processes of the run are on this machine."""
+    return _place.local_world_size
 
 
 def is_main() -> bool:
@@ -265,10 +269,17 @@ def _place_in_slurm() -> _Place:
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
     cluster = SLURMEnvironment(auto_requeue=False)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
-    # As many on each node, such as 4, or 4(x2) for two nodes; the first number is this node's where they are equal.
-    here = int(re.match(r"[0-9]+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0])  # type: ignore[index]
-    return _Place(cluster.global_rank(), cluster.world_size(), cluster.local_rank(), here)
+    # Tasks on each node, such as 4, or 4(x2) for two nodes; the first number is this node's where they are equal.
+    here = os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0]
+    os.environ |= {  # as torchrun would have it, for torch and Lightning
+        "MASTER_ADDR": cluster.main_address,
+        "MASTER_PORT": str(cluster.main_port),
+        "RANK": str(cluster.global_rank()),
+        "WORLD_SIZE": str(cluster.world_size()),
+        "LOCAL_RANK": str(cluster.local_rank()),
+        "LOCAL_WORLD_SIZE": here,
+    }
+    return _place_in_torchrun()
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

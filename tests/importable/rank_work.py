@@ -76,3 +76,51 @@ def wait_for_signal(path: str) -> None:
     ranks.barrier()
     Path(f"{path}-{ranks.rank()}").write_text(str(os.getpid()))
     time.sleep(120)
+
+
+def both_stages(configs: tuple[Any, Any]) -> dict[str, Any]:
+    """A mask and a training run, and what each process has of their results."""
+    from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
+
+    mask_config, train_config = configs
+    masked = MaskingAlgorithm(mask_config).run()
+    trained = SaliencyUnlearningAlgorithm(train_config, mask_path=str(masked["masks"][0.5])).run()
+    return {
+        "masked": masked,
+        "trained": trained,
+        "same": len(set(ranks.gathered(str((masked, trained))))) == 1,
+    }
+
+
+def whole_and_stopped_in_one(configs: tuple[Any, Any]) -> None:
+    """Two training runs; of the second, process 1 alone is asked to stop, during its second step."""
+    from mu.algorithms.saliency_unlearning import trainer
+    from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
+
+    SaliencyUnlearningAlgorithm(configs[0]).run()
+    whole, steps = trainer.salun_loss, []
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if ranks.rank() == 1 and len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*args, **kwargs)
+
+    trainer.salun_loss = stop
+    SaliencyUnlearningAlgorithm(configs[1]).run()
+
+
+def poisoned_in_one(config: Any) -> None:
+    """A training run in which the loss is NaN in process 1 alone, at its second step."""
+    from mu.algorithms.saliency_unlearning import trainer
+    from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
+
+    whole, steps = trainer.salun_loss, []
+
+    def poison(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        nan = float("nan") if ranks.rank() == 1 and len(steps) == 2 else 1.0
+        return tuple(nan * term for term in whole(*args, **kwargs))
+
+    trainer.salun_loss = poison
+    SaliencyUnlearningAlgorithm(config).run()

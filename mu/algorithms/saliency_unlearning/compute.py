@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mu import ranks
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
 
@@ -72,7 +73,7 @@ def choose(
     left.
 
     Args:
-        images: that go through the UNet at once with gradient.
+        images: that go through the UNet at once with gradient; in all processes together.
         latent_shape: (C, h, w) of one of them.
         reserved: bytes that gradients and the optimizer's state are going to take.
     """
@@ -84,9 +85,11 @@ def choose(
         )
     recompute = keys.gradient_checkpointing
     if recompute is None:
+        images = -(-images // ranks.world_size())
         needed = images * activation_bytes(ldm, latent_shape) * (1.0 if precision == "fp32" else _BF16_SHARE)
         left = free_bytes(ldm.device) - reserved
-        recompute = needed > _SHARE * left
+        # The same in all processes: where weights are shards, each layer's pass is a meeting.
+        recompute = bool(ranks.largest(needed > _SHARE * left))
         _log.info(
             "activations of %d images: about %.1f GB, of %.1f GB left", images, needed / 1e9, left / 1e9
         )
