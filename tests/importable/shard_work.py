@@ -60,7 +60,7 @@ def trained(task: Task) -> dict[str, Any]:
     found: dict[str, Any] = {"counts": model.counts}
     with (
         computing(ldm, compute) as originals,
-        model.on_shards() if ranks.world_size() > 1 else nullcontext(),
+        model.sharded() if ranks.world_size() > 1 else nullcontext(),
     ):
         named = model.parameters_to_train()
         original = FrozenOriginal(model)
@@ -83,7 +83,9 @@ def trained(task: Task) -> dict[str, Any]:
                 optimizer.write_master_(parameter, originals[name])
     model.verify_unmasked()
     after = {name: parameter.detach() for name, parameter in ldm.unet.named_parameters()}
-    found["alike"] = len(set(ranks.gathered(sum(float(values.double().sum()) for values in after.values())))) == 1
+    found["alike"] = (
+        len(set(ranks.gathered(sum(float(values.double().sum()) for values in after.values())))) == 1
+    )
     found["moved"] = {name: after[name] - before[name] for name in before}
     found["by_rank"] = ranks.gathered(found["bytes"])
     found["plain"] = all(type(parameter) is torch.nn.Parameter for parameter in ldm.unet.parameters())
@@ -148,7 +150,11 @@ def masks() -> dict[str, dict[str, Any]]:
         made = threshold_masks(rows, thresholds, shards=True)
         pool = list(saliency)[-1:]
         made += threshold_masks(rows, thresholds[1:], pool=pool, shards=True)
-        found[name] = {"thresholds": thresholds, "pool": pool, "masks": [whole_mask(mask, saliency) for mask in made]}
+        found[name] = {
+            "thresholds": thresholds,
+            "pool": pool,
+            "masks": [whole_mask(mask, saliency) for mask in made],
+        }
     return found
 
 

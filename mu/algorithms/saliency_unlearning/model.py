@@ -122,7 +122,7 @@ class SaliencyUnlearnModel(nn.Module):
         return [(name, p) for name, p in self.ldm.unet.named_parameters() if name in self.selected]
 
     @contextmanager
-    def on_shards(self) -> Iterator[None]:
+    def sharded(self) -> Iterator[None]:
         """Until the block ends, weights and `selected` are this process' rows alone, see `shards.sharded`."""
         whole = self.selected
         with sharded(self.ldm):

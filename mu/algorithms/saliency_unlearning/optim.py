@@ -169,7 +169,7 @@ class MaskedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def sum_gradients(self) -> None:
         """Add up the gradients of the selected entries over the processes of a run; those of the others are left."""
-        if ranks.world_size() == 1:
+        if ranks.world_size() == 1 or self._on_shards:  # those come as sums
             return
         for group in self.param_groups:
             for bucket in self._buckets(group["params"]):

@@ -82,6 +82,11 @@ def _blocks(unet: UNet) -> Iterable[nn.Module]:
     return [unet.time_embed, *unet.input_blocks, unet.middle_block, *unet.output_blocks, unet.out]
 
 
+def is_sharded(unet: nn.Module) -> bool:
+    """Whether of this network's weights, a process has only its rows."""
+    return any(map(is_shard, unet.parameters()))
+
+
 def is_shard(tensor: Tensor) -> bool:
     """Whether of this tensor, a process has only its rows."""
     return hasattr(tensor, "full_tensor")  # a DTensor, without importing what makes them
@@ -89,10 +94,8 @@ def is_shard(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process' rows of a sharded tensor, sharing their memory; any other tensor itself."""
-    if not is_shard(tensor):
-        return tensor
-    rows: Tensor = tensor.to_local()  # type: ignore[operator]
-    return rows
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def own_rows(whole: Tensor) -> Tensor:
