@@ -7,15 +7,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import rank_work
 import torch
 from torch import Tensor
 
 from mu import ranks
 from mu.algorithms.saliency_unlearning.compute import Compute, computing
-from mu.algorithms.saliency_unlearning.masking import MaskError, random_mask, threshold_masks
+from mu.algorithms.saliency_unlearning.masking import (
+    MaskError,
+    accumulate_saliency,
+    random_mask,
+    threshold_masks,
+)
 from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
-from mu.algorithms.saliency_unlearning.shards import local, own_rows, whole_mask
+from mu.algorithms.saliency_unlearning.shards import joined_on_main, local, own_rows, sharded, whole_mask
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
 from mu.ldm import load_model
 
@@ -34,14 +40,23 @@ class Task:
     """What `trained` gave as `saved`."""
 
 
-def everything(task: Task) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
     """All that one launch is for."""
-    fresh = Task(model_config=task.model_config, checkpoint=task.checkpoint)
-    lower = Task(model_config=task.model_config, checkpoint=task.checkpoint, precision="bf16")
+
+    fresh: Task
+    resuming: Task
+    lower: Task
+    configs: tuple[Any, Any]
+
+
+def everything(tasks: Tasks) -> dict[str, Any]:
     return {
-        "trained": trained(fresh),
-        "resumed": trained(task),
-        "bf16": trained(lower),
+        "trained": trained(tasks.fresh),
+        "resumed": trained(tasks.resuming),
+        "bf16": trained(tasks.lower),
+        "bf16 saliency": saliency(tasks.lower),
+        "stages": rank_work.both_stages(tasks.configs),
         "masks": masks(),
         "refused": refused(),
     }
@@ -116,6 +131,23 @@ def _bytes(named: list[tuple[str, Tensor]], optimizer: MaskedAdam) -> int:
     weights = sum(local(parameter.detach()).untyped_storage().nbytes() for _, parameter in named)
     state = sum(value.nbytes for kept in optimizer.state.values() for value in kept.values())
     return 2 * weights + state
+
+
+def saliency(task: Task) -> dict[str, Tensor]:
+    """That of four images, in the task's precision; of shards, put together again."""
+    ldm = load_model(task.model_config, task.checkpoint)
+    shapes = {name: parameter.shape for name, parameter in ldm.unet.named_parameters()}
+    batches = [
+        (*_batch(0), torch.zeros(1, 77, 32)),
+        (*(part[:1] for part in _batch(1)), torch.zeros(1, 77, 32)),
+    ]
+    compute = Compute(precision=task.precision)
+    split = ranks.world_size() > 1
+    with computing(ldm, compute), sharded(ldm) if split else nullcontext():
+        found = accumulate_saliency(ldm, batches, c_guidance=7.5, compute=compute)
+    if split:
+        found = joined_on_main({name: values.reshape(-1) for name, values in found.items()})
+    return {name: values.view(shapes[name]) for name, values in found.items()}
 
 
 def saliencies() -> dict[str, dict[str, Tensor]]:
