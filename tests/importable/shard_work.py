@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import rank_work
@@ -36,6 +36,7 @@ class Task:
     model_config: str
     checkpoint: str
     precision: str = "fp32"
+    steps: int = STEPS
     resumed: dict[str, Any] | None = None
     """What `trained` gave as `saved`."""
 
@@ -55,7 +56,7 @@ def everything(tasks: Tasks) -> dict[str, Any]:
         "trained": trained(tasks.fresh),
         "resumed": trained(tasks.resuming),
         "bf16": trained(tasks.lower),
-        "bf16 saliency": saliency(tasks.lower),
+        "saliency": {name: saliency(replace(tasks.lower, precision=name)) for name in ("bf16", "bf16-mixed")},
         "stages": rank_work.both_stages(tasks.configs),
         "masks": masks(),
         "refused": refused(),
@@ -86,7 +87,7 @@ def trained(task: Task) -> dict[str, Any]:
             model.write_selected_(task.resumed["weights"])
             optimizer.load_state_dict(task.resumed["optimizer"])
         losses = []
-        for step in range(start, STEPS):
+        for step in range(start, task.steps):
             losses.append(_step(model, original, optimizer, step))
             if step + 1 == SAVED:
                 saved = {"weights": model.selected_values(), "optimizer": optimizer.state_dict()}

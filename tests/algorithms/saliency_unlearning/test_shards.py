@@ -61,7 +61,7 @@ def split(task: Task, alone: dict[str, Any], configs: Callable[..., tuple[Any, A
     tasks = Tasks(
         fresh=task,
         resuming=replace(task, resumed=alone["saved"]),
-        lower=replace(task, precision="bf16"),
+        lower=replace(task, precision="bf16", steps=1),
         configs=configs("split", devices="cpu,cpu", sharding="full", gradient_checkpointing=True),
     )
     found: dict[str, Any] = on_ranks(shard_work.everything, tasks, "cpu,cpu")
@@ -106,11 +106,16 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
 
 
 def test_rounded_weights_on_shards_come_back_full(task: Task, split: dict[str, Any]) -> None:
-    lower = replace(task, precision="bf16")
+    lower = replace(task, precision="bf16", steps=1)
     expected = shard_work.trained(lower)
     assert split["bf16"]["losses"] == pytest.approx(expected["losses"], rel=0.02)
     assert off_by(split["bf16"]["moved"], expected["moved"]) < 0.05
-    assert off_by(split["bf16 saliency"], shard_work.saliency(lower)) < 0.05
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_saliency_of_lower_precision_on_shards(task: Task, split: dict[str, Any], precision: str) -> None:
+    expected = shard_work.saliency(replace(task, precision=precision))
+    assert off_by(split["saliency"][precision], expected) < 0.05
 
 
 def test_the_mask_of_shards_is_that_of_whole_saliencies(split: dict[str, Any]) -> None:
