@@ -76,7 +76,7 @@ def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
     task = Task(run, config, names, console_level(), is_quiet())
     with tempfile.TemporaryDirectory(prefix="unlearn_diff-") as folder:
         write_pickle(Path(folder) / "task", task)
-        with _started(folder, len(names), cpu=names[0] == "cpu") as processes:
+        with _started(folder, len(names)) as processes:
             _wait(processes)
         outcomes = [_outcome(Path(folder), process, number) for number, process in enumerate(processes)]
     return _value(outcomes)
@@ -90,7 +90,7 @@ def write_pickle(path: Path, value: object) -> None:
 
 
 @contextmanager
-def _started(folder: str, count: int, *, cpu: bool) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _started(folder: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The processes; they get the signals that come while the block lasts, and none outlives it."""
     environ = {
         **os.environ,
@@ -101,8 +101,6 @@ def _started(folder: str, count: int, *, cpu: bool) -> Iterator[list[subprocess.
         "LOCAL_WORLD_SIZE": str(count),
         "TORCHELASTIC_RUN_ID": secrets.token_hex(8),
     }
-    if cpu:  # else each takes all cores, and they are in each other's way
-        environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     processes: list[subprocess.Popen[bytes]] = []
     with _handing_on(processes):
         try:
@@ -181,7 +179,3 @@ def _free_port() -> int:
         taken.bind(("127.0.0.1", 0))
         port: int = taken.getsockname()[1]
         return port
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -246,6 +246,10 @@ def _start_group(devices: Sequence[str], *, init: bool) -> _Place:
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(device.removeprefix("cuda:")))
+    elif (
+        "OMP_NUM_THREADS" not in os.environ
+    ):  # each would take all cores, and they would be in each other's way
+        torch.set_num_threads(max(1, _cores() // place.local_world_size))
     if init:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
@@ -258,6 +262,10 @@ def _start_group(devices: Sequence[str], *, init: bool) -> _Place:
         if uuids.count(uuid) > 1:
             raise RankError("devices: two processes have the same GPU; name one for each, as in devices: 0,1")
     return place
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _place_in_torchrun() -> _Place:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import rank_work
 
-from mu import launch, ranks
+from mu import ranks
 from mu.errors import MuError, Terminated
 from mu.launch import on_ranks
 from mu.ranks import RankError, started_rank, started_world_size
@@ -19,7 +19,6 @@ from mu.ranks import RankError, started_rank, started_world_size
 
 def test_two_processes_exchange_what_they_have_and_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(launch, "_cores", lambda: 3)
     found = on_ranks(rank_work.exchanges, None, "cpu,cpu")
     assert found["sums"] == [[[3.0, 3.0]] * 3, [0.0, 6.0], [3, 3]]
     assert found["gathered"] == [(0, 0, 2), (1, 1, 2)]
@@ -29,7 +28,7 @@ def test_two_processes_exchange_what_they_have_and_share_the_cores(monkeypatch):
     assert os.getpid() not in found["pids"]
     assert found["shares"] == [[0, 2, 4], [1, 3]]
     assert found["devices"] == ["cpu", "cpu"]
-    assert found["threads"] == [1, 1]
+    assert found["threads"] == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
 
 
 def test_one_device_is_this_process_alone():
