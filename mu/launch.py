@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from mu.config import Config
 from mu.devices import device_names
 from mu.errors import MuError, Terminated
-from mu.ranks import RankError, joined, started_world_size, world_size
+from mu.ranks import RankError, is_grouped, joined
 from mu.verbosity import console_level, is_quiet
 
 C = TypeVar("C", bound=Config)
@@ -70,15 +70,19 @@ def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after all processes have ended.
     """
     names = device_names(devices)
-    if world_size() > 1 or len(names) == 1 or started_world_size() > 1:
+    if len(names) == 1 or is_grouped():
         with joined(names):
             return run(config)
     task = Task(run, config, names, console_level(), is_quiet())
     with tempfile.TemporaryDirectory(prefix="unlearn_diff-") as folder:
         write_pickle(Path(folder) / "task", task)
         with _started(folder, len(names)) as processes:
-            _wait(processes)
-        outcomes = [_outcome(Path(folder), process, number) for number, process in enumerate(processes)]
+            stuck = _wait(processes)
+        outcomes = [
+            _outcome(Path(folder), process, number)
+            for number, process in enumerate(processes)
+            if process not in stuck
+        ]
     return _value(outcomes)
 
 
@@ -138,15 +142,16 @@ def _handing_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended. When one has failed, the others are given time, and then ended."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
+    """Until all have ended. When one has failed, the others are given time; returns those that wait for it even then."""
     failed_at: float | None = None
-    while any(process.poll() is None for process in processes):
+    while running := [process for process in processes if process.poll() is None]:
         if failed_at is None and any(process.returncode for process in processes):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
-            return
+            return running
         time.sleep(0.05)
+    return []
 
 
 def _outcome(folder: Path, process: subprocess.Popen[bytes], number: int) -> tuple[float, Outcome]:

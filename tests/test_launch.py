@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import rank_work
 
-from mu import ranks
+from mu import launch, ranks
 from mu.errors import MuError, Terminated
 from mu.launch import on_ranks
 from mu.ranks import RankError, started_rank, started_world_size
@@ -60,6 +62,20 @@ def test_a_crash_comes_back_with_its_traceback():
 def test_a_killed_process_is_named_and_the_other_does_not_stay():
     with pytest.raises(RankError, match="process 1 of the run was ended by SIGKILL"):
         on_ranks(rank_work.one_is_killed, None, "cpu,cpu")
+
+
+def test_a_process_that_waits_for_a_failed_one_is_ended_and_not_blamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.2)
+    path = tmp_path / "waiting"
+    with pytest.raises(RankError, match="KeyError: 'surprise'"):
+        on_ranks(rank_work.one_hangs, str(path), "cpu,cpu")
+    assert not path.exists() or not _alive(int(path.read_text()))
+
+
+def test_in_a_group_of_the_callers_the_run_is_one_of_it(tmp_path):
+    places = [(rank, str(tmp_path / "rendezvous")) for rank in (0, 1)]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert list(pool.map(rank_work.in_the_callers_group, places)) == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize(
