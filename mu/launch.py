@@ -143,7 +143,7 @@ def _handing_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
-    """Until all have ended. When one has failed, the others are given time; returns those that wait for it even then."""
+    """Until all have ended. When one has failed, the others are given time; returned are those that wait even then."""
     failed_at: float | None = None
     while running := [process for process in processes if process.poll() is None]:
         if failed_at is None and any(process.returncode for process in processes):
