@@ -156,7 +156,9 @@ def _sample(
             for first in range(0, len(group), config.batch_size):
                 files = {}
                 batch = group[first : first + config.batch_size]
-                for image, pixels in zip(batch, sampled, strict=False):  # those of the next batch stay in `sampled`
+                for image, pixels in zip(
+                    batch, sampled, strict=False
+                ):  # those of the next batch stay in `sampled`
                     if not torch.isfinite(pixels).all():
                         raise SamplingError(
                             f"the image of {image.prompt!r} with seed {image.seed} contains NaN or Inf"
