@@ -130,10 +130,11 @@ def test_files_that_belong_together_come_all_or_not_at_all(
             raise KeyboardInterrupt
         rename(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "replace", place)
         patch.setattr(os, "rename", commit)
-        write_together(tmp_path, contents)
+        with pytest.raises(KeyboardInterrupt):
+            write_together(tmp_path, contents)
     assert len([path for path in everything(tmp_path) if not path.startswith(".")]) == max(0, kept - 1)
     finish_writes(tmp_path)
     assert everything(tmp_path) == (contents if kept else {})
