@@ -70,6 +70,8 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
 def write_together(folder: str | Path, contents: Mapping[str, bytes]) -> None:
     """Write files below `folder`, of which `finish_writes` leaves all or none, whenever the process is killed.
 
+    A file that is there already stays: another process may have made it, and gone on with it.
+
     Args:
         contents: path relative to `folder` -> content.
 
@@ -101,7 +103,8 @@ def _put_in_place(ready: Path) -> None:
         target.mkdir(exist_ok=True)
         for name in names:
             with suppress(FileNotFoundError):
-                os.replace(Path(inside, name), target / name)
+                if not (target / name).exists():
+                    os.replace(Path(inside, name), target / name)
     shutil.rmtree(ready, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -54,8 +55,8 @@ class Command:
 
     def kill_after(self, signum: int, seconds: float) -> int:
         """Send a signal after so long, unless the command has ended before; returns its exit code."""
-        end = time.monotonic() + seconds
-        return self.kill_when(signum, lambda: time.monotonic() >= end)
+        select.select([self._server.stdout], [], [], seconds)
+        return self.kill_when(signum, lambda: True)
 
     def is_running(self) -> bool:
         """Neither gone nor ended and not yet waited for."""

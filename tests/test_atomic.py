@@ -154,3 +154,5 @@ def test_two_processes_may_finish_the_same_writes(tmp_path: Path, monkeypatch: p
     write_together(tmp_path, {"1": b"one", "2": b"two"})
     assert other
     assert everything(tmp_path) == {"1": b"one", "2": b"two"}
+    write_together(tmp_path, {"1": b"other", "3": b"three"})
+    assert everything(tmp_path) == {"1": b"one", "2": b"two", "3": b"three"}
