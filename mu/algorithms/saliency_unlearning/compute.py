@@ -110,12 +110,13 @@ def activation_bytes(ldm: LatentDiffusion, latent_shape: tuple[int, ...]) -> int
     """What the UNet keeps of one image for the backward pass, measured by sending one through, without autocast."""
     unet, device = ldm.unet, ldm.device
     weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
-    kept: dict[int, Tensor] = {}  # storage -> a tensor in it; what several operations keep counts once
+    kept: dict[int, torch.UntypedStorage] = {}  # by address; what several operations keep counts once
 
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    def note(tensor: Tensor) -> None:
+        """Nothing goes on into the graph: an operation that held its own output would never be freed."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
 
     x = torch.zeros(1, *latent_shape, device=device, dtype=ldm.dtype, requires_grad=True)  # (1, C, h, w)
     width = ldm.params.unet.context_dim
@@ -124,12 +125,12 @@ def activation_bytes(ldm: LatentDiffusion, latent_shape: tuple[int, ...]) -> int
     required = [parameter.requires_grad for parameter in unet.parameters()]
     try:
         unet.requires_grad_(True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
             unet(x, timesteps, context)
     finally:
         for parameter, before in zip(unet.parameters(), required, strict=True):
             parameter.requires_grad_(before)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def free_bytes(device: torch.device) -> int:

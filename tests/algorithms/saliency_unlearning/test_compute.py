@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -179,6 +181,16 @@ def test_a_frozen_model_is_measured_as_a_moving_one_and_stays_frozen(tiny_model:
     moving = [p.requires_grad for p in tiny_model.unet.parameters()]
     assert activation_bytes(tiny_model, LATENT) == whole
     assert [p.requires_grad for p in tiny_model.unet.parameters()] == moving
+
+
+def test_what_was_measured_is_freed(make_tiny_model: Callable[..., LatentDiffusion]) -> None:
+    """Also the activations, which hold the weights."""
+    model = make_tiny_model()
+    weight = weakref.ref(model.unet.input_blocks[0][0].weight)  # type: ignore[index]
+    activation_bytes(model, LATENT)
+    del model
+    gc.collect()
+    assert weight() is None
 
 
 def test_free_memory_is_less_than_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

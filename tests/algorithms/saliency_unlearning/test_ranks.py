@@ -78,14 +78,11 @@ def test_a_signal_that_reaches_one_process_stops_all_after_the_same_step(
 ) -> None:
     """And both go on from there: two processes to the bits of a run of two that was not stopped, one to rounding."""
     keys = {"masking": "none", "train_method": "xattn", "devices": "cpu,cpu", "lr_schedule": "linear"}
-    whole = SaliencyUnlearningAlgorithm(
-        tiny_runs.train_config(**keys, output_dir=str(tmp_path / "whole"))
-    ).run()
-
     config = tiny_runs.train_config(**keys, output_dir=str(tmp_path / "stopped"))
+    never = tiny_runs.train_config(**keys, output_dir=str(tmp_path / "whole"))
     with pytest.raises(Terminated):
-        on_ranks(rank_work.stopped_in_one, config, "cpu,cpu")
-    (run,) = (tmp_path / "stopped").iterdir()
+        on_ranks(rank_work.whole_and_stopped_in_one, (never, config), "cpu,cpu")
+    (run,), (whole,) = ((tmp_path / name).iterdir() for name in ("stopped", "whole"))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
 
     elsewhere = str(tmp_path / "one")
