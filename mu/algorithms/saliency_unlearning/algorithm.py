@@ -311,14 +311,14 @@ class SaliencyUnlearningAlgorithm:
             mask = load_mask(mask_path)
             metadata = load_mask_metadata(mask_path)
             check_mask(mask, ldm.unet, metadata=metadata, fingerprint=unet_fingerprint(ldm))
-            if config.sharding == "full":  # which takes a part of it
-                return mask
-            return {name: marked.to(ldm.device) for name, marked in mask.items()}
-        if config.masking == "random":
+        elif config.masking == "random":
             pool = names_of(ldm.unet, config.train_method) if config.mask_pool == "train_method" else None
             parameters = dict(ldm.unet.named_parameters())
-            return random_mask(parameters, config.threshold, seed=config.mask_seed, pool=pool)
-        return None
+            mask = random_mask(parameters, config.threshold, seed=config.mask_seed, pool=pool)
+        else:
+            return None
+        place = "cpu" if config.sharding == "full" else ldm.device  # there, only a part of it is to be
+        return {name: marked.to(place) for name, marked in mask.items()}
 
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
