@@ -19,16 +19,15 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from mu import ranks
-from mu.atomic import write_atomically
 from mu.datasets.images import load_image
 from mu.datasets.index import DataError, Row, raise_problems
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.ldm.tensor_file import write_state_dict
 from mu.verbosity import bars_off
 
 S = TypeVar("S")
@@ -201,7 +200,7 @@ class LatentCache:
         }
         tensors = {f"mean {name}": mean for name, (_, mean, _) in entries.items()}
         tensors |= {f"logvar {name}": logvar for name, (_, _, logvar) in entries.items()}
-        write_atomically(self._path(group), save(tensors, metadata))
+        write_state_dict(tensors, self._path(group), metadata)
 
     def _write_prompts(self, kept: Mapping[str, Tensor], new: Sequence[str]) -> None:
         for prompt in new:
@@ -210,7 +209,7 @@ class LatentCache:
         names = list(kept)
         tensors = {str(number): kept[name] for number, name in enumerate(names)}
         metadata = {"format": _FORMAT, "text_encoder": self._text_encoder, "prompts": json.dumps(names)}
-        write_atomically(self._prompts, save(tensors, metadata))
+        write_state_dict(tensors, self._prompts, metadata)
 
     def _read_prompts(self) -> dict[str, Tensor]:
         found = _read(self._prompts)
