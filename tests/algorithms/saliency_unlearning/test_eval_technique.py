@@ -104,3 +104,5 @@ def test_mistakes_are_told(technique: SaliencyUnlearningTechnique, run_folder: P
         SaliencyUnlearningTechnique(tmp_path / "absent.ckpt", **OPTIONS)
     with pytest.raises(ConfigError, match=r"model_config_path: there is no file absent\.yaml"):
         SaliencyUnlearningTechnique(run_folder, "absent.yaml", **OPTIONS)
+    with pytest.raises(ConfigError, match="devices: cpu,cpu are several"):
+        SaliencyUnlearningTechnique(run_folder, **{**OPTIONS, "devices": "cpu,cpu"})
