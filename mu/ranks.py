@@ -318,13 +318,15 @@ def _place_in_torchrun() -> _Place:
 
 
 def _place_in_slurm() -> _Place:
+    """As `srun` tells it. Where the processes meet follows from the step's nodes and the job, unless it is set."""
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
-    cluster = SLURMEnvironment(auto_requeue=False)
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+    os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    os.environ.setdefault("MASTER_PORT", str(15_000 + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])))
     # Tasks on each node, such as 4, or 4(x2) for two nodes; the first number is this node's where they are equal.
     here = os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0]
-    os.environ |= {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
-    return _Place(cluster.global_rank(), cluster.world_size(), cluster.local_rank(), int(here))
+    return _Place(started_rank(), started_world_size(), started_local_rank(), int(here))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
