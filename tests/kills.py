@@ -63,6 +63,7 @@ def assert_kills_change_nothing(
                 assert "Traceback" not in command.output(), told
                 signals[signum.name] += 1
                 stood[len(now)] += 1
+                print(f"{signals.total()}: {signum.name}, {len(now)} of {len(whole)} files", flush=True)
             else:
                 assert is_whole, f"{_differences(whole, now)}\n{told}"
     print(f"{script}: {dict(signals)}; of {len(whole)} there stood {dict(sorted(stood.items()))}")
