@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import rank_work
@@ -36,6 +36,7 @@ class Task:
     model_config: str
     checkpoint: str
     precision: str = "fp32"
+    train_method: str = "full"
     steps: int = STEPS
     resumed: dict[str, Any] | None = None
     """What `trained` gave as `saved`."""
@@ -56,7 +57,7 @@ def everything(tasks: Tasks) -> dict[str, Any]:
         "trained": trained(tasks.fresh),
         "resumed": trained(tasks.resuming),
         "bf16": trained(tasks.lower),
-        "saliency": {name: saliency(replace(tasks.lower, precision=name)) for name in ("bf16", "bf16-mixed")},
+        "bf16 saliency": saliency(tasks.lower),
         "stages": rank_work.both_stages(tasks.configs),
         "masks": masks(),
         "refused": refused(),
@@ -71,7 +72,7 @@ def trained(task: Task) -> dict[str, Any]:
     # Nothing of one tensor may move, and of another only something of the last row.
     mask["time_embed.0.weight"][:] = False
     mask["time_embed.2.weight"][:-1] = False
-    model = SaliencyUnlearnModel(ldm, "full", mask)
+    model = SaliencyUnlearnModel(ldm, task.train_method, mask)
     compute = Compute(precision=task.precision, gradient_checkpointing=ranks.world_size() > 1)
     found: dict[str, Any] = {"counts": model.counts}
     with (
