@@ -14,14 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
+from mu.ldm.params import UNetParams
 
 _log = logging.getLogger(__name__)
 _SHARE = 0.8
 """Share of the memory left that activations may take before they are computed again instead."""
-_BF16_SHARE = 0.7
-"""What bf16 arithmetic keeps of what fp32 keeps: matrix products in 2 bytes, normalisations in 4."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _FLAGS = "gradient_checkpointing true, precision bf16, optimizer adam8bit, train_method xattn, a smaller image_size"
@@ -76,7 +76,33 @@ def choose(
         latent_shape: (C, h, w) of one of them.
         reserved: bytes that gradients and the optimizer's state are going to take.
     """
-    cuda = ldm.device.type == "cuda"
+    compute = choose_for(
+        keys,
+        ldm.params.unet,
+        ldm.device,
+        images=images,
+        latent_shape=latent_shape,
+        left=free_bytes(ldm.device) - reserved,
+    )
+    _log.info("%s", compute)
+    return compute
+
+
+def choose_for(
+    keys: ComputeKeys,
+    params: UNetParams,
+    device: torch.device,
+    *,
+    images: int,
+    latent_shape: tuple[int, ...],
+    left: int,
+) -> Compute:
+    """As `choose`, of a UNet that need not be there yet.
+
+    Args:
+        left: bytes of the device's memory that activations may share.
+    """
+    cuda = device.type == "cuda"
     precision = keys.precision
     if precision == "auto":
         precision = (
@@ -84,46 +110,38 @@ def choose(
         )
     recompute = keys.gradient_checkpointing
     if recompute is None:
-        needed = images * activation_bytes(ldm, latent_shape) * (1.0 if precision == "fp32" else _BF16_SHARE)
-        left = free_bytes(ldm.device) - reserved
+        needed = activation_bytes(params, images, latent_shape, precision=precision, device=device)
         recompute = needed > _SHARE * left
-        _log.info(
+        _log.debug(
             "activations of %d images: about %.1f GB, of %.1f GB left", images, needed / 1e9, left / 1e9
         )
-    compute = Compute(
+    return Compute(
         precision=precision,
         channels_last=cuda if keys.channels_last is None else keys.channels_last,
         gradient_checkpointing=recompute,
         compile=keys.compile,
     )
-    _log.info("%s", compute)
-    return compute
 
 
-def activation_bytes(ldm: LatentDiffusion, latent_shape: tuple[int, ...]) -> int:
-    """What the UNet keeps of one image for the backward pass, measured by sending one through, without autocast."""
-    unet, device = ldm.unet, ldm.device
-    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
-    kept: dict[int, Tensor] = {}  # storage -> a tensor in it; what several operations keep counts once
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    x = torch.zeros(1, *latent_shape, device=device, dtype=ldm.dtype, requires_grad=True)  # (1, C, h, w)
-    width = ldm.params.unet.context_dim
-    context = None if width is None else x.new_zeros(1, 77, width).requires_grad_()  # (1, L, D)
-    timesteps = torch.zeros(1, dtype=torch.int64, device=device)  # (1,)
-    required = [parameter.requires_grad for parameter in unet.parameters()]
-    try:
-        unet.requires_grad_(True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            unet(x, timesteps, context)
-    finally:
-        for parameter, before in zip(unet.parameters(), required, strict=True):
-            parameter.requires_grad_(before)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+def activation_bytes(
+    params: UNetParams,
+    images: int,
+    latent_shape: tuple[int, ...],
+    *,
+    precision: str = "fp32",
+    gradient_checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+) -> int:
+    """What a UNet keeps of so many images for the backward pass, all of its weights moving."""
+    counted = gradient_pass(
+        params,
+        images,
+        tuple(latent_shape),
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        device=str(device),
+    )
+    return counted.kept
 
 
 def free_bytes(device: torch.device) -> int:
