@@ -32,7 +32,7 @@ SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
 FINGERPRINT_KEY = "mu.fingerprint"
 """Metadata key of the SHA-256 that files written here carry."""
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
-"""`read_state_dict`, or `read_layout`, which does not read the values."""
+"""`read_state_dict`; or `open_state_dict` or `read_layout`, which do not read all values."""
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict")
 MOST_DIMENSIONS = 64
 """Of a tensor with which torch and numpy can do anything."""
@@ -84,7 +84,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
             state dict; its content differs from the SHA-256 it carries.
     """
     path = Path(path)
-    tensors, metadata = _opened(path)
+    tensors, metadata = _opened(path, mapped=False)
     expected = metadata.get(FINGERPRINT_KEY)
     if expected is not None and fingerprint(tensors) != expected:
         raise CheckpointError(
@@ -97,20 +97,26 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 def read_layout(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Names, shapes and dtypes of a checkpoint's tensors, which are on the meta device: their values are not read.
 
+    Raises:
+        CheckpointError: see `open_state_dict`.
+    """
+    tensors, metadata = open_state_dict(path)
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}, metadata
+
+
+def open_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_state_dict`, but a value is read from the disk when it is used, and no SHA-256 is compared.
+
     Only a file in torch's old format, which cannot be read otherwise, is read whole.
 
     Raises:
         CheckpointError: as `read_state_dict`, but for values that are not those that were written.
     """
-    tensors, metadata = _opened(Path(path), mapped=True)
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}, metadata
+    return _opened(Path(path), mapped=True)
 
 
-def _opened(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and its metadata. Values of safetensors are read from the disk when they are used.
-
-    If `mapped`, also those of torch's zip format.
-    """
+def _opened(path: Path, *, mapped: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file and its metadata; `mapped` matters for torch's zip format, safetensors always are."""
     try:
         if _recognise(path) == "safetensors":
             return _read_safetensors(path)

@@ -36,6 +36,7 @@ from mu.algorithms.saliency_unlearning.masking import (
     threshold_masks,
 )
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel, names_of
+from mu.algorithms.saliency_unlearning.preflight import Plan, plan_mask, plan_training
 from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.algorithms.saliency_unlearning.run_state import Head, RunState
@@ -75,6 +76,18 @@ class MaskingAlgorithm:
     def __init__(self, config: MaskConfig | Mapping[str, Any], **overrides: Any) -> None:
         self.config = config_of(MaskConfig, config, **overrides)
 
+    def plan(self) -> Plan:
+        """What `run` would do, need and write, with its time, memory and sizes. Nothing is made or loaded.
+
+        What `run` would fail of is in the plan's `problems`.
+
+        Raises:
+            ConfigError: a path is missing.
+            ModelConfigError: the model's YAML cannot be used.
+        """
+        require_paths(self.config)
+        return plan_mask(self.config).examined()
+
     def run(self) -> Result:
         """Make one mask for each threshold, from one pass of gradients.
 
@@ -89,8 +102,10 @@ class MaskingAlgorithm:
         config = self.config
         require_paths(config)
         started = time.monotonic()
+        plan = plan_mask(config).require()
         with RunFolder.create(config.output_dir, run_name(config)) as folder:
             folder.save_config(config)
+            plan.say_warnings(folder.logger)
             model = model_of(config)
             pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
             data = SaliencyUnlearnDataHandler(config, model)
@@ -175,6 +190,18 @@ class SaliencyUnlearningAlgorithm:
     def __init__(self, config: TrainConfig | Mapping[str, Any], **overrides: Any) -> None:
         self.config = config_of(TrainConfig, config, **overrides)
 
+    def plan(self) -> Plan:
+        """What `run` would do, need and write, with its time, memory and sizes. Nothing is made or loaded.
+
+        What `run` would fail of is in the plan's `problems`.
+
+        Raises:
+            ConfigError: a path is missing.
+            ModelConfigError: the model's YAML cannot be used.
+        """
+        require_paths(self.config)
+        return plan_training(self.config).examined()
+
     def run(self) -> Result:
         """Fine-tune under the mask, check that nothing else moved, and write the unlearned checkpoint.
 
@@ -195,11 +222,13 @@ class SaliencyUnlearningAlgorithm:
         config = self.config
         require_paths(config)
         started = time.monotonic()
+        plan = plan_training(config).require()
         resumed = find_run_state(config) if config.resume is not None else None
         with (
             _run_folder(config, resumed) as folder,
             Checkpoints(folder.path, config) as checkpoints,
         ):
+            plan.say_warnings(folder.logger)
             mask_path = find_mask(config) if config.masking == "saliency" else None
             source = config.checkpoint()  # once: in a folder of runs, this run will itself be the newest
             ldm = model_of(config)

@@ -139,6 +139,7 @@ def activation_bytes(
         tuple(latent_shape),
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
+        accumulating=True,
         device=str(device),
     )
     return counted.kept

@@ -142,9 +142,7 @@ class SaliencyUnlearnDataHandler:
         self._generated: generated.GeneratedImages | None = None
         if (sampled := sampled_images(config, self.image_size)) is not None:
             settings, kind = sampled
-            self._generated = generated.GeneratedImages(
-                model, config.processed_dataset_dir, settings, **kind
-            )
+            self._generated = generated.GeneratedImages(model, config.processed_dataset_dir, settings, **kind)
         self.rows = rows_of(config, None if self._generated is None else self._generated.path)
         """All rows to forget and to retain, whether this run reads them or not."""
 

@@ -209,7 +209,8 @@ def marks_of(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, in
         with safe_open(path, framework="np") as file:
             shapes = _parse_metadata(file.metadata(), path)["shapes"]
             marks = {
-                name: int(np.unpackbits(file.get_tensor(name)).sum(dtype=np.int64)) for name in file.keys()  # noqa: SIM118
+                name: int(np.unpackbits(file.get_tensor(name)).sum(dtype=np.int64))
+                for name in file.keys()  # noqa: SIM118
             }
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise MaskError(f"{path} is damaged: {error}; make the mask again") from error

@@ -8,8 +8,8 @@ seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from mu.ldm.autoencoder import AutoencoderKL
 from mu.ldm.params import AutoencoderParams, UNetParams
@@ -71,13 +71,13 @@ def gradient_pass(
             if accumulating and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         inputs = _inputs(unet, images, latent_shape, device)
-        with _counting() as (memory, flops):
+        with _Operations() as seen:
             with _autocast(precision, device):
                 prediction = unet(*inputs)
             loss = prediction.float().square().mean()
-            kept = memory.live
+            kept = seen.live
             loss.backward()
-        return Pass(kept=kept, peak=memory.peak, flops=flops.get_total_flops())
+        return Pass(kept=kept, peak=seen.peak, flops=seen.flops)
 
 
 @lru_cache(maxsize=64)
@@ -122,11 +122,11 @@ def encoding_pass(params: AutoencoderParams, image_size: int, *, device: str = "
 
 
 def _without_gradient(run: Callable[[], object], precision: str, device: str) -> Pass:
-    with _counting() as (memory, flops), _autocast(precision, device):
+    with _Operations() as seen, _autocast(precision, device):
         result = run()
-        kept = memory.live
+        kept = seen.live
         del result
-    return Pass(kept=kept, peak=memory.peak, flops=flops.get_total_flops())
+    return Pass(kept=kept, peak=seen.peak, flops=seen.flops)
 
 
 def _on(device: str, build: Callable[[], nn.Module]) -> Any:
@@ -141,9 +141,7 @@ def _inputs(
     dtype = next(unet.parameters()).dtype
     latents = torch.zeros(images, *latent_shape, device=device, dtype=dtype)
     width = unet.params.context_dim
-    context = (
-        None if width is None else torch.zeros(images, _TOKENS, width, device=device, dtype=dtype)
-    )
+    context = None if width is None else torch.zeros(images, _TOKENS, width, device=device, dtype=dtype)
     return latents, torch.zeros(images, dtype=torch.int64, device=device), context
 
 
@@ -152,14 +150,8 @@ def _autocast(precision: str, device: str) -> AbstractContextManager[object]:
     return torch.autocast(kind, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
 
 
-@contextmanager
-def _counting() -> Iterator[tuple[_Allocations, FlopCounterMode]]:
-    with FlopCounterMode(display=False) as flops, _Allocations() as memory:
-        yield memory, flops
-
-
-class _Allocations(TorchDispatchMode):
-    """Follows what the operations inside allocate, until it is let go of."""
+class _Operations(TorchDispatchMode):
+    """Follows what the operations inside allocate, until it is let go of, and counts their FLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,6 +159,7 @@ class _Allocations(TorchDispatchMode):
         """Bytes that are held now."""
         self.peak = 0
         """The most so far."""
+        self.flops = 0
         self._known: set[int] = set()  # storages that are alive, of these operations or from outside
 
     def __torch_dispatch__(
@@ -176,6 +169,8 @@ class _Allocations(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage(), 0)  # an operation may return a view of it
         results = operation(*args, **(kwargs or {}))
+        if (count := flop_registry.get(operation._overloadpacket)) is not None:
+            self.flops += int(count(*args, **(kwargs or {}), out_val=results))
         for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())

@@ -47,7 +47,10 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def checkpoint_bytes(
-    tensors: Mapping[str, Tensor], output_format: str, params: LatentDiffusionParams, metadata: Mapping[str, str]
+    tensors: Mapping[str, Tensor],
+    output_format: str,
+    params: LatentDiffusionParams,
+    metadata: Mapping[str, str],
 ) -> int:
     """Size of the unlearned checkpoint.
 
@@ -97,9 +100,7 @@ def latents_bytes(rows: Sequence[Row], latent_shape: Sequence[int]) -> tuple[int
     for names in groups.values():
         tensors = {f"{kind} {name}": values for name in names for kind in ("mean", "logvar")}
         images = json.dumps(dict.fromkeys(names, "0" * 64))
-        total += safetensors_bytes(
-            tensors, {"first_stage": DIGEST, "image_size_px": "512", "images": images}
-        )
+        total += safetensors_bytes(tensors, {"first_stage": DIGEST, "image_size_px": "512", "images": images})
     return len(groups), total
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mu.config import ConfigError
@@ -58,7 +58,9 @@ class Plan:
     memory_held: int = 0
     device_memory_free: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Phase -> seconds; empty where no time was estimated."""
+    """Phase -> seconds; empty where no time was estimated, see `examined`."""
+    examine: Callable[[], tuple[Mapping[str, float], Sequence[MuError]]] | None = None
+    """Gives the seconds, and further problems."""
     problems: Sequence[MuError] = ()
     """What the run would fail of."""
     warnings: Sequence[str] = ()
@@ -76,6 +78,13 @@ class Plan:
     @property
     def can_run(self) -> bool:
         return not self.problems
+
+    def examined(self) -> Plan:
+        """The plan with what takes a moment to find out: its time, and whether the mask is of this very checkpoint."""
+        if self.examine is None:
+            return self
+        seconds, problems = self.examine()
+        return replace(self, seconds=seconds, problems=(*self.problems, *problems), examine=None)
 
     def require(self) -> Plan:
         """Raises the only problem, or a ConfigError with all of them; else gives the plan itself."""

@@ -15,25 +15,46 @@ import torch
 from mu.algorithms.saliency_unlearning.compute import Compute, choose_for, free_bytes
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SAMPLE_BATCH
-from mu.algorithms.saliency_unlearning.mask_file import MaskError, check_shapes, marks_of
+from mu.algorithms.saliency_unlearning.mask_file import (
+    MaskError,
+    check_fingerprint,
+    check_shapes,
+    load_mask_metadata,
+    marks_of,
+)
 from mu.algorithms.saliency_unlearning.model import names_of
-from mu.algorithms.saliency_unlearning.passes import decoding_pass, encoding_pass, forward_pass, gradient_pass
+from mu.algorithms.saliency_unlearning.passes import (
+    Pass,
+    decoding_pass,
+    encoding_pass,
+    forward_pass,
+    gradient_pass,
+)
 from mu.algorithms.saliency_unlearning.preflight.memory import (
     ModelBytes,
     Moving,
     mask_memory,
     training_memory,
 )
-from mu.algorithms.saliency_unlearning.preflight.plan import Plan, disk_problems, size
+from mu.algorithms.saliency_unlearning.preflight.plan import Plan, PlannedFiles, disk_problems, size
+from mu.algorithms.saliency_unlearning.preflight.seconds import Work
 from mu.algorithms.saliency_unlearning.preflight.subject import Subject, resident_bytes
 from mu.algorithms.saliency_unlearning.preflight.written import mask_files, training_files
 from mu.algorithms.saliency_unlearning.utils import find_mask
 from mu.config import ConfigError
 from mu.errors import MuError
+from mu.ldm.formats import read_checkpoint
+from mu.ldm.patch import base_fingerprint
+from mu.ldm.tensor_file import open_state_dict
 
 T = TypeVar("T")
 _PICTURE_BATCH = 8
-_FLAGS = "micro_batch_size, gradient_checkpointing, precision, optimizer, train_method, image_size or batch_size"
+_PROMPTS = 8
+_MASK_TIMES, _TRAINING_TIMES = 4, 11
+"""How often a run reads, hashes or writes the whole model, about."""
+_FLAGS = (
+    "micro_batch_size, gradient_checkpointing, precision, optimizer, train_method, image_size or batch_size"
+)
 
 
 class Problems:
@@ -108,6 +129,7 @@ def plan_mask(config: MaskConfig) -> Plan:
         files=mask_files(config, subject),
         memory=memory,
         device_memory=device_memory,
+        work=lambda: _mask_work(config, subject, compute, gradients, images / at_once),
     )
 
 
@@ -142,7 +164,7 @@ def plan_training(config: TrainConfig) -> Plan:
         subject.params.unet,
         at_once,
         subject.latent_shape,
-        moving=frozenset(selected) or None,
+        moving=frozenset(selected) if 0 < len(selected) < len(subject.numel) else None,
         precision=compute.precision,
         gradient_checkpointing=compute.gradient_checkpointing,
         accumulating=True,
@@ -172,7 +194,97 @@ def plan_training(config: TrainConfig) -> Plan:
         files=training_files(config, subject, selected, steps=steps, precision=compute.precision),
         memory=memory,
         device_memory=device_memory,
+        work=lambda: _training_work(
+            config,
+            subject,
+            compute,
+            gradients,
+            pieces=_pieces(config, steps, forget, retain) / at_once,
+            predicted=_predicted(config, steps, forget, retain),
+        ),
+        check=lambda: _of_this_checkpoint(config, subject),
     )
+
+
+def _mask_work(
+    config: MaskConfig, subject: Subject, compute: Compute, gradients: Pass, images: float
+) -> Work:
+    flops = _flops_before(config, subject)
+    flops["gradients"] = gradients.flops * images
+    return _work(subject, compute, flops, images=config.batch_size, times=_MASK_TIMES)
+
+
+def _training_work(
+    config: TrainConfig, subject: Subject, compute: Compute, gradients: Pass, *, pieces: float, predicted: int
+) -> Work:
+    """Args: pieces, passes with gradient of the whole run; predicted, images whose targets are predicted."""
+    flops = _flops_before(config, subject)
+    one = _prediction(subject)
+    flops["train"] = gradients.flops * pieces + one * predicted
+    if config.sample_prompts != ():
+        prompts = _PROMPTS if config.sample_prompts is None else len(config.sample_prompts)
+        flops["pictures"] = 2 * prompts * len(config.sample_seeds) * _sampling(config, subject)
+    return _work(subject, compute, flops, images=config.batch_size, times=_TRAINING_TIMES)
+
+
+def _pieces(config: TrainConfig, steps: int, forget: int, retain: int) -> int:
+    """Images that go through the UNet with gradient in all steps."""
+    parts = {"salun": (1, 1), "ascent": (1, 0), "retain": (0, 1)}[config.objective]
+    return parts[0] * config.epochs * forget + parts[1] * steps * retain
+
+
+def _predicted(config: TrainConfig, steps: int, forget: int, retain: int) -> int:
+    """Images of which a target is predicted, without gradient."""
+    if config.objective != "salun":
+        return 0
+    return config.epochs * forget + (steps * retain if config.retain_target == "frozen" else 0)
+
+
+def _work(subject: Subject, compute: Compute, flops: dict[str, float], *, images: int, times: int) -> Work:
+    return Work(
+        unet=subject.params.unet,
+        images=images,
+        latent_shape=subject.latent_shape,
+        precision=compute.precision,
+        device=str(subject.device),
+        flops=flops,
+        file_bytes=times * subject.model.whole,
+    )
+
+
+def _flops_before(config: MaskConfig | TrainConfig, subject: Subject) -> dict[str, float]:
+    """Phase -> FLOPs of sampling and encoding what is not there yet. Latents are taken not to be."""
+    device = str(subject.device)
+    encoded = encoding_pass(subject.params.first_stage, subject.image_size, device=device).flops
+    return {
+        "sample": subject.images["to_sample"] * _sampling(config, subject),
+        "encode": encoded * (len(subject.rows.forget) + len(subject.rows.retain)),
+    }
+
+
+def _sampling(config: MaskConfig | TrainConfig, subject: Subject) -> float:
+    """FLOPs of an image that is sampled."""
+    decoded = decoding_pass(subject.params.first_stage, 1, subject.latent_shape, device=str(subject.device))
+    branches = 1 if config.guidance_scale == 1 else 2
+    return branches * config.sample_steps * _prediction(subject) + decoded.flops
+
+
+def _prediction(subject: Subject) -> float:
+    """FLOPs of one image that goes through the UNet."""
+    return forward_pass(subject.params.unet, 1, subject.latent_shape, device=str(subject.device)).flops
+
+
+def _of_this_checkpoint(config: TrainConfig, subject: Subject) -> None:
+    """Raises MaskError where the mask says that it was made from another checkpoint."""
+    if config.masking != "saliency":
+        return
+    metadata = load_mask_metadata(find_mask(config))
+    if "model_fingerprint" not in metadata:
+        return
+    found = read_checkpoint(
+        subject.checkpoint, subject.params, use_ema=config.use_ema, read=open_state_dict
+    ).tensors
+    check_fingerprint(metadata, base_fingerprint(found))
 
 
 def _plan(
@@ -183,9 +295,11 @@ def _plan(
     compute: Compute,
     steps: int,
     weights: dict[str, int],
-    files: list,
+    files: list[PlannedFiles],
     memory: dict[str, int],
     device_memory: dict[str, int],
+    work: Callable[[], Work],
+    check: Callable[[], object] = lambda: None,
 ) -> Plan:
     held = resident_bytes()
     memory = {name: count + held for name, count in memory.items()}
@@ -202,6 +316,13 @@ def _plan(
                 f"{where}: about {size(needed)} are needed and {size(there)} there. A pass that does not fit is "
                 f"halved; what saves memory: {_FLAGS}"
             )
+
+    def examine() -> tuple[dict[str, float], list[MuError]]:
+        further = Problems()
+        if not problems.found:
+            further.of(check)
+        return work().seconds(), further.found
+
     again = ", activations computed again" if compute.gradient_checkpointing else ""
     return Plan(
         stage=stage,
@@ -219,6 +340,7 @@ def _plan(
         device_memory_free=device_free,
         problems=problems.found,
         warnings=warnings,
+        examine=examine,
     )
 
 

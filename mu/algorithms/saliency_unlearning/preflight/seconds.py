@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +17,30 @@ _BUDGET_S = 0.4
 """Of a measurement, after one call that does not count."""
 _LARGEST = 2e10
 """FLOPs of the piece that is computed to measure a CPU: a larger one would take seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run computes and moves."""
+
+    unet: UNetParams
+    images: int
+    """That go through the UNet at once."""
+    latent_shape: tuple[int, ...]
+    precision: str
+    device: str
+    flops: Mapping[str, float]
+    """Phase -> FLOPs."""
+    file_bytes: float
+    """That are read, hashed or written, each time that they are."""
+
+    def seconds(self) -> dict[str, float]:
+        """Phase -> seconds, from two short measurements on this device as it is now."""
+        rate = compute_rate(
+            self.unet, self.images, self.latent_shape, precision=self.precision, device=self.device
+        )
+        found = {name: count / rate for name, count in self.flops.items() if count}
+        return {**found, "files": self.file_bytes / hash_rate()}
 
 
 def compute_rate(
@@ -45,9 +70,7 @@ def compute_rate(
             features = torch.ones(count, channels, edge, edge, device=kind, requires_grad=True)
             embedding = torch.ones(count, 4 * width, device=kind)
             context = (
-                None
-                if params.context_dim is None
-                else torch.ones(count, 77, params.context_dim, device=kind)
+                None if params.context_dim is None else torch.ones(count, 77, params.context_dim, device=kind)
             )
             with torch.autocast(kind.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
                 result = block(features, embedding, context)

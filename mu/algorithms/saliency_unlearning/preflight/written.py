@@ -94,8 +94,7 @@ def training_files(
     if config.patch:
         sizes.append((PATCH_NAME, _patch_bytes(config, subject, selected)))
     files = [
-        PlannedFiles(what=what, folder=output, key="output_dir", count=1, bytes=size)
-        for what, size in sizes
+        PlannedFiles(what=what, folder=output, key="output_dir", count=1, bytes=size) for what, size in sizes
     ]
     state = run_state_bytes(selected, precision=precision, optimizer=config.optimizer)
     every = config.checkpoint_every_steps

@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import PACKAGED, MaskConfig
-from mu.cli import run_door
+from mu.cli import Planned, run_door
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(MaskConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv)
+    return run_door(
+        MaskConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv, plan=_plan
+    )
 
 
 def _run(config: MaskConfig) -> object:
     from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
 
     return MaskingAlgorithm(config).run()
+
+
+def _plan(config: MaskConfig) -> Planned:
+    from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
+
+    return MaskingAlgorithm(config).plan()
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import PACKAGED, TrainConfig
-from mu.cli import run_door
+from mu.cli import Planned, run_door
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(TrainConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv)
+    return run_door(
+        TrainConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv, plan=_plan
+    )
 
 
 def _run(config: TrainConfig) -> object:
@@ -21,6 +23,12 @@ def _run(config: TrainConfig) -> object:
 
     result = SaliencyUnlearningAlgorithm(config).run()
     return {**result, "report": report_training(config, result["run"])} if config.report else result
+
+
+def _plan(config: TrainConfig) -> Planned:
+    from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
+
+    return SaliencyUnlearningAlgorithm(config).plan()
 
 
 if __name__ == "__main__":
