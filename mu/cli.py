@@ -131,7 +131,7 @@ def run_door(
     arguments = _named(sys.argv[1:] if argv is None else argv, first_words)
     try:
         config = parse_cli(cls, arguments, packaged=packaged, more=more)
-        with _asked_verbosity(cls, arguments, more), _terminable():
+        with _asked_verbosity(cls, arguments, more), terminable():
             if plan is not None and _flags(cls, arguments, [], more).get("dry_run") == "true":
                 planned = plan(config)
                 say(str(planned))
@@ -193,7 +193,7 @@ def _asked_verbosity(
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM is raised as Terminated while the block lasts, so that files that are half written are removed."""
 
     def terminate(*_: object) -> None:

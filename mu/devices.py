@@ -1,4 +1,4 @@
-"""The key `devices`: which device a run uses."""
+"""The key `devices`: which device a run uses, or which devices its processes use."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import sys
 from functools import cache
 
 from mu.errors import MuError
+from mu.ranks import local_rank
 
-DEVICES_PATTERN = r"cpu|(?:cuda:)?[0-9]{1,3}"
+DEVICE_PATTERN = r"cpu|(?:cuda:)?[0-9]{1,3}"
+"""One device."""
+DEVICES_PATTERN = rf"(?:{DEVICE_PATTERN})(?:,(?:{DEVICE_PATTERN}))*"
+"""One or several, with commas."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -16,19 +20,38 @@ class DeviceError(MuError, ValueError):
     """The device asked for does not exist."""
 
 
+def device_names(devices: str) -> tuple[str, ...]:
+    """The devices that the key names, one for each process of a machine."""
+    return tuple(devices.split(","))
+
+
+def devices_problem(devices: str) -> str | None:
+    """Why several devices cannot be those of one run, or None."""
+    names = [name.removeprefix("cuda:") for name in device_names(devices)]
+    if "cpu" in names and set(names) != {"cpu"}:
+        return (
+            f"{devices} mixes the CPU and GPUs, whose processes would wait for the slower ones; give one kind"
+        )
+    if "cpu" not in names and len(set(names)) < len(names):
+        return f"{devices} names a GPU twice; give one GPU to each process"
+    return None
+
+
 def resolve_devices(devices: str) -> str:
-    """The torch device of a run: "cpu", or "cuda:0" for "0" and "cuda:0".
+    """The torch device of this process: "cpu", or "cuda:0" for "0" and "cuda:0"; of "0,1" the one of its place.
 
     On a machine without CUDA it is "cpu", which is said once a process.
 
     Raises:
         DeviceError: there is CUDA, but no device of that number.
     """
-    if devices == "cpu":
+    names = device_names(devices)
+    device = names[local_rank() if len(names) > 1 else 0]
+    if device == "cpu":
         return "cpu"
     import torch  # late: configs and --help work without it
 
-    number = int(devices.removeprefix("cuda:"))
+    number = int(device.removeprefix("cuda:"))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         _say_cpu(devices)

@@ -57,10 +57,11 @@ class RunFolder:
         run.save_json("metrics.json", {"loss": 0.5})
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, rank: int = 0) -> None:
         self.path = path
         self.logger = _ROOT_LOGGER
-        self.metrics_csv = MetricsCsv(path / "metrics.csv")
+        self.metrics_csv = MetricsCsv(path / "metrics.csv", writes=rank == 0)
+        self._rank = rank
         self._handlers: list[logging.Handler] = []
         self._level = _ROOT_LOGGER.level
 
@@ -105,9 +106,16 @@ class RunFolder:
             raise _not_made(output_dir, error) from error
         return run
 
+    @classmethod
+    def beside(cls, path: Path, rank: int) -> RunFolder:
+        """The folder that the main process of a run has made, in another one: it writes `log-<rank>.txt` alone."""
+        run = cls(path, rank=rank)
+        run._open_log()
+        return run
+
     def save_config(self, config: Config) -> Path:
         """Writes `config.yaml`, which the same command takes as `--config_path`."""
-        return write_atomically(self.path / "config.yaml", dump(config).encode())
+        return self._save("config.yaml", dump(config).encode())
 
     def save_environment(self) -> Path:
         """Writes `environment.json`, see `environment`."""
@@ -119,7 +127,10 @@ class RunFolder:
             text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         except ValueError as error:
             raise ValueError(f"{name}: NaN or Inf cannot be written as JSON") from error
-        return write_atomically(self.path / name, f"{text}\n".encode())
+        return self._save(name, f"{text}\n".encode())
+
+    def _save(self, name: str, content: bytes) -> Path:
+        return write_atomically(self.path / name, content) if self._rank == 0 else self.path / name
 
     def close(self) -> None:
         """Stops logging into this folder. May be called twice."""
@@ -150,7 +161,8 @@ class RunFolder:
                 handler.handle(record)
 
     def _open_log(self) -> None:
-        log = logging.FileHandler(self.path / _LOG, encoding="utf-8")
+        name = f"log-{self._rank}.txt" if self._rank else _LOG
+        log = logging.FileHandler(self.path / name, encoding="utf-8")
         try:
             _lock(cast(IO[str], log.stream))  # for as long as the log is open; also a kill lets go of it
         except BlockingIOError:
@@ -172,14 +184,20 @@ class MetricsCsv:
     """Rows `step, name, ...` of numbers. The first row sets the columns; each row is on disk when it is appended.
 
     A file that is there already is continued.
+
+    Args:
+        writes: false: nothing is appended, as in processes that are not the main one of their run.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
+        self._writes = writes
         self._columns: tuple[str, ...] | None = None
 
     def append(self, step: int, **values: float) -> None:
         """Adds a row; a column without a value stays blank. Raises ValueError for a column the file has not."""
+        if not self._writes:
+            return
         if self._columns is None and self.path.exists():
             with open(self.path, newline="", encoding="utf-8") as file:
                 self._columns = tuple(next(csv.reader(file), ())) or None

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from benchmark_arms import ALPHA, C_GUIDANCE, LR, Arm, Careful, EncodedOnce, Examples, Plain, Values
 from torch import Tensor
 
@@ -65,12 +64,10 @@ class Ours(EncodedOnce):
 
         substitute = self._context(self.substitute, len(forget))
         with self.precision():
-            loss, _, _ = salun_loss(self.model, (*ready(forget), substitute), ready(retain), ALPHA)
-        if not torch.isfinite(loss):
-            raise ValueError("the loss is not finite: the random weights of this benchmark are no good")
+            terms = salun_loss(self.model, (*ready(forget), substitute), ready(retain), ALPHA)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.trainer.on_before_optimizer_step(self.optimizer)
+        terms[0].backward()
+        self.trainer.checked_terms(terms, {})
         self.optimizer.step()
 
     def save_model(self, folder: Path) -> Path:

@@ -198,7 +198,7 @@ def _tensor_patch(before: Tensor, after: Tensor) -> TensorPatch | None:
 
 
 def places_kind(count: int, size: int) -> str | None:
-    """How the places of `count` changed entries of `size` are kept: "index" or "bits", the smaller; None: all changed."""
+    """How the places of changed entries are kept: "index" or "bits", the smaller; None: all have changed."""
     if 4 * count < (size + 7) // 8 and size <= 2**31:
         return "index"
     return "bits" if count < size else None

@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, find_run_state, run_of
 from mu.algorithms.saliency_unlearning.compute import choose, computing
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
@@ -36,10 +37,10 @@ from mu.algorithms.saliency_unlearning.masking import (
     threshold_masks,
 )
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel, names_of
-from mu.algorithms.saliency_unlearning.preflight import Plan, plan_mask, plan_training
+from mu.algorithms.saliency_unlearning.preflight import Plan, plan_mask, plan_training, say_warnings
 from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
-from mu.algorithms.saliency_unlearning.run_state import Head, RunState
+from mu.algorithms.saliency_unlearning.run_state import Head, RunState, read_run_state
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
@@ -55,6 +56,7 @@ from mu.algorithms.saliency_unlearning.utils import (
 from mu.config import config_of, require_paths
 from mu.datasets.index import concept_label
 from mu.devices import peak_memory_bytes
+from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RESULT, RunFolder
 from mu.verbosity import bars_off
@@ -99,22 +101,23 @@ class MaskingAlgorithm:
             ConfigError: a path is missing; names the command that makes what is missing.
             MuError: the checkpoint, the data or the gradients cannot be used; see the message.
         """
+        require_paths(self.config)
+        return on_ranks(_masking, self.config, self.config.devices)
+
+    def run_here(self) -> Result:
+        """As `run`, in this process: as one of its group, if it has joined one (`mu.ranks.joined`)."""
         config = self.config
-        require_paths(config)
         started = time.monotonic()
-        plan = plan_mask(config).require()
-        with RunFolder.create(config.output_dir, run_name(config)) as folder:
-            folder.save_config(config)
-            plan.say_warnings(folder.logger)
+        warnings = ranks.on_main(lambda: plan_mask(config).require().warnings)
+        with _run_folder(config) as folder:
+            say_warnings(warnings, folder.logger)
             model = model_of(config)
             pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
             data = SaliencyUnlearnDataHandler(config, model)
 
             saliency = self._saliency(model, data)
-            total = sum(values.numel() for values in saliency.values())
             masks = threshold_masks(saliency, config.thresholds, pool=pool)
             del saliency  # 4 bytes a weight
-
             described = {
                 "concept": concept_label(config.concepts),
                 "template": config.template,
@@ -127,26 +130,29 @@ class MaskingAlgorithm:
                 "draws_per_image": config.draws_per_image,
                 "seed": config.seed,
             }
-            paths, kept = {}, {}
-            for threshold, mask in zip(config.thresholds, masks, strict=True):
-                # All digits: thresholds that differ must not share a file.
-                paths[threshold] = folder.path / f"mask_{repr(threshold).removesuffix('.0')}.safetensors"
-                groups = {"kept_fraction": layer_groups(mask)}
-                save_mask(mask, paths[threshold], {**described, "threshold": threshold, **groups})
-                kept[threshold] = sum(count_marked(marked) for marked in mask.values())
-                folder.logger.info(
-                    "threshold %g keeps %d weights: %s", threshold, kept[threshold], paths[threshold]
-                )
-            result = {
-                "run": folder.path,
-                "masks": paths,
-                "kept": kept,
-                "total": total,
-                "images": len(data.rows.forget),
-                "seconds": time.monotonic() - started,
-            }
-            _save(folder, result)
-            return result
+
+            def write() -> Result:
+                result = self._write(folder, masks, described)
+                result |= {"images": len(data.rows.forget), "seconds": time.monotonic() - started}
+                _save(folder, result)
+                return result
+
+            return ranks.on_main(write)
+
+    def _write(self, folder: RunFolder, masks: Sequence[Mask], described: Mapping[str, Any]) -> Result:
+        """Write a file for each threshold; returns `run`, `masks`, `kept` and `total`."""
+        paths, kept = {}, {}
+        for threshold, mask in zip(self.config.thresholds, masks, strict=True):
+            # All digits: thresholds that differ must not share a file.
+            paths[threshold] = folder.path / f"mask_{repr(threshold).removesuffix('.0')}.safetensors"
+            groups = {"kept_fraction": layer_groups(mask)}
+            save_mask(mask, paths[threshold], {**described, "threshold": threshold, **groups})
+            kept[threshold] = sum(count_marked(marked) for marked in mask.values())
+            folder.logger.info(
+                "threshold %g keeps %d weights: %s", threshold, kept[threshold], paths[threshold]
+            )
+        total = sum(marked.numel() for marked in masks[0].values())
+        return {"run": folder.path, "masks": paths, "kept": kept, "total": total}
 
     def _saliency(self, model: LatentDiffusion, data: SaliencyUnlearnDataHandler) -> dict[str, Tensor]:
         config = self.config
@@ -219,18 +225,23 @@ class SaliencyUnlearningAlgorithm:
             TrainingError: a loss or gradient was not finite, or a weight outside the mask changed.
             MuError: the checkpoint, the mask or the data cannot be used; see the message.
         """
+        require_paths(self.config)
+        return on_ranks(_unlearning, self.config, self.config.devices)
+
+    def run_here(self) -> Result:
+        """As `run`, in this process: as one of its group, if it has joined one (`mu.ranks.joined`)."""
         config = self.config
-        require_paths(config)
         started = time.monotonic()
-        plan = plan_training(config).require()
-        resumed = find_run_state(config) if config.resume is not None else None
+        warnings = ranks.on_main(lambda: plan_training(config).require().warnings)
+        resumed = _resumed(config) if config.resume is not None else None
         with (
             _run_folder(config, resumed) as folder,
             Checkpoints(folder.path, config) as checkpoints,
         ):
-            plan.say_warnings(folder.logger)
-            mask_path = find_mask(config) if config.masking == "saliency" else None
-            source = config.checkpoint()  # once: in a folder of runs, this run will itself be the newest
+            say_warnings(warnings, folder.logger)
+            # Once, and for all processes: in a folder of runs, this run will itself be the newest.
+            mask_path = ranks.on_main(lambda: find_mask(config)) if config.masking == "saliency" else None
+            source = ranks.on_main(config.checkpoint)
             ldm = model_of(config)
             mask = self._mask(ldm, mask_path)
             data = SaliencyUnlearnDataHandler(config, ldm)
@@ -239,33 +250,42 @@ class SaliencyUnlearningAlgorithm:
             checkpoints.identify(model, data.rows, resumed)
 
             pictures = ProgressPictures(config, ldm, data.rows)
-            pictures.take("before")
+            ranks.on_main(lambda: pictures.take("before"))
             losses = self._train(model, data, folder, pictures, checkpoints=checkpoints, resumed=resumed)
             gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
-            model.verify_unmasked()
-            pictures.take("after")
+            with ranks.in_step():
+                model.verify_unmasked()
+            model.verify_same_everywhere()
 
-            checkpoint = write_unlearned(ldm, config, folder.path, source=source)
-            old, new = read_both(source, checkpoint, params=ldm.params, use_ema=config.use_ema)
-            changed = verify_tensors(old, new, model.selected, before=source, after=checkpoint)
-            folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
-            patch = write_patch(old, new, config, folder.path, source=source) if config.patch else None
-            result = {
-                "run": folder.path,
-                "checkpoint": checkpoint,
-                "patch": patch,
-                "pictures": pictures.save(folder.path / "pictures" / "before_after.png"),
-                "mask": mask_path,
-                "weights_selected": model.counts["selected"],
-                "weights_changed": changed,
-                "weights_total": model.counts["total"],
-                "steps": data.total_steps,
-                **losses,
-                "seconds": time.monotonic() - started,
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
-            _save(folder, result)
-            return result
+            def finish() -> Result:
+                pictures.take("after")
+                written = self._write(folder, model, source)
+                result = {
+                    "run": folder.path,
+                    **written,
+                    "pictures": pictures.save(folder.path / "pictures" / "before_after.png"),
+                    "mask": mask_path,
+                    "weights_selected": model.counts["selected"],
+                    "weights_total": model.counts["total"],
+                    "steps": data.total_steps,
+                    **losses,
+                    "seconds": time.monotonic() - started,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                }
+                _save(folder, result)
+                return result
+
+            return ranks.on_main(finish)
+
+    def _write(self, folder: RunFolder, model: SaliencyUnlearnModel, source: Path) -> Result:
+        """Write the checkpoint and the patch, compared with the original; `checkpoint`, `patch`, `weights_changed`."""
+        config, ldm = self.config, model.ldm
+        checkpoint = write_unlearned(ldm, config, folder.path, source=source)
+        old, new = read_both(source, checkpoint, params=ldm.params, use_ema=config.use_ema)
+        changed = verify_tensors(old, new, model.selected, before=source, after=checkpoint)
+        folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
+        patch = write_patch(old, new, config, folder.path, source=source) if config.patch else None
+        return {"checkpoint": checkpoint, "patch": patch, "weights_changed": changed}
 
     def _train(
         self,
@@ -325,13 +345,40 @@ class SaliencyUnlearningAlgorithm:
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
 
 
-def _run_folder(config: TrainConfig, resumed: Head | None) -> RunFolder:
+def _masking(config: MaskConfig) -> Result:
+    return MaskingAlgorithm(config).run_here()
+
+
+def _unlearning(config: TrainConfig) -> Result:
+    return SaliencyUnlearningAlgorithm(config).run_here()
+
+
+def _resumed(config: TrainConfig) -> RunState:
+    """The checkpoint that `resume` leads to; all processes take the one that the main one finds."""
+    found: dict[str, RunState] = {}
+
+    def find() -> Path:
+        found["here"] = find_run_state(config)
+        return found["here"].path
+
+    path = ranks.on_main(find)
+    return found["here"] if found else read_run_state(path)
+
+
+def _run_folder(config: MaskConfig | TrainConfig, resumed: Head | None = None) -> RunFolder:
     """A new folder with its config.yaml; or that of the run which is resumed, where it lies in `output_dir`."""
-    if resumed is not None and (run := run_of(resumed, config)) is not None:
-        return RunFolder.go_on(run.parent, run.name)
-    folder = RunFolder.create(config.output_dir, run_name(config))
-    folder.save_config(config)
-    return folder
+    opened: dict[str, RunFolder] = {}
+
+    def open_it() -> Path:
+        if isinstance(config, TrainConfig) and resumed is not None and (run := run_of(resumed, config)):
+            opened["here"] = RunFolder.go_on(run.parent, run.name)
+        else:
+            opened["here"] = RunFolder.create(config.output_dir, run_name(config))
+            opened["here"].save_config(config)
+        return opened["here"].path
+
+    path = ranks.on_main(open_it)
+    return opened["here"] if opened else RunFolder.beside(path, ranks.rank())
 
 
 def _save(folder: RunFolder, result: Result) -> None:

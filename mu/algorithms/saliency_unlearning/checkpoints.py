@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.configs.unlearning import RESUME_NEWEST, TRAIN_MODULE
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
@@ -61,7 +62,7 @@ class Checkpoints:
     """The checkpoints of one run, `<run>/checkpoints/step-<steps done>.safetensors`.
 
     As a context manager it ends with the run: a run that is done needs no checkpoints, and they are removed; for one
-    that stopped early, the command that goes on with it is logged.
+    that stopped early, the command that goes on with it is logged. Of several processes, the main one does so.
 
     Args:
         run: the run's folder.
@@ -117,6 +118,8 @@ class Checkpoints:
         return path
 
     def __enter__(self) -> Checkpoints:
+        if not ranks.is_main():
+            return self
         for cut_off in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             cut_off.unlink()
         return self
@@ -124,6 +127,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not ranks.is_main():
+            return
         if kind is None:
             if self.folder.exists():
                 shutil.rmtree(self.folder)

@@ -7,13 +7,14 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
@@ -72,7 +73,7 @@ def choose(
     left.
 
     Args:
-        images: that go through the UNet at once with gradient.
+        images: that go through the UNet at once with gradient; in all processes together.
         latent_shape: (C, h, w) of one of them.
         reserved: bytes that gradients and the optimizer's state are going to take.
     """
@@ -80,10 +81,14 @@ def choose(
         keys,
         ldm.params.unet,
         ldm.device,
-        images=images,
+        images=-(-images // ranks.world_size()),
         latent_shape=latent_shape,
         left=free_bytes(ldm.device) - reserved,
     )
+    if keys.gradient_checkpointing is None:
+        # The same in all processes: where weights are shards, each layer's pass is a meeting.
+        recompute = bool(ranks.largest(compute.gradient_checkpointing))
+        compute = replace(compute, gradient_checkpointing=recompute)
     _log.info("%s", compute)
     return compute
 

@@ -15,14 +15,15 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.algorithms.saliency_unlearning.rank_strategy import loop_devices
 from mu.algorithms.saliency_unlearning.run_state import RunState
 from mu.algorithms.saliency_unlearning.step_boundary import StepBoundary
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import as_dict
-from mu.devices import resolve_devices
 from mu.errors import Terminated
 from mu.run_folder import RunFolder
 from mu.verbosity import bars_off
@@ -45,7 +46,7 @@ def fit(
     """Run all steps of a config; of a run that is resumed, those that it still has to do.
 
     Args:
-        callbacks: called after the losses of a step are on disk.
+        callbacks: called after the losses of a step are on disk; in the main process alone.
 
     Returns:
         `loss`, `forget_loss` and `retain_loss`, each the mean over the last epoch.
@@ -54,14 +55,13 @@ def fit(
         TrainingError: a loss or gradient was not finite; no weight was changed by it.
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after the step, its checkpoint and the loggers are done.
     """
-    device = resolve_devices(config.devices)
     boundary = StepBoundary(trainer.model, folder, checkpoints, total_steps=data.total_steps)
     if resumed is not None:
         boundary.restore(resumed)
     history = LossHistory(folder)
     # A run that has done all its steps still ends as others do, with a loader that is not read.
     loader = data.train_loader(start_step=min(boundary.step, data.total_steps - 1))
-    logger = wandb_logger(config, folder.path)
+    logger = wandb_logger(config, folder.path) if ranks.is_main() else None
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # The loader cuts the steps itself and serves tensors that are in memory: workers would only copy them.
@@ -70,13 +70,12 @@ def fit(
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # between Lightning and torch
         loop = pl.Trainer(
-            accelerator="cpu" if device == "cpu" else "gpu",
-            devices=1 if device == "cpu" else [int(device.removeprefix("cuda:"))],
+            **loop_devices(config.devices),
             max_epochs=1,  # all epochs of the config are one pass of the loader
             logger=logger or False,
             callbacks=[
                 history,
-                *callbacks,
+                *(callbacks if ranks.is_main() else ()),
                 TQDMProgressBar(refresh_rate=0 if bars_off() else 1),
                 boundary,
             ],

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory
 from mu.algorithms.saliency_unlearning.mask_file import (
     Mask,
@@ -48,6 +49,9 @@ class MaskLossError(MaskError):
     def __init__(self, batch: int, message: str) -> None:
         super().__init__(message)
         self.batch = batch
+
+    def __reduce__(self) -> tuple[type[MaskLossError], tuple[int, str]]:
+        return type(self), (self.batch, str(self))
 
 
 def accumulate_within_memory(
@@ -94,23 +98,25 @@ def accumulate_saliency(
 
     The loss of an image is the mean over its elements of (eps - eps_hat)^2 with the guided prediction
     eps_hat = (1 + w) eps(z_t | c) - w eps(z_t | ""), w = `c_guidance`; both branches carry gradient. Signed
-    gradients are summed over all batches and divided by the number of images before the absolute value is taken,
-    so that the result does not depend on how the images are cut into batches. The weights do not move; dropout
-    is off.
+    gradients are summed over all batches, and over all processes of the run, and divided by the number of images before
+    the absolute value is taken, so that the result does not depend on how the images are cut into batches or shared
+    among processes. The weights do not move; dropout is off.
 
     Args:
         model: left as it was found, except that gradients of the UNet are cleared.
-        batches: see `MaskBatch`; the latents are clean, scaled, already drawn from the posterior.
+        batches: see `MaskBatch`; the latents are clean, scaled, already drawn from the posterior. The same in every
+            process, which takes its share of each.
         c_guidance: 0 gives the plain diffusion loss; the unconditional branch is then not computed.
         compute: the precision of the arithmetic, see `compute.computing`.
         micro_batch_size: batches are cut so that at most so many images go through the UNet at once.
 
     Returns:
-        UNet-relative name -> fp32 tensor, for every UNet parameter, in the order of `unet.named_parameters()`.
+        UNet-relative name -> fp32 tensor, for every UNet parameter, in the order of `unet.named_parameters()`; the
+        same bits in every process.
 
     Raises:
         MaskError: there is no batch.
-        MaskLossError: the loss of a batch is not finite.
+        MaskLossError: the loss of a batch, in any of the processes, is not finite.
     """
     unet = model.unet
     parameters = dict(unet.named_parameters())
@@ -137,26 +143,30 @@ def accumulate_saliency(
                     parameter.register_post_accumulate_grad_hook(lambda p, name=name: take_gradient(name, p))
                 )
         images = 0
-        for index, batch in _pieces(batches, micro_batch_size):
-            with torch.enable_grad(), (compute or Compute()).autocast(batch[0].device):
-                loss = _forget_loss(model, batch, c_guidance)  # ()
-            if not torch.isfinite(loss):
-                raise MaskLossError(
-                    index,
-                    f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or the "
-                    "model's weights are not finite",
-                )
-            loss.backward()
-            images += len(batch[0])
+        with ranks.in_step():
+            for index, batch, count in _pieces(batches, micro_batch_size):
+                with torch.enable_grad(), (compute or Compute()).autocast(batch[0].device):
+                    loss = count * _forget_loss(model, batch, c_guidance)  # ()
+                if not torch.isfinite(loss):
+                    raise MaskLossError(
+                        index,
+                        f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or the "
+                        "model's weights are not finite",
+                    )
+                loss.backward()
+                images += count
+        images = sum(ranks.gathered(images))
         if not images:
             raise MaskError("there is no image to compute the saliency from: the forget set is empty")
-        saliency = {}
+        totals: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
             total = sums.pop(name, parameter.grad)
             parameter.grad = None
             if total is None:  # not used by any of these predictions
                 total = torch.zeros_like(parameter, requires_grad=False)
-            saliency[name] = total.div_(images).abs_().float().contiguous()
+            totals[name] = total
+        ranks.sum_(totals.values())
+        saliency = {name: total.div_(images).abs_().float().contiguous() for name, total in totals.items()}
         return saliency
     finally:
         for hook in hooks:
@@ -168,18 +178,26 @@ def accumulate_saliency(
             module.training = True
 
 
-def _pieces(batches: Iterable[MaskBatch], size: int | None) -> Iterator[tuple[int, MaskBatch]]:
-    """Batches in pieces of at most `size` images, each with the index of the batch that it is of."""
+def _pieces(batches: Iterable[MaskBatch], size: int | None) -> Iterator[tuple[int, MaskBatch, int]]:
+    """This process' share of each batch in pieces of at most `size` images: index of the batch, piece, images in it.
+
+    There are as many pieces in every process. One that has no image left for a piece takes the batch's first, and it
+    counts as 0 images.
+    """
+    step = ranks.world_size()
     for index, batch in enumerate(batches):
         latents, timesteps, noise, context, uncond_context = batch
         uncond_context = uncond_context.expand(len(latents), -1, -1)  # (B, L', D)
         parts = (latents, timesteps, noise, context, uncond_context)
-        for pieces in zip(*(part.split(size or len(latents)) for part in parts), strict=True):
-            yield index, pieces
+        most = -(-len(latents) // step)
+        for first in range(0, most, size or most):
+            mine = slice(ranks.rank() + first * step, ranks.rank() + (first + (size or most)) * step, step)
+            count = len(latents[mine])
+            yield index, tuple(part[mine if count else slice(0, 1)] for part in parts), count  # type: ignore[misc]
 
 
 def _forget_loss(model: LatentDiffusion, batch: MaskBatch, c_guidance: float) -> Tensor:
-    """Sum over the images of the mean over elements."""
+    """Mean over the images and their elements."""
     latents, timesteps, noise, context, uncond_context = batch
     noisy = model.q_sample(latents, timesteps, noise)  # (B, C, H, W)
     if c_guidance:
@@ -191,7 +209,7 @@ def _forget_loss(model: LatentDiffusion, batch: MaskBatch, c_guidance: float) ->
         prediction = (1 + c_guidance) * conditional - c_guidance * unconditional  # (B, C, H, W)
     else:
         prediction = predict_noise(model, noisy, timesteps, context)  # (B, C, H, W)
-    return len(latents) * F.mse_loss(prediction, noise.float())
+    return F.mse_loss(prediction, noise.float())
 
 
 def threshold_mask(saliency: Mapping[str, Tensor], threshold: float) -> Mask:

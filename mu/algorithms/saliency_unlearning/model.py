@@ -10,10 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.mask_file import MaskError, check_mask
 from mu.algorithms.saliency_unlearning.optim import SelectedEntries
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
+from mu.ldm.checkpoint import fingerprint
 
 _TIME = ("out.", "time_embed.")
 _SELF_LAYERS = ("input_blocks.4.", "input_blocks.7.")
@@ -127,6 +129,19 @@ class SaliencyUnlearnModel(nn.Module):
         changed = sorted(name for name in names if self._digests.get(name) != now.get(name))
         if changed:
             raise TrainingError(f"{len(changed)} tensors changed outside the mask: {', '.join(changed[:5])}")
+
+    def verify_same_everywhere(self) -> None:
+        """Check that the weights that moved are to the bit the same in all processes of the run.
+
+        Raises:
+            TrainingError: they are not; names the processes.
+        """
+        if ranks.world_size() == 1:
+            return
+        digests = ranks.gathered(fingerprint(dict(self.parameters_to_train())))
+        others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+        if others:
+            raise TrainingError(f"processes {', '.join(others)} have come to other weights than process 0")
 
     def _digest_unmasked(self) -> dict[str, str]:
         """CompVis name -> SHA-256 of the tensor's bytes with the selected entries set to 0."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.mask_file import MaskError
 
 _BUCKET_ENTRIES = 1 << 25
@@ -66,6 +67,14 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
             "channels-last: call .contiguous() on the model's weights first"
         )
     return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _laid_out_as(like: Tensor, tensor: Tensor | None) -> Tensor:
+    """A tensor in the memory layout of another of its shape: itself, or a copy."""
+    assert tensor is not None
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 class MaskedAdam(torch.optim.Optimizer):
@@ -141,6 +150,22 @@ class MaskedAdam(torch.optim.Optimizer):
             for bucket in self._buckets(group["params"]):
                 self._update(bucket, group)
         return loss
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Add up the gradients of the selected entries over the processes of a run; those of the others are left."""
+        if ranks.world_size() == 1:
+            return
+        for group in self.param_groups:
+            for bucket in self._buckets(group["params"]):
+                gradients = [_laid_out_as(parameter, parameter.grad) for parameter in bucket]
+                packed = [
+                    self._entries[p].read(g) for p, g in zip(bucket, gradients, strict=True)
+                ]  # (count,) each
+                ranks.sum_(packed)
+                for parameter, gradient, values in zip(bucket, gradients, packed, strict=True):
+                    self._entries[parameter].write_(gradient, values)
+                    parameter.grad = gradient
 
     def write_master_(self, parameter: Tensor, out: Tensor) -> None:
         """Write the master copy of a parameter's selected entries, where it has one, over those of `out`.

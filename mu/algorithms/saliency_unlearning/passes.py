@@ -183,7 +183,7 @@ class _Operations(TorchDispatchMode):
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._let_go, key, size).atexit = False  # type: ignore[misc]
+        weakref.finalize(storage, self._let_go, key, size).atexit = False
 
     def _let_go(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, ResumeError
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.run_state import RunState
@@ -68,13 +69,15 @@ class StepBoundary(pl.Callback):
             for name, parameter in parameters.items():
                 selected = self.model.selected[name].to(parameter.device)
                 parameter[selected] = weights[name].to(parameter)
-        tables = state.content["tables"]
+        ranks.on_main(lambda: self._restore_tables(state.content["tables"]))
+        self._to_load = state
+
+    def _restore_tables(self, tables: Mapping[str, torch.Tensor]) -> None:
         for path in self.folder.path.glob("*.csv"):
             if path.name not in tables:
                 path.unlink()  # begun after the checkpoint
         for name, content in tables.items():
             write_atomically(self.folder.path / name, content.numpy().tobytes())
-        self._to_load = state
 
     @contextmanager
     def taking_signals(self) -> Iterator[None]:
@@ -128,11 +131,14 @@ class StepBoundary(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.step += 1
-        asked = self._asked
-        last = self.step == self.total_steps
         # The end of a run that was worth checkpoints: after it, large files are written.
-        if asked is not None or self.checkpoints.is_due(self.step) or (last and self.checkpoints.paths):
-            self.checkpoints.save(self.step, self._content(trainer))
+        last = self.step == self.total_steps and bool(self.checkpoints.paths)
+        due = self.checkpoints.is_due(self.step) or last
+        # Signals and clocks do not reach all processes between the same two steps.
+        told = ranks.gathered((self._asked, due))
+        asked = next((number for number, _ in told if number is not None), None)
+        if asked is not None or told[0][1]:
+            ranks.on_main(lambda: self.checkpoints.save(self.step, self._content(trainer)))
         if asked is not None:
             raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
 

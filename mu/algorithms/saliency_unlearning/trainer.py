@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory
 from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel, TrainingError
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
@@ -96,6 +97,9 @@ def retain_loss(model: LatentDiffusion, retain: RetainBatch) -> Tensor:
 class SaliencyUnlearnTrainer(pl.LightningModule):
     """Lightning's view of the training: one step of `MaskedAdam` on the mean loss of a batch.
 
+    With several processes, each takes its share of every batch, and the gradients of the selected entries are added up:
+    all then make the same step, that of one process to rounding.
+
     A batch is {"forget": `ForgetBatch`, "retain": `RetainBatch`, "images": see `TrainBatch`}. It goes through the UNet
     in pieces if asked, or if memory does not suffice for the whole; its loss and gradient are the same to rounding.
 
@@ -160,7 +164,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         self.micro_batch_size = micro_batch_size
         self.optimizer = optimizer
         self.originals = originals or {}
-        self._images = ""
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with a schedule of its learning rate where there are `decay_steps`."""
@@ -174,21 +177,49 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
-        self._images = "; ".join(f"{part}: {', '.join(files)}" for part, files in batch["images"].items())
-        loss, forget_term, retain_term = self._gradients_within_memory(batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"step {self.global_step}: the loss is {loss.item()} (forget {forget_term.item()}, retain "
-                f"{retain_term.item()}) on the images to {self._images}. Training stops before any weight is changed "
-                "by it"
-            )
+        terms = self.checked_terms(self._gradients_within_memory(batch), batch["images"])
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        masked = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(masked, MaskedAdam)
+        masked.sum_gradients()
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
         if schedule is not None:
             schedule.step()  # type: ignore[union-attr]
-        terms = {"loss": loss, "forget": forget_term, "retain": retain_term}
         self.log_dict(terms, prog_bar=True, batch_size=len(batch["forget"][0]))
+
+    def checked_terms(
+        self, found: tuple[Tensor, Tensor, Tensor], images: Mapping[str, Sequence[str]]
+    ) -> dict[str, Tensor]:
+        """The terms of a step, of all processes together. Looks at them and at all gradients, before weights move.
+
+        Args:
+            found: loss, forget and retain term of this process' share.
+            images: see `TrainBatch`; for messages.
+
+        Raises:
+            TrainingError: something is NaN or infinite in one of the processes.
+        """
+        gradients = {name: p.grad for name, p in self.model.parameters_to_train() if p.grad is not None}
+        largest = torch.nn.utils.get_total_norm(gradients.values(), norm_type=float("inf"))
+        sums = torch.stack([*found, largest])  # (4,); the last is finite if it is so in each process
+        ranks.sum_([sums])
+        loss, forget_term, retain_term, largest = sums.unbind()
+        source = "; ".join(f"{part}: {', '.join(files)}" for part, files in images.items())
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"step {self.global_step}: the loss is {loss.item()} (forget {forget_term.item()}, retain "
+                f"{retain_term.item()}) on the images to {source}. Training stops before any weight is changed by it"
+            )
+        if not torch.isfinite(largest):
+            here = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            names = sorted({name for names in ranks.gathered(here) for name in names})
+            raise TrainingError(
+                f"step {self.global_step}: the gradients of {len(names)} tensors are not finite "
+                f"({', '.join(names[:5])}), from the images to {source}. Training stops before any weight is changed "
+                "by them"
+            )
+        return {"loss": loss, "forget": forget_term, "retain": retain_term}
 
     def _gradients_within_memory(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """`_gradients`, begun again with half as many images at once whenever memory runs out."""
@@ -230,18 +261,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             1:
         ]
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        """Look at all gradients; Lightning calls this before the optimizer writes."""
-        named = [(name, p.grad) for name, p in self.model.parameters_to_train() if p.grad is not None]
-        largest = torch.nn.utils.get_total_norm([grad for _, grad in named], norm_type=float("inf"))
-        if not torch.isfinite(largest):
-            names = [name for name, grad in named if not grad.isfinite().all()]
-            raise TrainingError(
-                f"step {self.global_step}: the gradients of {len(names)} tensors are not finite "
-                f"({', '.join(names[:5])}), from the images to {self._images}. Training stops before any weight is "
-                "changed by them"
-            )
-
     def on_train_end(self) -> None:
         """Write what was trained in full precision beside rounded weights to where those came from."""
         if self.originals:
@@ -254,19 +273,20 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
 def _pieces(
     batch: Mapping[str, Any], size: int | None
 ) -> Iterator[tuple[ForgetBatch, RetainBatch, float, float]]:
-    """A batch cut into pieces of at most `size` images a part, with the share of each part that a piece has.
+    """This process' share of a batch in pieces of at most `size` images a part, with the share of each part in a piece.
 
-    Where one part has fewer images than there are pieces, it lends its first image, of which nothing then counts.
+    There are as many pieces in every process. Where a part has no image left for one, it lends its first, of which
+    nothing then counts.
     """
-    forget, retain = batch["forget"], batch["retain"]
-    counts = len(forget[0]), len(retain[0]) if retain else 0
-    if size is None or max(counts) <= size:
-        yield forget, retain, 1.0, 1.0
-        return
-    for first in range(0, max(counts), size):
+    parts = batch["forget"], batch["retain"]
+    counts = [len(part[0]) if part else 0 for part in parts]
+    step = ranks.world_size()
+    most = -(-max(counts) // step)
+    for first in range(0, most, size or most):
         pieces, shares = [], []
-        for part, count in zip((forget, retain), counts, strict=True):
-            within = slice(first, first + size) if first < count else slice(0, 1)
-            pieces.append(tuple(tensor[within] for tensor in part))
-            shares.append(len(pieces[-1][0]) / count if first < count else 0.0)
+        for part, count in zip(parts, counts, strict=True):
+            mine = slice(ranks.rank() + first * step, ranks.rank() + (first + (size or most)) * step, step)
+            found = len(range(count)[mine])
+            pieces.append(tuple(tensor[mine if found else slice(0, 1)] for tensor in part))
+            shares.append(found / count if count else 1.0 / step)
         yield pieces[0], pieces[1], shares[0], shares[1]

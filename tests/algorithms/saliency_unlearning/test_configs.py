@@ -321,14 +321,22 @@ def test_thresholds_are_always_a_tuple():
     assert mistakes_of(MaskConfig, threshold=float("nan"))
 
 
-@pytest.mark.parametrize("devices", ["cpu", "0", "cuda:1"])
+@pytest.mark.parametrize("devices", ["cpu", "0", "cuda:1", "0,1", "cpu,cpu", "cuda:0,1"])
 def test_devices(devices):
     assert MaskConfig(devices=devices).devices == devices
 
 
-@pytest.mark.parametrize("devices", ["gpu", "0,1", "-1", "cuda", "", "0 "])
+@pytest.mark.parametrize("devices", ["gpu", "0;1", "-1", "cuda", "", "0 ", "0,", ",0"])
 def test_devices_that_are_none(devices):
     assert mistakes_of(MaskConfig, devices=devices)[0].startswith("devices: ")
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(("devices", "why"), [("cpu,0", "one kind"), ("0,cuda:0", "a GPU twice")])
+def test_devices_that_cannot_work_together(devices, why):
+    (mistake,) = check_paths(MaskConfig(devices=devices))
+    assert mistake.startswith("devices: ")
+    assert why in mistake
 
 
 @pytest.mark.usefixtures("world")

@@ -10,7 +10,7 @@ from mu.algorithms.saliency_unlearning.configs.measuring import ScoringKeys
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig
 from mu.config import Config, ConfigError, load_config, nearest, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.devices import DEVICES_PATTERN
+from mu.devices import DEVICE_PATTERN
 from mu.run_folder import writable_problem
 
 METHODS: Mapping[str, Mapping[str, str]] = {
@@ -61,7 +61,7 @@ class BenchmarkConfig(ScoringKeys):
         may_be_empty=True,
     )
     devices: tuple[str, ...] = setting(
-        ("0",), "CUDA device numbers such as 0, or cpu; workers take them in turn.", pattern=DEVICES_PATTERN
+        ("0",), "CUDA device numbers such as 0, or cpu; workers take them in turn.", pattern=DEVICE_PATTERN
     )
     workers: int | None = setting(
         None,

@@ -16,7 +16,7 @@ from mu.config import Config, resolve_path, setting
 from mu.config_file import ConfigFileError, Value, read_flat_file
 from mu.config_values import PACKAGE_PREFIX
 from mu.datasets.index import RETAIN_SETS, concept_label, concept_names
-from mu.devices import DEVICES_PATTERN
+from mu.devices import DEVICES_PATTERN, devices_problem
 from mu.run_folder import writable_problem
 
 PACKAGED = Path(__file__).parent
@@ -55,7 +55,8 @@ class ModelKeys(Config):
     )
     devices: str = setting(
         "0",
-        "CUDA device number such as 0, or cpu. Without CUDA the run is on the CPU, and says so.",
+        "CUDA device number such as 0, or cpu; several with commas, 0,1 or cpu,cpu, are as many processes that share "
+        "the work, see docs/devices.md. Without CUDA the run is on the CPU, and says so.",
         pattern=DEVICES_PATTERN,
     )
 
@@ -68,6 +69,8 @@ class ModelKeys(Config):
 
     def disk_problems(self) -> Iterator[Problem]:
         yield from self._checkpoint_problems()
+        if (problem := devices_problem(self.devices)) is not None:
+            yield ("devices",), problem
         if not resolve_path(self.model_config_path).is_file():
             yield (
                 ("model_config_path",),

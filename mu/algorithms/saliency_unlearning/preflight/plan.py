@@ -38,6 +38,8 @@ class Plan:
     stage: str
     """mask or training."""
     device: str
+    processes: int
+    """That share the work; memory is that of each of them."""
     checkpoint: str
     """What it is: kind, weights, types."""
     images: Mapping[str, int]
@@ -94,13 +96,14 @@ class Plan:
             raise ConfigError([mistake for problem in self.problems for mistake in mistakes_of(problem)])
         return self
 
-    def say_warnings(self, logger: logging.Logger) -> None:
-        """Log each of the warnings."""
-        for warning in self.warnings:
-            logger.warning("%s", warning)
-
     def __str__(self) -> str:
         return "\n".join(_lines(self))
+
+
+def say_warnings(warnings: Sequence[str], logger: logging.Logger) -> None:
+    """Log each of them."""
+    for warning in warnings:
+        logger.warning("%s", warning)
 
 
 def mistakes_of(problem: MuError) -> tuple[str, ...]:
@@ -148,7 +151,8 @@ def duration(seconds: float) -> str:
 
 
 def _lines(plan: Plan) -> Iterator[str]:
-    yield f"# plan: {plan.stage} on {plan.device}"
+    several = f", {plan.processes} processes" if plan.processes > 1 else ""
+    yield f"# plan: {plan.stage} on {plan.device}{several}"
     yield f"checkpoint  {plan.checkpoint}"
     read = ", ".join(f"{count:,} to {part}" for part, count in plan.images.items() if part != "to_sample")
     sampled = plan.images.get("to_sample", 0)
@@ -165,7 +169,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         many = f"{planned.count:,} files, " if planned.count > 1 else ""
         some = "" if planned.certain else ", if the run takes so long"
         yield f"  {planned.what:<{width}}  {many}{signs[planned.how]}{size(planned.bytes)} in {planned.folder}{some}"
-    yield from _table("memory", plan.memory, plan.memory_held + plan.memory_free)
+    each = " of each process" if plan.processes > 1 else ""
+    yield from _table(f"memory{each}", plan.memory, plan.memory_held + plan.memory_free)
     if plan.device_memory:
         yield from _table("memory of the GPU", plan.device_memory, plan.device_memory_free)
     if plan.seconds:

@@ -31,7 +31,6 @@ from mu.algorithms.saliency_unlearning.passes import (
     gradient_pass,
 )
 from mu.algorithms.saliency_unlearning.preflight.memory import (
-    ModelBytes,
     Moving,
     mask_memory,
     training_memory,
@@ -81,7 +80,7 @@ def plan_mask(config: MaskConfig) -> Plan:
     problems = Problems()
     subject = Subject.of(config, problems.of)
     images = max(1, len(subject.rows.forget)) * config.draws_per_image
-    at_once = min(config.batch_size, images)
+    at_once = subject.share(min(config.batch_size, images))
     batches = math.ceil(images / config.batch_size)
     methods = problems.of(lambda: names_of(subject.unet, config.train_method)) or []
     in_method = sum(subject.numel[name] for name in methods)
@@ -129,7 +128,7 @@ def plan_mask(config: MaskConfig) -> Plan:
         files=mask_files(config, subject),
         memory=memory,
         device_memory=device_memory,
-        work=lambda: _mask_work(config, subject, compute, gradients, images / at_once),
+        work=lambda: _mask_work(config, subject, compute, gradients, images / at_once / subject.processes),
     )
 
 
@@ -148,9 +147,8 @@ def plan_training(config: TrainConfig) -> Plan:
     selected = problems.of(lambda: _selected(config, subject, methods)) or {}
     moving = Moving(selected=selected, numel=subject.numel, mask=config.masking != "none")
     most = config.micro_batch_size or max(batch, retain)
-    at_once = {"salun": min(batch, most) + min(retain, most)}.get(
-        config.objective, min(batch if config.objective == "ascent" else retain, most)
-    )
+    parts = [min(subject.share(images), most) for images in (batch, retain)]
+    at_once = {"salun": sum(parts), "ascent": parts[0], "retain": parts[1]}[config.objective]
     in_method = sum(subject.numel[name] for name in methods)
     compute = choose_for(
         config,
@@ -199,23 +197,29 @@ def plan_training(config: TrainConfig) -> Plan:
             subject,
             compute,
             gradients,
-            pieces=_pieces(config, steps, forget, retain) / at_once,
-            predicted=_predicted(config, steps, forget, retain),
+            pieces=_pieces(config, steps, forget, retain) / at_once / subject.processes,
+            predicted=_predicted(config, steps, forget, retain) / subject.processes,
         ),
         check=lambda: _of_this_checkpoint(config, subject),
     )
 
 
 def _mask_work(
-    config: MaskConfig, subject: Subject, compute: Compute, gradients: Pass, images: float
+    config: MaskConfig, subject: Subject, compute: Compute, gradients: Pass, pieces: float
 ) -> Work:
     flops = _flops_before(config, subject)
-    flops["gradients"] = gradients.flops * images
+    flops["gradients"] = gradients.flops * pieces
     return _work(subject, compute, flops, images=config.batch_size, times=_MASK_TIMES)
 
 
 def _training_work(
-    config: TrainConfig, subject: Subject, compute: Compute, gradients: Pass, *, pieces: float, predicted: int
+    config: TrainConfig,
+    subject: Subject,
+    compute: Compute,
+    gradients: Pass,
+    *,
+    pieces: float,
+    predicted: float,
 ) -> Work:
     """Args: pieces, passes with gradient of the whole run; predicted, images whose targets are predicted."""
     flops = _flops_before(config, subject)
@@ -308,7 +312,7 @@ def _plan(
     lacking, warnings = disk_problems(files)
     problems.found += [ConfigError([message]) for message in lacking]
     for where, needed, there in (
-        ("memory", max(memory.values()), held + free),
+        ("memory", subject.processes * max(memory.values()), held + free),
         ("memory of the GPU", max(device_memory.values(), default=0), device_free),
     ):
         if needed > there:
@@ -327,6 +331,7 @@ def _plan(
     return Plan(
         stage=stage,
         device=str(subject.device),
+        processes=subject.processes,
         checkpoint=subject.description,
         images=subject.images,
         steps=steps,

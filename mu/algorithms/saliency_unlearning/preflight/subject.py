@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import (
     checked_image_size,
@@ -23,7 +24,7 @@ from mu.config import resolve_path
 from mu.datasets.generated import folders_like
 from mu.datasets.image_files import image_problems
 from mu.datasets.index import ForgetRetain, Row, raise_problems
-from mu.devices import resolve_devices
+from mu.devices import device_names, resolve_devices
 from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model
 from mu.ldm.checkpoint import check_layout
 from mu.ldm.formats import read_checkpoint
@@ -46,6 +47,8 @@ class Subject:
     model: ModelBytes
     numel: dict[str, int]
     """UNet-relative name -> entries, of every parameter."""
+    devices: str
+    """The key."""
     device: torch.device
     image_size: int
     rows: ForgetRetain
@@ -90,11 +93,21 @@ class Subject:
                 file=there,
             ),
             numel=numel,
+            devices=config.devices,
             device=_device(config.devices, noting),
             image_size=size,
             rows=rows,
             images={"forget": len(rows.forget), "retain": len(rows.retain), "to_sample": missing},
         )
+
+    @property
+    def processes(self) -> int:
+        """That share the work."""
+        return max(ranks.started_world_size(), len(device_names(self.devices)))
+
+    def share(self, images: int) -> int:
+        """Most images of so many that one process takes."""
+        return -(-images // self.processes)
 
     @property
     def params(self) -> LatentDiffusionParams:

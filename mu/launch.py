@@ -1,0 +1,187 @@
+"""Run a function in several processes of this machine, one for each device, and give back what it returned.
+
+Each is `python -m mu.launched`, with the environment that torchrun would give it; the function finds its group through
+`mu.ranks`. They are sessions of their own: Ctrl-C and SIGTERM come here, and are handed on once to each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mu.config import Config
+from mu.devices import device_names
+from mu.errors import MuError, Terminated
+from mu.ranks import RankError, joined, started_world_size, world_size
+from mu.verbosity import console_level, is_quiet
+
+C = TypeVar("C", bound=Config)
+T = TypeVar("T")
+_GRACE_SECONDS = 30.0
+"""How long the others may go on when one has failed, to end by themselves."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is to do. `level` and `quiet` are those of `mu.verbosity`."""
+
+    run: Callable[[Any], object]
+    config: Any
+    devices: tuple[str, ...]
+    level: int
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it ended: with a value, an error of this package, a signal's number, or (text) another error's traceback."""
+
+    value: object = None
+    error: MuError | None = None
+    stopped_by: int | None = None
+    crash: str | None = None
+
+
+def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
+    """`run(config)`, in as many processes as `devices` names; all of them get the value of the main one.
+
+    In a process that torchrun or SLURM started together with others, it runs here, as one of them.
+
+    Args:
+        run: a function of a module. Its value and the config go from process to process, and have to pickle.
+        devices: the key: one device, or several with commas.
+
+    Raises:
+        MuError: what `run` raised in one of the processes.
+        RankError: a process ended without a word; names it, and the signal or the traceback.
+        KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after all processes have ended.
+    """
+    names = device_names(devices)
+    if world_size() > 1 or len(names) == 1 or started_world_size() > 1:
+        with joined(names):
+            return run(config)
+    task = Task(run, config, names, console_level(), is_quiet())
+    with tempfile.TemporaryDirectory(prefix="unlearn_diff-") as folder:
+        write_pickle(Path(folder) / "task", task)
+        with _started(folder, len(names), cpu=names[0] == "cpu") as processes:
+            _wait(processes)
+        outcomes = [_outcome(Path(folder), process, number) for number, process in enumerate(processes)]
+    return _value(outcomes)
+
+
+def write_pickle(path: Path, value: object) -> None:
+    """For the other side of a private folder; whole when it is there."""
+    beside = path.with_suffix(".tmp")
+    beside.write_bytes(pickle.dumps(value))
+    beside.rename(path)
+
+
+@contextmanager
+def _started(folder: str, count: int, *, cpu: bool) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The processes; they get the signals that come while the block lasts, and none outlives it."""
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "TORCHELASTIC_RUN_ID": secrets.token_hex(8),
+    }
+    if cpu:  # else each takes all cores, and they are in each other's way
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    processes: list[subprocess.Popen[bytes]] = []
+    with _handing_on(processes):
+        try:
+            for number in range(count):
+                own = {"RANK": str(number), "LOCAL_RANK": str(number), "GROUP_RANK": "0"}
+                command = [sys.executable, "-m", "mu.launched", folder]
+                processes.append(
+                    subprocess.Popen(
+                        command, env=environ | own, stdin=subprocess.DEVNULL, start_new_session=True
+                    )
+                )
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def _handing_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to the processes while the block lasts; Python lets only the main thread take them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hand_on(number: int, _: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended. When one has failed, the others are given time, and then ended."""
+    failed_at: float | None = None
+    while any(process.poll() is None for process in processes):
+        if failed_at is None and any(process.returncode for process in processes):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
+            return
+        time.sleep(0.05)
+
+
+def _outcome(folder: Path, process: subprocess.Popen[bytes], number: int) -> tuple[float, Outcome]:
+    """When and how a process ended."""
+    path = folder / f"outcome-{number}"
+    if path.exists():
+        outcome: Outcome = pickle.loads(path.read_bytes())
+        return path.stat().st_mtime, outcome
+    code = process.returncode
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    # Before those that it left alone.
+    return 0.0, Outcome(crash=f"process {number} of the run was ended {how}")
+
+
+def _value(outcomes: Sequence[tuple[float, Outcome]]) -> Any:
+    for _, outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    for _, outcome in outcomes:
+        if outcome.stopped_by is not None:
+            raise KeyboardInterrupt if outcome.stopped_by == signal.SIGINT else Terminated
+    crashes = sorted((when, outcome.crash) for when, outcome in outcomes if outcome.crash is not None)
+    if crashes:  # the first one; to the others its connection broke
+        raise RankError(crashes[0][1])
+    return outcomes[0][1].value
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

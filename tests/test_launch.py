@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import rank_work
+
+from mu import launch, ranks
+from mu.errors import MuError, Terminated
+from mu.launch import on_ranks
+from mu.ranks import RankError, started_rank, started_world_size
+
+
+def test_two_processes_exchange_what_they_have_and_share_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch, "_cores", lambda: 3)
+    found = on_ranks(rank_work.exchanges, None, "cpu,cpu")
+    assert found["sums"] == [[[3.0, 3.0]] * 3, [0.0, 6.0], [3, 3]]
+    assert found["gathered"] == [(0, 0, 2), (1, 1, 2)]
+    assert found["largest"] == 2
+    assert found["from_main"] == 1
+    assert found["on_main"] == found["pids"][0] != found["pids"][1]
+    assert os.getpid() not in found["pids"]
+    assert found["shares"] == [[0, 2, 4], [1, 3]]
+    assert found["devices"] == ["cpu", "cpu"]
+    assert found["threads"] == [1, 1]
+
+
+def test_one_device_is_this_process_alone():
+    found = on_ranks(rank_work.exchanges, None, "cpu")
+    assert found["sums"] == [[[1.0, 1.0]] * 3, [0.0, 2.0], [1, 1]]
+    assert found["pids"] == [os.getpid()]
+    assert found["shares"] == [[0, 1, 2, 3, 4]]
+
+
+def test_an_error_of_the_main_process_is_raised_in_all():
+    with pytest.raises(MuError) as caught:
+        on_ranks(rank_work.main_fails, None, "cpu,cpu")
+    assert str(caught.value).count("lr: too large") == 2
+
+
+def test_an_error_of_another_process_comes_back_as_it_was(tmp_path):
+    with pytest.raises(MuError, match="rank 1 cannot read its image"):
+        on_ranks(rank_work.one_fails, str(tmp_path / "other"), "cpu,cpu")
+    assert (tmp_path / "other").read_text() == "done"
+    with pytest.raises(MuError, match="only rank 1 knows"):
+        on_ranks(rank_work.one_fails_alone, None, "cpu,cpu")
+
+
+def test_a_crash_comes_back_with_its_traceback():
+    with pytest.raises(RankError, match="KeyError: 'surprise'"):
+        on_ranks(rank_work.one_crashes, None, "cpu,cpu")
+
+
+def test_a_killed_process_is_named_and_the_other_does_not_stay():
+    with pytest.raises(RankError, match="process 1 of the run was ended by SIGKILL"):
+        on_ranks(rank_work.one_is_killed, None, "cpu,cpu")
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_is_handed_on_and_raised_when_all_have_ended(tmp_path, number, raised):
+    path = tmp_path / "ready"
+    pids = []
+
+    def send():
+        pids.extend(_ready(path))
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(raised):
+        on_ranks(rank_work.wait_for_signal, str(path), "cpu,cpu")
+    thread.join()
+    assert len(pids) == 2
+    assert not any(_alive(pid) for pid in pids)
+
+
+def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path):
+    path = tmp_path / "ready"
+    code = (
+        "import rank_work; from mu.launch import on_ranks; "
+        f"on_ranks(rank_work.wait_for_signal, {str(path)!r}, 'cpu,cpu')"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environ)
+    pids = _ready(path)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a process outlived the one that started it"
+        time.sleep(0.1)
+
+
+def test_a_rank_is_read_from_the_environment_of_torchrun_and_slurm():
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4"}
+    assert (started_rank(torchrun), started_world_size(torchrun)) == (3, 4)
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}
+    assert (started_rank(slurm), started_world_size(slurm)) == (5, 8)
+    batch_script = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "unlearn"}
+    assert (started_rank(batch_script), started_world_size(batch_script)) == (0, 1)
+    prompt = {**slurm, "SLURM_JOB_NAME": "interactive"}
+    assert (started_rank(prompt), started_world_size(prompt)) == (0, 1)
+    assert (started_rank({}), started_world_size({})) == (0, 1)
+
+
+def test_alone_every_exchange_gives_back_what_went_in():
+    assert ranks.gathered("a") == ["a"]
+    assert ranks.from_main("a") == ranks.on_main(lambda: "a") == "a"
+    with pytest.raises(MuError, match="mine"), ranks.in_step():
+        raise MuError("mine")
+
+
+def _ready(path: Path) -> list[int]:
+    """The numbers of both processes, when they have come to where they wait."""
+    files = [Path(f"{path}-{rank}") for rank in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return [int(file.read_text()) for file in files]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/status").read_text().split("State:")[1][:4]
