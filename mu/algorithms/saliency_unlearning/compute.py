@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,10 +77,12 @@ def choose(
         latent_shape: (C, h, w) of one of them.
         reserved: bytes that gradients and the optimizer's state are going to take.
     """
+    moving = {name for name, parameter in ldm.unet.named_parameters() if parameter.requires_grad}
     compute = choose_for(
         keys,
         ldm.params.unet,
         ldm.device,
+        moving=moving,
         images=-(-images // ranks.world_size()),
         latent_shape=latent_shape,
         left=free_bytes(ldm.device) - reserved,
@@ -98,6 +100,7 @@ def choose_for(
     params: UNetParams,
     device: torch.device,
     *,
+    moving: Collection[str],
     images: int,
     latent_shape: tuple[int, ...],
     left: int,
@@ -105,6 +108,7 @@ def choose_for(
     """As `choose`, of a UNet that need not be there yet.
 
     Args:
+        moving: names of the parameters that get a gradient.
         left: bytes of the device's memory that activations may share.
     """
     cuda = device.type == "cuda"
@@ -115,7 +119,14 @@ def choose_for(
         )
     recompute = keys.gradient_checkpointing
     if recompute is None:
-        needed = activation_bytes(params, images, latent_shape, precision=precision, device=device)
+        needed = gradient_pass(
+            params,
+            images,
+            tuple(latent_shape),
+            moving=frozenset(moving),
+            precision=precision,
+            device=str(device),
+        ).kept
         recompute = needed > _SHARE * left
         _log.debug(
             "activations of %d images: about %.1f GB, of %.1f GB left", images, needed / 1e9, left / 1e9
@@ -126,28 +137,6 @@ def choose_for(
         gradient_checkpointing=recompute,
         compile=keys.compile,
     )
-
-
-def activation_bytes(
-    params: UNetParams,
-    images: int,
-    latent_shape: tuple[int, ...],
-    *,
-    precision: str = "fp32",
-    gradient_checkpointing: bool = False,
-    device: torch.device | str = "cpu",
-) -> int:
-    """What a UNet keeps of so many images for the backward pass, all of its weights moving."""
-    counted = gradient_pass(
-        params,
-        images,
-        tuple(latent_shape),
-        precision=precision,
-        gradient_checkpointing=gradient_checkpointing,
-        accumulating=True,
-        device=str(device),
-    )
-    return counted.kept
 
 
 def free_bytes(device: torch.device) -> int:

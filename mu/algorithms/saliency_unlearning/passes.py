@@ -36,7 +36,7 @@ class Pass:
     kept: int
     """Bytes that are left after the forward pass: the output, and what the backward pass needs."""
     peak: int
-    """Most bytes at a time; of a pass with gradient, with the gradients of the weights."""
+    """Most bytes at a time."""
     flops: int
     """Of matrix products, convolutions and attention."""
 
@@ -47,19 +47,17 @@ def gradient_pass(
     images: int,
     latent_shape: tuple[int, ...],
     *,
-    moving: frozenset[str] | None = None,
+    moving: frozenset[str],
     precision: str = "fp32",
     gradient_checkpointing: bool = False,
-    accumulating: bool = False,
     device: str = "cpu",
 ) -> Pass:
-    """Forward and backward through the UNet.
+    """Forward and backward through the UNet, where the gradients of an earlier pass are there, and are added to.
 
     Args:
         latent_shape: (C, h, w).
-        moving: names of the parameters that get a gradient; None: all.
+        moving: names of the parameters that get a gradient.
         precision: see `compute.Compute`.
-        accumulating: the gradients of an earlier pass are there, and are added to.
     """
     with FakeTensorMode():
         unet = _on(device, lambda: UNet(params))
@@ -67,8 +65,8 @@ def gradient_pass(
             unet.to(torch.bfloat16)
         unet.gradient_checkpointing = gradient_checkpointing
         for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(moving is None or name in moving)
-            if accumulating and parameter.requires_grad:
+            parameter.requires_grad_(name in moving)
+            if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         inputs = _inputs(unet, images, latent_shape, device)
         with _Operations() as seen:

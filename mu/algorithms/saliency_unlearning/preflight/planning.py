@@ -92,6 +92,7 @@ def plan_mask(config: MaskConfig) -> Plan:
         config,
         subject.params.unet,
         subject.device,
+        moving=subject.numel,
         images=at_once * (2 if config.c_guidance else 1),
         latent_shape=subject.latent_shape,
         left=free_bytes(subject.device) - subject.model.whole - subject.model.unet,
@@ -100,16 +101,15 @@ def plan_mask(config: MaskConfig) -> Plan:
         subject.params.unet,
         at_once * (2 if config.c_guidance else 1),
         subject.latent_shape,
+        moving=frozenset(subject.numel),
         precision=compute.precision,
         gradient_checkpointing=compute.gradient_checkpointing,
-        accumulating=batches > 1 or compute.precision == "bf16",
         device=str(subject.device),
     )
-    summed = 0 if batches > 1 or compute.precision == "bf16" else subject.model.unet
     memory, device_memory = mask_memory(
         subject.model,
         passes=_passes(config, subject, pictures=False),
-        activations=max(0, gradients.peak - summed),
+        activations=gradients.peak,
         precision=compute.precision,
         thresholds=len(config.thresholds),
         cuda=subject.cuda,
@@ -150,10 +150,12 @@ def plan_training(config: TrainConfig) -> Plan:
     parts = [min(subject.share(images), most) for images in (batch, retain)]
     at_once = {"salun": sum(parts), "ascent": parts[0], "retain": parts[1]}[config.objective]
     in_method = sum(subject.numel[name] for name in methods)
+    moving_names = frozenset(selected or subject.numel)
     compute = choose_for(
         config,
         subject.params.unet,
         subject.device,
+        moving=moving_names,
         images=at_once,
         latent_shape=subject.latent_shape,
         left=free_bytes(subject.device) - subject.model.whole - 4 * in_method - 12 * moving.entries,
@@ -162,10 +164,9 @@ def plan_training(config: TrainConfig) -> Plan:
         subject.params.unet,
         at_once,
         subject.latent_shape,
-        moving=frozenset(selected) if 0 < len(selected) < len(subject.numel) else None,
+        moving=moving_names,
         precision=compute.precision,
         gradient_checkpointing=compute.gradient_checkpointing,
-        accumulating=True,
         device=str(subject.device),
     )
     memory, device_memory = training_memory(
@@ -268,14 +269,20 @@ def _flops_before(config: MaskConfig | TrainConfig, subject: Subject) -> dict[st
 
 def _sampling(config: MaskConfig | TrainConfig, subject: Subject) -> float:
     """FLOPs of an image that is sampled."""
-    decoded = decoding_pass(subject.params.first_stage, 1, subject.latent_shape, device=str(subject.device))
+    decoded = decoding_pass(
+        subject.params.first_stage, _PICTURE_BATCH, subject.latent_shape, device=str(subject.device)
+    )
     branches = 1 if config.guidance_scale == 1 else 2
-    return branches * config.sample_steps * _prediction(subject) + decoded.flops
+    return branches * config.sample_steps * _prediction(subject) + decoded.flops / _PICTURE_BATCH
 
 
 def _prediction(subject: Subject) -> float:
     """FLOPs of one image that goes through the UNet."""
-    return forward_pass(subject.params.unet, 1, subject.latent_shape, device=str(subject.device)).flops
+    count = 2 * _PICTURE_BATCH  # as in the estimate of memory, so that it is counted once
+    return (
+        forward_pass(subject.params.unet, count, subject.latent_shape, device=str(subject.device)).flops
+        / count
+    )
 
 
 def _of_this_checkpoint(config: TrainConfig, subject: Subject) -> None:
