@@ -21,7 +21,6 @@ from mu.algorithms.saliency_unlearning.compute import (
     is_out_of_memory,
 )
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
-from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
 from mu.ldm import LatentDiffusion

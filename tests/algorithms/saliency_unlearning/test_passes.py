@@ -37,9 +37,7 @@ def really_kept(model: LatentDiffusion, images: int) -> int:
         prediction = model.unet(*inputs)
     inputs_too = weights | {tensor.untyped_storage().data_ptr() for tensor in inputs}
     assert prediction.requires_grad
-    return sum(
-        tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in inputs_too
-    )
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in inputs_too)
 
 
 @pytest.mark.parametrize("images", [1, 3])

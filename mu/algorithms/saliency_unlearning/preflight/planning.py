@@ -395,7 +395,11 @@ def _marks(config: TrainConfig, subject: Subject) -> dict[str, int]:
         pool: set[str] | dict[str, int] = subject.numel
         if config.mask_pool == "train_method":
             pool = set(names_of(subject.unet, config.train_method))
-        return {n: int(config.threshold * count) if n in pool else 0 for n, count in subject.numel.items()}
+        # The draw is over all of them together: this is what a tensor has on average.
+        return {
+            name: math.ceil(config.threshold * count) if name in pool else 0
+            for name, count in subject.numel.items()
+        }
     path: Path = find_mask(config)
     shapes, marks = marks_of(path)
     check_shapes(shapes, subject.unet)

@@ -22,8 +22,7 @@ from mu.algorithms.saliency_unlearning.data_handler import (
 from mu.algorithms.saliency_unlearning.preflight.memory import ModelBytes
 from mu.config import resolve_path
 from mu.datasets.generated import folders_like
-from mu.datasets.image_files import image_problems
-from mu.datasets.index import ForgetRetain, Row, raise_problems
+from mu.datasets.index import ForgetRetain, Row
 from mu.devices import device_names, resolve_devices
 from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model
 from mu.ldm.checkpoint import check_layout
@@ -32,7 +31,6 @@ from mu.ldm.tensor_file import read_layout
 from mu.ldm.unet import UNet
 
 T = TypeVar("T")
-_ADVICE = "Replace them, or delete them together with their rows."
 _NOT_SAMPLED_YET = "<model>"
 
 
@@ -160,10 +158,10 @@ def _device(devices: str, noting: Callable[[Callable[[], Any]], Any]) -> torch.d
 
 
 def _rows(config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image_size: int) -> ForgetRetain:
-    """The rows that a run reads, of which images that are not sampled must be there and be images.
+    """The rows that a run reads; the indexes of data sets have looked at the heads of their images.
 
     Raises:
-        DataError: one is not, or the data set cannot serve this config.
+        DataError: an image is missing or none, or the data set cannot serve this config.
     """
     folder = None
     if (sampled := sampled_images(config, image_size)) is not None:
@@ -177,12 +175,4 @@ def _rows(config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image
     retained: tuple[Row, ...] = ()
     if isinstance(config, TrainConfig):
         retained = tuple(rows.retain[place] for place in retained_places(config, rows))
-    read = ForgetRetain(rows.forget, retained)
-    if config.dataset_type == "unlearncanvas":  # the indexes of the others look at their images
-        found = [row.image for row in (*read.forget, *read.retain) if not _is_below(row.image, folder)]
-        raise_problems(image_problems(found), what="images cannot be used", advice=_ADVICE)
-    return read
-
-
-def _is_below(path: Path, folder: Path | None) -> bool:
-    return folder is not None and path.is_relative_to(folder)
+    return ForgetRetain(rows.forget, retained)
