@@ -90,11 +90,13 @@ def training_files(
         copies = {ema_name(key): value for key, value in tensors.items() if key.startswith(UNET_PREFIX)}
         tensors |= copies
     spec = model_spec(subject.params, title=f"{concept_label(config.concepts)} unlearned")
-    sizes = [(name, checkpoint_bytes(tensors, suffix, subject.params, spec))]
+    sizes = [(name, checkpoint_bytes(tensors, suffix, subject.params, spec), "exactly")]
     if config.patch:
-        sizes.append((PATCH_NAME, _patch_bytes(config, subject, selected)))
+        how = "about" if config.masking == "random" else "exactly"
+        sizes.append((PATCH_NAME, _patch_bytes(config, subject, selected), how))
     files = [
-        PlannedFiles(what=what, folder=output, key="output_dir", count=1, bytes=size) for what, size in sizes
+        PlannedFiles(what=what, folder=output, key="output_dir", count=1, bytes=size, how=how)
+        for what, size, how in sizes
     ]
     state = run_state_bytes(selected, precision=precision, optimizer=config.optimizer)
     every = config.checkpoint_every_steps

@@ -57,16 +57,23 @@ def test_the_plan_of_a_mask_is_what_the_run_does(made: dict[str, Any]) -> None:
     assert plan.weights["selected"] == result["kept"][0.5]
     written = sum(path.stat().st_size for path in result["masks"].values())
     assert bytes_of(plan, "mask_*.safetensors") == pytest.approx(written, rel=0.01)
-    assert set(plan.seconds) >= {"gradients", "files"} and sum(plan.seconds.values()) > 0
+    assert set(plan.seconds) >= {"gradients", "files"}
+    assert sum(plan.seconds.values()) > 0
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"masking": "saliency"},
-        {"masking": "random", "train_method": "xattn", "output_format": "ckpt"},
-        {"masking": "none", "output_format": "diffusers", "patch": False},
-        {"masking": "random", "threshold": 0.01, "output_format": "pth"},
+        pytest.param(
+            {"masking": "random", "train_method": "xattn", "output_format": "ckpt"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"masking": "none", "output_format": "diffusers", "patch": False}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"masking": "random", "threshold": 0.01, "output_format": "pth"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_plan_of_training_is_what_the_run_does(
@@ -77,7 +84,8 @@ def test_the_plan_of_training_is_what_the_run_does(
     plan = SaliencyUnlearningAlgorithm(config).plan()
     assert not list(tmp_path.iterdir())
     result = SaliencyUnlearningAlgorithm(config).run()
-    assert plan.can_run and plan.steps == result["steps"]
+    assert plan.can_run
+    assert plan.steps == result["steps"]
     assert plan.weights["total"] == result["weights_total"]
     # Of a random mask only the whole is known, not how many of a tensor it marks.
     assert plan.weights["selected"] == pytest.approx(result["weights_selected"], rel=0.02)
@@ -90,7 +98,9 @@ def test_the_plan_of_training_is_what_the_run_does(
     if checkpoint.suffix == ".safetensors":
         assert bytes_of(plan, checkpoint.name) == written
     if result["patch"] is not None:
-        assert bytes_of(plan, result["patch"].name) == pytest.approx(result["patch"].stat().st_size, rel=0.03)
+        near = 0.01 if config.masking == "saliency" else 0.05
+        written = result["patch"].stat().st_size
+        assert bytes_of(plan, result["patch"].name) == pytest.approx(written, rel=near)
     else:
         assert all("patch" not in planned.what for planned in plan.files)
 
@@ -162,7 +172,8 @@ def test_promise_17_too_little_disk_stops_a_run_before_the_model_loads(
     # Of checkpoints that may never be written, it is said.
     Usage.free = 2 * sum(planned.bytes for planned in planning.plan_training(config).files if planned.certain)
     plan = planning.plan_training(config)
-    assert plan.can_run and "checkpoints/step-*.safetensors" in plan.warnings[0]
+    assert plan.can_run
+    assert "checkpoints/step-*.safetensors" in plan.warnings[0]
     every = tiny_runs.train_config(output_dir=str(tmp_path), masking="none", checkpoint_every_steps=1)
     assert not planning.plan_training(every).can_run
 
@@ -220,7 +231,8 @@ def test_all_that_is_wrong_is_in_one_message(tiny_runs: Any, tmp_path: Path) -> 
     with pytest.raises(ConfigError) as raised:
         SaliencyUnlearningAlgorithm(config).run_here()
     told = "\n".join(raised.value.mistakes)
-    assert "is not a checkpoint of this model" in told and "xlayer" in told
+    assert "is not a checkpoint of this model" in told
+    assert "xlayer" in told
     assert not (tmp_path / "runs").exists()
 
 
@@ -240,7 +252,7 @@ def test_images_are_looked_at_before_the_model_loads(tiny_runs: Any, tmp_path: P
         raw_dataset_dir=str(tmp_path / "raw"),
         output_dir=str(tmp_path / "m"),
     )
-    with pytest.raises(DataError, match=r"1 images cannot be used:\n.*1.jpg: unreadable"):
+    with pytest.raises(DataError, match=r"1 files of .* cannot be used:\n.*1.jpg: unreadable"):
         MaskingAlgorithm(config).run_here()
 
 
@@ -250,7 +262,8 @@ def test_too_little_memory_is_a_warning(
     monkeypatch.setattr(planning, "free_bytes", lambda _: 1_000_000)
     plan = planning.plan_training(tiny_runs.train_config(output_dir=str(tmp_path), masking="none"))
     assert plan.can_run
-    assert plan.warnings[0].startswith("memory: about ") and "micro_batch_size" in plan.warnings[0]
+    assert plan.warnings[0].startswith("memory: about ")
+    assert "micro_batch_size" in plan.warnings[0]
 
 
 # ---- the flag
