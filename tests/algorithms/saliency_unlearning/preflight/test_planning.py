@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +104,7 @@ def test_the_plan_of_training_is_what_the_run_does(
         assert all("patch" not in planned.what for planned in plan.files)
 
 
-def test_latents_and_embeddings_have_the_planned_sizes(
-    made: dict[str, Any], tiny_runs: Any, tmp_path: Path
-) -> None:
+def test_latents_and_embeddings_have_the_planned_sizes(tiny_runs: Any, tmp_path: Path) -> None:
     config = tiny_runs.mask_config(processed_dataset_dir=str(tmp_path / "p"), output_dir=str(tmp_path / "m"))
     plan = MaskingAlgorithm(config).plan()
     assert plan.images["to_sample"] == 4
@@ -147,14 +144,13 @@ def test_a_checkpoint_of_the_run_has_the_planned_size(
 
 
 @pytest.fixture
-def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     from mu.algorithms.saliency_unlearning import algorithm
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(algorithm, "model_of", fail)
-    yield
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
@@ -185,7 +181,7 @@ def test_a_checkpoint_of_another_structure_stops_a_run_before_it_is_loaded(
     state = torch.zeros(3)
     torch.save({"state_dict": {"model.diffusion_model.out.0.weight": state}}, tmp_path / "x.ckpt")
     config = tiny_runs.mask_config(ckpt_path=str(tmp_path / "x.ckpt"), output_dir=str(tmp_path / "m"))
-    with pytest.raises(CheckpointError, match="is not a checkpoint of this model: .* missing"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint of this model: .* missing"):
         MaskingAlgorithm(config).run_here()
     assert not (tmp_path / "m").exists()
 
