@@ -60,9 +60,7 @@ def gradient_pass(
         precision: see `compute.Compute`.
     """
     with FakeTensorMode():
-        unet = _on(device, lambda: UNet(params))
-        if precision == "bf16":
-            unet.to(torch.bfloat16)
+        unet = _on(device, lambda: UNet(params), torch.bfloat16 if precision == "bf16" else torch.float32)
         unet.gradient_checkpointing = gradient_checkpointing
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(name in moving)
@@ -127,9 +125,14 @@ def _without_gradient(run: Callable[[], object], precision: str, device: str) ->
     return Pass(kept=kept, peak=seen.peak, flops=seen.flops)
 
 
-def _on(device: str, build: Callable[[], nn.Module]) -> Any:
-    with torch.device(device):
-        return build().eval()
+def _on(device: str, build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # fake weights cannot be cast afterwards
+    try:
+        with torch.device(device):
+            return build().eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _inputs(
