@@ -164,7 +164,7 @@ def test_activations_that_do_not_fit_are_computed_again(
         assert chosen(tiny_model).gradient_checkpointing is expected
         assert chosen(tiny_model, gradient_checkpointing=False).gradient_checkpointing is False
     monkeypatch.setattr(compute_module, "free_bytes", lambda _: int(1.3 * needed))
-    reserving = choose(AUTO, tiny_model, images=4, latent_shape=LATENT, reserved=needed)  # type: ignore[arg-type]
+    reserving = choose(AUTO, tiny_model, images=4, latent_shape=LATENT, reserved=needed)
     assert reserving.gradient_checkpointing
 
 

@@ -24,7 +24,6 @@ from mu.algorithms.saliency_unlearning.mask_file import (
 )
 from mu.algorithms.saliency_unlearning.model import names_of
 from mu.algorithms.saliency_unlearning.passes import (
-    Pass,
     decoding_pass,
     encoding_pass,
     forward_pass,
@@ -38,6 +37,13 @@ from mu.algorithms.saliency_unlearning.preflight.memory import (
 from mu.algorithms.saliency_unlearning.preflight.plan import Plan, PlannedFiles, disk_problems, size
 from mu.algorithms.saliency_unlearning.preflight.seconds import Work
 from mu.algorithms.saliency_unlearning.preflight.subject import Subject, resident_bytes
+from mu.algorithms.saliency_unlearning.preflight.work import (
+    PICTURE_BATCH,
+    mask_work,
+    predicted,
+    training_work,
+    with_gradient,
+)
 from mu.algorithms.saliency_unlearning.preflight.written import mask_files, training_files
 from mu.algorithms.saliency_unlearning.utils import find_mask
 from mu.config import ConfigError
@@ -47,10 +53,6 @@ from mu.ldm.patch import base_fingerprint
 from mu.ldm.tensor_file import open_state_dict
 
 T = TypeVar("T")
-_PICTURE_BATCH = 8
-_PROMPTS = 8
-_MASK_TIMES, _TRAINING_TIMES = 4, 11
-"""How often a run reads, hashes or writes the whole model, about."""
 _FLAGS = (
     "micro_batch_size, gradient_checkpointing, precision, optimizer, train_method, image_size or batch_size"
 )
@@ -128,7 +130,7 @@ def plan_mask(config: MaskConfig) -> Plan:
         files=mask_files(config, subject),
         memory=memory,
         device_memory=device_memory,
-        work=lambda: _mask_work(config, subject, compute, gradients, images / at_once / subject.processes),
+        work=lambda: mask_work(config, subject, compute, gradients, images / at_once / subject.processes),
     )
 
 
@@ -193,95 +195,15 @@ def plan_training(config: TrainConfig) -> Plan:
         files=training_files(config, subject, selected, steps=steps, precision=compute.precision),
         memory=memory,
         device_memory=device_memory,
-        work=lambda: _training_work(
+        work=lambda: training_work(
             config,
             subject,
             compute,
             gradients,
-            pieces=_pieces(config, steps, forget, retain) / at_once / subject.processes,
-            predicted=_predicted(config, steps, forget, retain) / subject.processes,
+            pieces=with_gradient(config, steps, forget, retain) / at_once / subject.processes,
+            predicted=predicted(config, steps, forget, retain) / subject.processes,
         ),
         check=lambda: _of_this_checkpoint(config, subject),
-    )
-
-
-def _mask_work(
-    config: MaskConfig, subject: Subject, compute: Compute, gradients: Pass, pieces: float
-) -> Work:
-    flops = _flops_before(config, subject)
-    flops["gradients"] = gradients.flops * pieces
-    return _work(subject, compute, flops, images=config.batch_size, times=_MASK_TIMES)
-
-
-def _training_work(
-    config: TrainConfig,
-    subject: Subject,
-    compute: Compute,
-    gradients: Pass,
-    *,
-    pieces: float,
-    predicted: float,
-) -> Work:
-    """Args: pieces, passes with gradient of the whole run; predicted, images whose targets are predicted."""
-    flops = _flops_before(config, subject)
-    one = _prediction(subject)
-    flops["train"] = gradients.flops * pieces + one * predicted
-    if config.sample_prompts != ():
-        prompts = _PROMPTS if config.sample_prompts is None else len(config.sample_prompts)
-        flops["pictures"] = 2 * prompts * len(config.sample_seeds) * _sampling(config, subject)
-    return _work(subject, compute, flops, images=config.batch_size, times=_TRAINING_TIMES)
-
-
-def _pieces(config: TrainConfig, steps: int, forget: int, retain: int) -> int:
-    """Images that go through the UNet with gradient in all steps."""
-    parts = {"salun": (1, 1), "ascent": (1, 0), "retain": (0, 1)}[config.objective]
-    return parts[0] * config.epochs * forget + parts[1] * steps * retain
-
-
-def _predicted(config: TrainConfig, steps: int, forget: int, retain: int) -> int:
-    """Images of which a target is predicted, without gradient."""
-    if config.objective != "salun":
-        return 0
-    return config.epochs * forget + (steps * retain if config.retain_target == "frozen" else 0)
-
-
-def _work(subject: Subject, compute: Compute, flops: dict[str, float], *, images: int, times: int) -> Work:
-    return Work(
-        unet=subject.params.unet,
-        images=images,
-        latent_shape=subject.latent_shape,
-        precision=compute.precision,
-        device=str(subject.device),
-        flops=flops,
-        file_bytes=times * subject.model.whole,
-    )
-
-
-def _flops_before(config: MaskConfig | TrainConfig, subject: Subject) -> dict[str, float]:
-    """Phase -> FLOPs of sampling and encoding what is not there yet. Latents are taken not to be."""
-    device = str(subject.device)
-    encoded = encoding_pass(subject.params.first_stage, subject.image_size, device=device).flops
-    return {
-        "sample": subject.images["to_sample"] * _sampling(config, subject),
-        "encode": encoded * (len(subject.rows.forget) + len(subject.rows.retain)),
-    }
-
-
-def _sampling(config: MaskConfig | TrainConfig, subject: Subject) -> float:
-    """FLOPs of an image that is sampled."""
-    decoded = decoding_pass(
-        subject.params.first_stage, _PICTURE_BATCH, subject.latent_shape, device=str(subject.device)
-    )
-    branches = 1 if config.guidance_scale == 1 else 2
-    return branches * config.sample_steps * _prediction(subject) + decoded.flops / _PICTURE_BATCH
-
-
-def _prediction(subject: Subject) -> float:
-    """FLOPs of one image that goes through the UNet."""
-    count = 2 * _PICTURE_BATCH  # as in the estimate of memory, so that it is counted once
-    return (
-        forward_pass(subject.params.unet, count, subject.latent_shape, device=str(subject.device)).flops
-        / count
     )
 
 
@@ -362,7 +284,7 @@ def _passes(config: MaskConfig | TrainConfig, subject: Subject, *, pictures: boo
     half = "bf16-mixed" if config.sample_precision == "bf16" else "fp32"
     wanted = {
         "sample": (min(SAMPLE_BATCH, subject.images["to_sample"]), half),
-        "pictures": (_PICTURE_BATCH if pictures else 0, "fp32"),
+        "pictures": (PICTURE_BATCH if pictures else 0, "fp32"),
     }
     found = {"encode": encoding_pass(networks.first_stage, subject.image_size, device=device).peak}
     for name, (count, precision) in wanted.items():

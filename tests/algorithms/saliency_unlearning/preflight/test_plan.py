@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mu.algorithms.saliency_unlearning.preflight import plan as plan_module
 from mu.algorithms.saliency_unlearning.preflight.plan import (
     Plan,
     PlannedFiles,
@@ -89,7 +89,7 @@ def test_what_is_examined_later_is_added() -> None:
 
 
 def test_folders_on_one_disk_share_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     one, other = planned(tmp_path / "a", 60), planned(tmp_path / "b" / "c", 60, key="processed_dataset_dir")
     assert disk_problems([one]) == ([], [])
     problems, _ = disk_problems([one, other])

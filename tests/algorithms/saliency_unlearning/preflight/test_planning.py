@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import MaskError, load_mask, save_mask
-from mu.algorithms.saliency_unlearning.preflight import plan as plan_module
 from mu.algorithms.saliency_unlearning.preflight import planning
 from mu.algorithms.saliency_unlearning.preflight.plan import Plan
 from mu.algorithms.saliency_unlearning.scripts import generate_mask, train
@@ -160,7 +160,7 @@ def test_promise_17_too_little_disk_stops_a_run_before_the_model_loads(
     class Usage:
         free = 1_000_000
 
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     config = tiny_runs.train_config(output_dir=str(tmp_path), masking="none")
     with pytest.raises(ConfigError, match=r"output_dir.*: this run writes .* MB; 1.0 MB are free there"):
         SaliencyUnlearningAlgorithm(config).run_here()
