@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mu.errors import MuError
+
+_TOGETHER = ".together"
 
 
 class WriteError(MuError):
@@ -63,6 +65,47 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
     with written_beside(path, len(content)) as temporary, open(temporary, "wb") as file:
         file.write(content)
     return path
+
+
+def write_together(folder: str | Path, contents: Mapping[str, bytes]) -> None:
+    """Write files below `folder`, of which `finish_writes` leaves all or none, whenever the process is killed.
+
+    A file that is there already stays: another process may have made it, and gone on with it.
+
+    Args:
+        contents: path relative to `folder` -> content.
+
+    Raises:
+        WriteError: see `written_beside`; none of the files is written.
+    """
+    staged = Path(folder) / f".{secrets.token_hex(6)}.tmp"
+    ready = staged.with_suffix(_TOGETHER)
+    try:
+        for name, content in contents.items():
+            write_atomically(staged / name, content)
+        os.rename(staged, ready)
+    finally:
+        if staged.exists():
+            shutil.rmtree(staged)
+    _put_in_place(ready)
+
+
+def finish_writes(folder: str | Path) -> None:
+    """Put in place what a `write_together` into `folder` had written when its process was killed."""
+    for ready in Path(folder).glob(f".*{_TOGETHER}"):
+        _put_in_place(ready)
+
+
+def _put_in_place(ready: Path) -> None:
+    """Another process may be doing the same, and be faster."""
+    for inside, _, names in os.walk(ready):
+        target = ready.parent / Path(inside).relative_to(ready)
+        target.mkdir(exist_ok=True)
+        for name in names:
+            with suppress(FileNotFoundError):
+                if not (target / name).exists():
+                    os.replace(Path(inside, name), target / name)
+    shutil.rmtree(ready, ignore_errors=True)
 
 
 def _set_mode(temporary: Path, target: Path) -> None:

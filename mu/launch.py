@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from mu.config import Config
 from mu.devices import device_names
 from mu.errors import MuError, Terminated
-from mu.ranks import RankError, joined, started_world_size, world_size
+from mu.ranks import RankError, is_grouped, joined
 from mu.verbosity import console_level, is_quiet
 
 C = TypeVar("C", bound=Config)
@@ -70,15 +70,19 @@ def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after all processes have ended.
     """
     names = device_names(devices)
-    if world_size() > 1 or len(names) == 1 or started_world_size() > 1:
+    if len(names) == 1 or is_grouped():
         with joined(names):
             return run(config)
     task = Task(run, config, names, console_level(), is_quiet())
     with tempfile.TemporaryDirectory(prefix="unlearn_diff-") as folder:
         write_pickle(Path(folder) / "task", task)
-        with _started(folder, len(names), cpu=names[0] == "cpu") as processes:
-            _wait(processes)
-        outcomes = [_outcome(Path(folder), process, number) for number, process in enumerate(processes)]
+        with _started(folder, len(names)) as processes:
+            stuck = _wait(processes)
+        outcomes = [
+            _outcome(Path(folder), process, number)
+            for number, process in enumerate(processes)
+            if process not in stuck
+        ]
     return _value(outcomes)
 
 
@@ -90,7 +94,7 @@ def write_pickle(path: Path, value: object) -> None:
 
 
 @contextmanager
-def _started(folder: str, count: int, *, cpu: bool) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _started(folder: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The processes; they get the signals that come while the block lasts, and none outlives it."""
     environ = {
         **os.environ,
@@ -101,8 +105,6 @@ def _started(folder: str, count: int, *, cpu: bool) -> Iterator[list[subprocess.
         "LOCAL_WORLD_SIZE": str(count),
         "TORCHELASTIC_RUN_ID": secrets.token_hex(8),
     }
-    if cpu:  # else each takes all cores, and they are in each other's way
-        environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     processes: list[subprocess.Popen[bytes]] = []
     with _handing_on(processes):
         try:
@@ -140,15 +142,16 @@ def _handing_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended. When one has failed, the others are given time, and then ended."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
+    """Until all have ended. When one has failed, the others are given time; returned are those that wait even then."""
     failed_at: float | None = None
-    while any(process.poll() is None for process in processes):
+    while running := [process for process in processes if process.poll() is None]:
         if failed_at is None and any(process.returncode for process in processes):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
-            return
+            return running
         time.sleep(0.05)
+    return []
 
 
 def _outcome(folder: Path, process: subprocess.Popen[bytes], number: int) -> tuple[float, Outcome]:
@@ -181,7 +184,3 @@ def _free_port() -> int:
         taken.bind(("127.0.0.1", 0))
         port: int = taken.getsockname()[1]
         return port
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

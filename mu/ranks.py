@@ -8,9 +8,10 @@ in the same order: what one alone may meet, an error too, is told to the others 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,6 +42,8 @@ class _Place:
 
 
 _ALONE = _Place(0, 1, 0, 1)
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Environment variables of torchrun, in the order of `_Place`."""
 _place = _ALONE
 
 
@@ -189,7 +192,10 @@ def started_rank(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def started_world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """How many processes torchrun, SLURM or `mu.launch` started together with this one, itself included."""
+    """How many processes torchrun, SLURM or `mu.launch` started together with this one, itself included.
+
+    Reads the environment alone.
+    """
     if "TORCHELASTIC_RUN_ID" in environ:
         return int(environ["WORLD_SIZE"])
     return _slurm_tasks(environ)
@@ -208,7 +214,7 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
 def joined(devices: Sequence[str]) -> Iterator[None]:
     """Be one of the processes that were started together, until the block ends. One that stands alone stays so.
 
-    Within another `joined`, and in a process whose caller has set up torch.distributed, the group is the one there is.
+    Within another `joined` the group is the one there is; so it is where the caller has set up torch.distributed.
 
     Args:
         devices: of the processes of one machine, in their order; or a single one that each of them finds for itself.
@@ -217,35 +223,61 @@ def joined(devices: Sequence[str]) -> Iterator[None]:
         RankError: there are not as many devices as processes on this machine, or two processes share a GPU.
     """
     global _place
-    if started_world_size() == 1 or _place is not _ALONE:
+    theirs = _callers_group()
+    if _place is not _ALONE or (theirs is None and started_world_size() == 1):
         yield
         return
     import torch.distributed as dist
 
-    theirs = dist.is_initialized()
-    _place = _start_group(devices, init=not theirs)
+    place = theirs or (_place_in_torchrun() if "TORCHELASTIC_RUN_ID" in os.environ else _place_in_slurm())
+    _start_group(place, devices, init=theirs is None)
+    _place = place
     try:
         yield
     finally:
         _place = _ALONE
-        if not theirs:
+        if theirs is None:
             dist.destroy_process_group()
 
 
-def _start_group(devices: Sequence[str], *, init: bool) -> _Place:
+def is_grouped() -> bool:
+    """Whether this process is one of several that run together, in `joined` or before it."""
+    return _place is not _ALONE or started_world_size() > 1 or _callers_group() is not None
+
+
+def _callers_group() -> _Place | None:
+    """The group that the caller has set up, if there is one of several processes."""
+    if "torch.distributed" not in sys.modules:
+        return None
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    return _Place(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def _start_group(place: _Place, devices: Sequence[str], *, init: bool) -> None:
     import torch
     import torch.distributed as dist
 
-    place = _place_in_torchrun() if "TORCHELASTIC_RUN_ID" in os.environ else _place_in_slurm()
     if len(devices) not in (1, place.local_world_size):
         raise RankError(
             f"devices: {','.join(devices)} names {len(devices)} devices for {place.local_world_size} processes on this "
             "machine; name one for each process, or a single one where each process sees only its own"
         )
+    os.environ |= {
+        name: str(value) for name, value in zip(_TORCHRUN, astuple(place), strict=True)
+    }  # for Lightning
     device = devices[place.local_rank if len(devices) > 1 else 0]
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(device.removeprefix("cuda:")))
+    elif (
+        "OMP_NUM_THREADS" not in os.environ
+    ):  # each would take all cores, and they would be in each other's way
+        torch.set_num_threads(max(1, _cores() // place.local_world_size))
     if init:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
@@ -257,12 +289,14 @@ def _start_group(devices: Sequence[str], *, init: bool) -> _Place:
         dist.all_gather_object(uuids, uuid)
         if uuids.count(uuid) > 1:
             raise RankError("devices: two processes have the same GPU; name one for each, as in devices: 0,1")
-    return place
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _place_in_torchrun() -> _Place:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return _Place(*(int(os.environ[name]) for name in names))
+    return _Place(*(int(os.environ[name]) for name in _TORCHRUN))
 
 
 def _place_in_slurm() -> _Place:
@@ -271,15 +305,8 @@ def _place_in_slurm() -> _Place:
     cluster = SLURMEnvironment(auto_requeue=False)
     # Tasks on each node, such as 4, or 4(x2) for two nodes; the first number is this node's where they are equal.
     here = os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0]
-    os.environ |= {  # as torchrun would have it, for torch and Lightning
-        "MASTER_ADDR": cluster.main_address,
-        "MASTER_PORT": str(cluster.main_port),
-        "RANK": str(cluster.global_rank()),
-        "WORLD_SIZE": str(cluster.world_size()),
-        "LOCAL_RANK": str(cluster.local_rank()),
-        "LOCAL_WORLD_SIZE": here,
-    }
-    return _place_in_torchrun()
+    os.environ |= {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
+    return _Place(cluster.global_rank(), cluster.world_size(), cluster.local_rank(), int(here))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from mu.ldm import LatentDiffusion, load_model
+from tests.forked_commands import Commands
 
 TINY_UNET: dict[str, Any] = {
     "image_size": 8,
@@ -137,3 +138,10 @@ def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny_model") / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_model_yaml()), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    """Starts commands as processes of their own."""
+    with Commands() as server:
+        yield server

@@ -5,19 +5,18 @@ A server process imports what is heavy, runs none of it, and forks once for each
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import itertools
 import json
 import os
-import random
 import resource
+import select
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ HEAVY = (
     "mu.algorithms.saliency_unlearning.algorithm",
     "mu.algorithms.saliency_unlearning.sampling",
     "mu.evaluation.evaluate",
+    "mu.commands.download_data",
 )
 
 
@@ -49,30 +49,25 @@ class Command:
         while not ready() and self.is_running() and time.monotonic() < end:
             time.sleep(0.0005)
         if self.is_running():
-            os.kill(self.pid, signum)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, signum)
         return self.wait()
 
+    def kill_after(self, signum: int, seconds: float) -> int:
+        """Send a signal after so long, unless the command has ended before; returns its exit code."""
+        select.select([self._server.stdout], [], [], seconds)
+        return self.kill_when(signum, lambda: True)
+
     def is_running(self) -> bool:
-        return self._status()[0] not in "ZX"
-
-    def cpu_seconds(self) -> float:
-        """What it has worked, which does not depend on how busy the machine is."""
-        status = self._status()
-        return sum(map(int, status[11:13])) / os.sysconf("SC_CLK_TCK")
-
-    def _status(self) -> list[str]:
-        """State, parent, ... as /proc has them; the state is X when the process is gone."""
+        """Neither gone nor ended and not yet waited for."""
         try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            status = Path(f"/proc/{self.pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):
-            return ["X", *"0" * 12]
+            return False
+        return status.rpartition(")")[2].split()[0] not in "ZX"
 
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8")
-
-
-def _has_worked(command: Command, cpu_seconds: float) -> bool:
-    return command.cpu_seconds() >= cpu_seconds
 
 
 class Commands:
@@ -80,7 +75,11 @@ class Commands:
 
     def __enter__(self) -> Commands:
         self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "no_proxy": "*"},  # the servers of tests are on this machine
         )
         return self
 
@@ -96,32 +95,6 @@ class Commands:
         request = {"script": script, "log": str(log), "argv": argv, "max_file_bytes": max_file_bytes}
         print(json.dumps(request), file=self._server.stdin, flush=True)
         return Command(self._server, int(self._server.stdout.readline()), log)
-
-    def run_despite_kills(
-        self,
-        script: str,
-        log: Path,
-        *argv: str,
-        rng: random.Random,
-        done: Callable[[], bool] = lambda: False,
-    ) -> int:
-        """Begin a command again and again, ended each time by a signal at a random moment; returns how often.
-
-        A try that ends before its moment must end well. Later tries are given more time. `done` says that all was done
-        when the signal came, so that there is nothing to begin again.
-        """
-        for kills in itertools.count():
-            signum = rng.choice(SIGNALS)
-            cpu_seconds = rng.uniform(0.0, 1.5 + 0.5 * kills)
-            command = self.start(script, log, *argv)
-            code = command.kill_when(signum, partial(_has_worked, command, cpu_seconds))
-            if code == 0:
-                return kills
-            assert code in (-signum, 128 + signum), f"{signum}: {code}\n{command.output()}"
-            assert "Traceback" not in command.output(), command.output()
-            if done():
-                return kills + 1
-        raise AssertionError("never")
 
     def run(self, script: str, log: Path, *argv: str, max_file_bytes: int | None = None) -> int:
         """A command from beginning to end; returns its exit code."""
@@ -171,6 +144,8 @@ def _command(script: str, log: str, argv: list[str], max_file_bytes: int | None)
         code: int = importlib.import_module(script).main(argv)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is of this file, and no part of a command
     return code
 
 

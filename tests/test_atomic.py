@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mu.atomic import WriteError, write_atomically, written_beside
+from mu.atomic import WriteError, finish_writes, write_atomically, write_together, written_beside
 
 # The limit on file sizes makes the write itself fail, as a full disk would.
 TOO_LARGE = """
@@ -101,3 +101,58 @@ def test_the_place_keeps_its_permissions_and_links_stay_links(tmp_path: Path) ->
     assert link.is_symlink()
     assert real.read_bytes() == b"new"
     assert stat.S_IMODE(real.stat().st_mode) == 0o640
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_files_that_belong_together_come_all_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """Ended before the files are whole, after that, and when one of them is in its place."""
+    contents = {"a/1.png": b"one", "b.png": b"two"}
+    replace, rename = os.replace, os.rename
+    placed = []
+
+    def place(source: Path, target: Path) -> None:
+        if ".together" in str(source):
+            placed.append(target)
+            if len(placed) == kept:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    def commit(source: Path, target: Path) -> None:
+        if kept == 0:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", place)
+        patch.setattr(os, "rename", commit)
+        with pytest.raises(KeyboardInterrupt):
+            write_together(tmp_path, contents)
+    assert len([path for path in everything(tmp_path) if not path.startswith(".")]) == max(0, kept - 1)
+    finish_writes(tmp_path)
+    assert everything(tmp_path) == (contents if kept else {})
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_processes_may_finish_the_same_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, other = os.replace, []
+
+    def place(source: Path, target: Path) -> None:
+        if ".together" in str(source) and not other:
+            other.append(source)
+            finish_writes(tmp_path)  # the other one does all of it first
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", place)
+    write_together(tmp_path, {"1": b"one", "2": b"two"})
+    assert other
+    assert everything(tmp_path) == {"1": b"one", "2": b"two"}
+    write_together(tmp_path, {"1": b"other", "3": b"three"})
+    assert everything(tmp_path) == {"1": b"one", "2": b"two", "3": b"three"}

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,6 @@ from mu.ranks import RankError, started_rank, started_world_size
 
 def test_two_processes_exchange_what_they_have_and_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(launch, "_cores", lambda: 3)
     found = on_ranks(rank_work.exchanges, None, "cpu,cpu")
     assert found["sums"] == [[[3.0, 3.0]] * 3, [0.0, 6.0], [3, 3]]
     assert found["gathered"] == [(0, 0, 2), (1, 1, 2)]
@@ -29,7 +30,7 @@ def test_two_processes_exchange_what_they_have_and_share_the_cores(monkeypatch):
     assert os.getpid() not in found["pids"]
     assert found["shares"] == [[0, 2, 4], [1, 3]]
     assert found["devices"] == ["cpu", "cpu"]
-    assert found["threads"] == [1, 1]
+    assert found["threads"] == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
 
 
 def test_one_device_is_this_process_alone():
@@ -61,6 +62,20 @@ def test_a_crash_comes_back_with_its_traceback():
 def test_a_killed_process_is_named_and_the_other_does_not_stay():
     with pytest.raises(RankError, match="process 1 of the run was ended by SIGKILL"):
         on_ranks(rank_work.one_is_killed, None, "cpu,cpu")
+
+
+def test_a_process_that_waits_for_a_failed_one_is_ended_and_not_blamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.2)
+    path = tmp_path / "waiting"
+    with pytest.raises(RankError, match="KeyError: 'surprise'"):
+        on_ranks(rank_work.one_hangs, str(path), "cpu,cpu")
+    assert not path.exists() or not _alive(int(path.read_text()))
+
+
+def test_in_a_group_of_the_callers_the_run_is_one_of_it(tmp_path):
+    places = [(rank, str(tmp_path / "rendezvous")) for rank in (0, 1)]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert list(pool.map(rank_work.in_the_callers_group, places)) == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize(

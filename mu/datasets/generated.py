@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mu.atomic import write_atomically
-from mu.datasets.images import save_png
+from mu.atomic import finish_writes, write_atomically, write_together
+from mu.datasets.images import png
 from mu.datasets.index import (
     TEMPLATES,
     DataError,
@@ -223,12 +223,14 @@ class GeneratedImages:
     def sample_missing(self, rows: Sequence[Row], *, batch_size: int) -> int:
         """Samples the images of `rows` that do not exist yet, and returns how many those were.
 
-        Each image is written whole or not at all, as soon as its batch is done: an interrupted run loses one batch.
+        The images of a batch are written together, as soon as it is done: a run that was killed loses one batch, and
+        the next one cuts the rest into the same batches, on which their last bits depend.
 
         Raises:
             DataError: an image came out with NaN or Inf, or the folder's manifest says something else.
         """
         _claim_folder(self.path, self.manifest)
+        finish_writes(self.path)
         missing = [row for row in rows if not row.image.exists()]
         if not missing:
             return 0
@@ -237,12 +239,14 @@ class GeneratedImages:
         with tqdm(total=len(missing), desc="sampling images", unit="image", disable=bars_off()) as progress:
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
+                files = {}
                 for row, image in zip(batch, self._sample(batch), strict=True):
                     if not torch.isfinite(image).all():
                         raise DataError(
                             f"{row.image}: the model's image for {row.prompt!r} contains NaN or Inf."
                         )
-                    save_png(image, row.image)
+                    files[row.image.relative_to(self.path).as_posix()] = png(image)
+                write_together(self.path, files)
                 progress.update(len(batch))
         return len(missing)
 

@@ -59,11 +59,16 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image).cpu().numpy())
 
 
-def save_png(image: Tensor, path: Path) -> None:
-    """Writes one image (3, H, W) in [-1, 1] as an 8-bit PNG, atomically."""
+def png(image: Tensor) -> bytes:
+    """One image (3, H, W) in [-1, 1] as an 8-bit PNG file."""
     content = io.BytesIO()
     to_picture(image).save(content, format="PNG")
-    write_atomically(path, content.getvalue())
+    return content.getvalue()
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Writes one image (3, H, W) in [-1, 1] as an 8-bit PNG, atomically."""
+    write_atomically(path, png(image))
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

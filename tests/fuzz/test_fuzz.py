@@ -23,6 +23,7 @@ def test_promise_04_mutated_files_are_read_or_refused_cleanly(tmp_path: Path, fi
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["faults"] == []
     outcomes = told["outcomes"]
+    print(outcomes)
     # Neither so damaged that nothing is looked at, nor so little that nothing is found.
     assert sum(outcomes.values()) == 5 * count
     assert min(outcomes[name] for name in ("read", "CheckpointError", "MaskError", "PatchError")) > count / 4

@@ -124,3 +124,26 @@ def poisoned_in_one(config: Any) -> None:
 
     trainer.salun_loss = poison
     SaliencyUnlearningAlgorithm(config).run()
+
+
+def one_hangs(path: str) -> None:
+    """Process 0 waits where no connection is; process 1 fails."""
+    if ranks.rank() == 1:
+        raise KeyError("surprise")
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+def in_the_callers_group(place: tuple[int, str]) -> list[int]:
+    """In a process that has set up torch.distributed by itself."""
+    import torch.distributed as dist
+
+    from mu.launch import on_ranks
+
+    rank, rendezvous = place
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        return on_ranks(ranks.gathered, rank, "cpu,cpu")
+    finally:
+        assert dist.is_initialized(), "the caller's group is his to end"
+        dist.destroy_process_group()

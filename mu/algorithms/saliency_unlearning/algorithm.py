@@ -10,6 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from mu.algorithms.saliency_unlearning.preflight import Plan, plan_mask, plan_tr
 from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.algorithms.saliency_unlearning.run_state import Head, RunState, read_run_state
+from mu.algorithms.saliency_unlearning.shards import sharded, whole_mask
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
@@ -116,8 +118,11 @@ class MaskingAlgorithm:
             data = SaliencyUnlearnDataHandler(config, model)
 
             saliency = self._saliency(model, data)
-            masks = threshold_masks(saliency, config.thresholds, pool=pool)
+            shards = config.sharding == "full"
+            masks = threshold_masks(saliency, config.thresholds, pool=pool, shards=shards)
             del saliency  # 4 bytes a weight
+            if shards:
+                masks = [whole_mask(mask, dict(model.unet.named_parameters())) for mask in masks]
             described = {
                 "concept": concept_label(config.concepts),
                 "template": config.template,
@@ -167,10 +172,10 @@ class MaskingAlgorithm:
             model,
             images=config.batch_size * (2 if config.c_guidance else 1),
             latent_shape=model.latent_shape(data.image_size),
-            reserved=4 * sum(parameter.numel() for parameter in model.unet.parameters()),
+            reserved=4 * sum(parameter.numel() for parameter in model.unet.parameters()) // _parts(config),
         )
         try:
-            with computing(model, compute):
+            with computing(model, compute), sharded(model) if config.sharding == "full" else nullcontext():
                 return accumulate_within_memory(
                     model,
                     batches,
@@ -306,9 +311,10 @@ class SaliencyUnlearningAlgorithm:
             model.ldm,
             images=int(min(steps.batch_size, most) + min(steps.retain_batch_size, most)),
             latent_shape=model.ldm.latent_shape(data.image_size),
-            reserved=4 * model.counts["train_method"] + 12 * model.counts["selected"],
+            reserved=(4 * model.counts["train_method"] + 12 * model.counts["selected"]) // _parts(config),
         )
-        with computing(model.ldm, compute) as originals:
+        sharding = model.sharded() if config.sharding == "full" else nullcontext()
+        with computing(model.ldm, compute) as originals, sharding:
             trainer = SaliencyUnlearnTrainer(
                 model,
                 alpha=config.alpha,
@@ -334,12 +340,14 @@ class SaliencyUnlearningAlgorithm:
             mask = load_mask(mask_path)
             metadata = load_mask_metadata(mask_path)
             check_mask(mask, ldm.unet, metadata=metadata, fingerprint=unet_fingerprint(ldm))
-            return {name: marked.to(ldm.device) for name, marked in mask.items()}
-        if config.masking == "random":
+        elif config.masking == "random":
             pool = names_of(ldm.unet, config.train_method) if config.mask_pool == "train_method" else None
             parameters = dict(ldm.unet.named_parameters())
-            return random_mask(parameters, config.threshold, seed=config.mask_seed, pool=pool)
-        return None
+            mask = random_mask(parameters, config.threshold, seed=config.mask_seed, pool=pool)
+        else:
+            return None
+        place = "cpu" if config.sharding == "full" else ldm.device  # there, only a part of it is to be
+        return {name: marked.to(place) for name, marked in mask.items()}
 
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
@@ -351,6 +359,11 @@ def _masking(config: MaskConfig) -> Result:
 
 def _unlearning(config: TrainConfig) -> Result:
     return SaliencyUnlearningAlgorithm(config).run_here()
+
+
+def _parts(config: MaskConfig | TrainConfig) -> int:
+    """Into how many parts weights, gradients and the optimizer's state are cut."""
+    return ranks.world_size() if config.sharding == "full" else 1
 
 
 def _resumed(config: TrainConfig) -> RunState:

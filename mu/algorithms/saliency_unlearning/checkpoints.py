@@ -42,7 +42,7 @@ MAY_DIFFER = frozenset(
         *("sample_every_steps", "validate_every_steps", "validation_draws", "wandb_unsafe_pictures"),
         *("report", "show_unsafe_pictures"),
         # Memory and speed, the result to rounding.
-        *("micro_batch_size", "channels_last", "gradient_checkpointing", "compile"),
+        *("micro_batch_size", "channels_last", "gradient_checkpointing", "compile", "sharding"),
         # What lies at these paths is compared, not the paths.
         *("ckpt_path", "model_config_path", "mask_path", "raw_dataset_dir", "retain_dataset_dir"),
     }

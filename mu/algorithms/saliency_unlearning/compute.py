@@ -39,6 +39,8 @@ class ComputeKeys(Protocol):
     def gradient_checkpointing(self) -> bool | None: ...
     @property
     def compile(self) -> bool: ...
+    @property
+    def sharding(self) -> str: ...
 
 
 class OutOfMemoryError(MuError, RuntimeError):
@@ -133,7 +135,8 @@ def choose_for(
         )
     return Compute(
         precision=precision,
-        channels_last=cuda if keys.channels_last is None else keys.channels_last,
+        # What is sharded has to be contiguous.
+        channels_last=cuda and keys.sharding == "none" if keys.channels_last is None else keys.channels_last,
         gradient_checkpointing=recompute,
         compile=keys.compile,
     )
@@ -235,6 +238,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error is that of an allocation, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in ("DefaultCPUAllocator", "ALLOC_FAILED")
+    )
+
+
+def too_much_for_shards(reason: str) -> OutOfMemoryError:
+    """What is said where `halved` cannot help, since the other processes do not know of it."""
+    return OutOfMemoryError(
+        f"out of memory ({reason}). With sharding full, batches are not halved by themselves. What saves memory: a "
+        f"smaller batch_size, or micro_batch_size in training, more devices, {_FLAGS}"
     )
 
 

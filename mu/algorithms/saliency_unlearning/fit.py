@@ -21,6 +21,7 @@ from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
 from mu.algorithms.saliency_unlearning.rank_strategy import loop_devices
 from mu.algorithms.saliency_unlearning.run_state import RunState
+from mu.algorithms.saliency_unlearning.shards import is_sharded
 from mu.algorithms.saliency_unlearning.step_boundary import StepBoundary
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import as_dict
@@ -46,7 +47,8 @@ def fit(
     """Run all steps of a config; of a run that is resumed, those that it still has to do.
 
     Args:
-        callbacks: called after the losses of a step are on disk; in the main process alone.
+        callbacks: called after the losses of a step are on disk; in the main process alone, unless the others have a
+            part of the weights.
 
     Returns:
         `loss`, `forget_loss` and `retain_loss`, each the mean over the last epoch.
@@ -75,7 +77,7 @@ def fit(
             logger=logger or False,
             callbacks=[
                 history,
-                *(callbacks if ranks.is_main() else ()),
+                *(callbacks if ranks.is_main() or is_sharded(trainer.model.ldm.unet) else ()),
                 TQDMProgressBar(refresh_rate=0 if bars_off() else 1),
                 boundary,
             ],

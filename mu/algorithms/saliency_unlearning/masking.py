@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory
+from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory, too_much_for_shards
 from mu.algorithms.saliency_unlearning.mask_file import (
     Mask,
     MaskError,
@@ -21,6 +22,7 @@ from mu.algorithms.saliency_unlearning.mask_file import (
 )
 from mu.algorithms.saliency_unlearning.prediction import predict_noise, predict_noise_pair
 from mu.algorithms.saliency_unlearning.selection import find_edges, mark
+from mu.algorithms.saliency_unlearning.shards import is_sharded, local
 from mu.ldm import LatentDiffusion
 
 __all__ = [
@@ -71,7 +73,7 @@ def accumulate_within_memory(
         batch_size: images of the largest of them.
 
     Raises:
-        OutOfMemoryError: memory does not suffice for one image.
+        OutOfMemoryError: memory does not suffice for one image; or, on shards, for as many as are asked for.
     """
     size = batch_size
     while True:
@@ -83,6 +85,8 @@ def accumulate_within_memory(
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
+            if is_sharded(model.unet):
+                raise too_much_for_shards(reason) from error
         size = halved(size, reason=reason)  # only here is the error, which holds tensors, gone
 
 
@@ -112,7 +116,7 @@ def accumulate_saliency(
 
     Returns:
         UNet-relative name -> fp32 tensor, for every UNet parameter, in the order of `unet.named_parameters()`; the
-        same bits in every process.
+        same bits in every process. Of a UNet that is sharded, this process' rows.
 
     Raises:
         MaskError: there is no batch.
@@ -120,6 +124,7 @@ def accumulate_saliency(
     """
     unet = model.unet
     parameters = dict(unet.named_parameters())
+    shards = is_sharded(unet)
     requires_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
     training = [module for module in model.modules() if module.training]
     sums: dict[str, Tensor] = {}  # for weights of lower precision; fp32 weights sum in their own .grad
@@ -147,12 +152,15 @@ def accumulate_saliency(
             for index, batch, count in _pieces(batches, micro_batch_size):
                 with torch.enable_grad(), (compute or Compute()).autocast(batch[0].device):
                     loss = count * _forget_loss(model, batch, c_guidance)  # ()
-                if not torch.isfinite(loss):
-                    raise MaskLossError(
-                        index,
-                        f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or the "
-                        "model's weights are not finite",
-                    )
+                with (
+                    ranks.in_step() if shards else nullcontext()
+                ):  # none goes into a pass that another leaves out
+                    if not torch.isfinite(loss):
+                        raise MaskLossError(
+                            index,
+                            f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or "
+                            "the model's weights are not finite",
+                        )
                 loss.backward()
                 images += count
         images = sum(ranks.gathered(images))
@@ -164,8 +172,9 @@ def accumulate_saliency(
             parameter.grad = None
             if total is None:  # not used by any of these predictions
                 total = torch.zeros_like(parameter, requires_grad=False)
-            totals[name] = total
-        ranks.sum_(totals.values())
+            totals[name] = local(total)
+        if not shards:  # those are sums already
+            ranks.sum_(totals.values())
         saliency = {name: total.div_(images).abs_().float().contiguous() for name, total in totals.items()}
         return saliency
     finally:
@@ -233,7 +242,11 @@ def threshold_mask(saliency: Mapping[str, Tensor], threshold: float) -> Mask:
 
 
 def threshold_masks(
-    saliency: Mapping[str, Tensor], thresholds: Sequence[float], *, pool: Collection[str] | None = None
+    saliency: Mapping[str, Tensor],
+    thresholds: Sequence[float],
+    *,
+    pool: Collection[str] | None = None,
+    shards: bool = False,
 ) -> list[Mask]:
     """One mask for each threshold, as `threshold_mask` makes it, from shared passes over the saliencies.
 
@@ -241,13 +254,17 @@ def threshold_masks(
 
     Args:
         pool: names that are ranked; the others are left unmarked. Default: all.
+        shards: the saliencies are this process' rows, see `shards`; so are then the masks, of what is the most salient
+            in all processes together.
 
     Raises:
         MaskError: as `threshold_mask`, or the pool holds a name that has no saliency.
     """
     ranked = _ranked(saliency, pool)
     size = sum(values.numel() for values in ranked.values())
-    edges = find_edges(ranked, [_kept_count(threshold, size) for threshold in thresholds])
+    if shards:
+        size = sum(ranks.gathered(size))
+    edges = find_edges(ranked, [_kept_count(threshold, size) for threshold in thresholds], shards=shards)
     masks: list[Mask] = [
         {
             # What is ranked is written once, below.

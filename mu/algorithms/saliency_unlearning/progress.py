@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.compute import encoders_at_hand
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import TrainSteps
@@ -46,7 +47,7 @@ class Progress(pl.Callback):
         self.config = config
         self.pictures = pictures
         self.folder = folder
-        self.csv = MetricsCsv(folder.path / "validation.csv")
+        self.csv = MetricsCsv(folder.path / "validation.csv", writes=ranks.is_main())
         self.batches = (
             fixed_batches(steps, draws=config.validation_draws, batch_size=config.batch_size)
             if config.validate_every_steps is not None

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.algorithms.saliency_unlearning.sampling_plan import Plan, PlannedImage, plan_images
 from mu.algorithms.saliency_unlearning.utils import model_of
-from mu.atomic import write_atomically
+from mu.atomic import finish_writes, write_atomically, write_together
 from mu.config import require_paths
-from mu.datasets.images import save_png
+from mu.datasets.images import png
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
 from mu.ldm.checkpoint import fingerprint
@@ -79,7 +79,7 @@ def sample_images(
 def run(config: SampleConfig) -> dict[str, Any]:
     """Sample every prompt with every seed into a run folder; in one that is gone on with, those that are missing.
 
-    Each image is written whole or not at all, as soon as its batch is done. `plan.json` says what was asked for,
+    The images of a batch are written together, as soon as it is done. `plan.json` says what was asked for,
     `images.csv` and `images.json` what is there, also after an interruption.
 
     Returns:
@@ -103,6 +103,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
         plan = Plan.claim(folder, images, settings=_settings(config, model))
         folder.save_config(config)
         folder.save_environment()
+        finish_writes(folder.path)
         missing = [image for image in images if not plan.path(image).exists()]
         if kept := len(images) - len(missing):
             _log.info("%d of %d images are there already", kept, len(images))
@@ -152,13 +153,19 @@ def _sample(
                 image_size=config.image_size,
                 precision=config.precision,
             )
-            for image, pixels in zip(group, sampled, strict=True):
-                if not torch.isfinite(pixels).all():
-                    raise SamplingError(
-                        f"the image of {image.prompt!r} with seed {image.seed} contains NaN or Inf"
-                    )
-                save_png(pixels, plan.path(image))
-                progress.update()
+            for first in range(0, len(group), config.batch_size):
+                files = {}
+                batch = group[first : first + config.batch_size]
+                for image, pixels in zip(
+                    batch, sampled, strict=False
+                ):  # those of the next batch stay in `sampled`
+                    if not torch.isfinite(pixels).all():
+                        raise SamplingError(
+                            f"the image of {image.prompt!r} with seed {image.seed} contains NaN or Inf"
+                        )
+                    files[image.file] = png(pixels)
+                write_together(plan.folder.path, files)
+                progress.update(len(batch))
 
 
 def _write_grids(images: Sequence[PlannedImage], plan: Plan) -> Path:

@@ -62,13 +62,9 @@ class StepBoundary(pl.Callback):
         """
         self.step = state.step
         weights = state.content["weights"]
-        parameters = dict(self.model.parameters_to_train())
-        if weights.keys() != parameters.keys():
+        if weights.keys() != dict(self.model.parameters_to_train()).keys():
             raise ResumeError(f"resume: {state.path} has the values of other weights than those that move")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                selected = self.model.selected[name].to(parameter.device)
-                parameter[selected] = weights[name].to(parameter)
+        self.model.write_selected_(weights)
         ranks.on_main(lambda: self._restore_tables(state.content["tables"]))
         self._to_load = state
 
@@ -108,7 +104,7 @@ class StepBoundary(pl.Callback):
         if state.content["layout"] != self._layout():
             raise ResumeError(
                 f"resume: in the run of {state.path} the weights lay in memory in another order, to which the "
-                "optimizer's state belongs: give devices and channels_last the values that they had"
+                "optimizer's state belongs: give devices, sharding and channels_last the values that they had"
             )
         (optimizer,), schedules = trainer.optimizers, trainer.lr_scheduler_configs
         optimizer.load_state_dict(state.content["optimizer"])
@@ -138,17 +134,14 @@ class StepBoundary(pl.Callback):
         told = ranks.gathered((self._asked, due))
         asked = next((number for number, _ in told if number is not None), None)
         if asked is not None or told[0][1]:
-            ranks.on_main(lambda: self.checkpoints.save(self.step, self._content(trainer)))
+            content = self._content(trainer)  # on shards, a meeting
+            ranks.on_main(lambda: self.checkpoints.save(self.step, content))
         if asked is not None:
             raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
 
     def _content(self, trainer: pl.Trainer) -> dict[str, Any]:
         return {
-            "weights": {
-                # (count,) in row-major order, whatever the layout in memory
-                name: parameter.detach()[self.model.selected[name].to(parameter.device)].cpu()
-                for name, parameter in self.model.parameters_to_train()
-            },
+            "weights": self.model.selected_values(),
             "layout": self._layout(),
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedules": [schedule.scheduler.state_dict() for schedule in trainer.lr_scheduler_configs],

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory
+from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory, too_much_for_shards
 from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel, TrainingError
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
 from mu.algorithms.saliency_unlearning.optim_8bit import MaskedAdam8bit
 from mu.algorithms.saliency_unlearning.prediction import NoisePredictor, predict_noise, predict_noise_pair
+from mu.algorithms.saliency_unlearning.shards import is_sharded, local
 from mu.ldm import LatentDiffusion
 
 __all__ = ["SaliencyUnlearnTrainer", "TrainingError", "ascent_loss", "retain_loss", "salun_loss"]
@@ -120,7 +121,8 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
     Raises:
         TrainingError: while training, a loss or a gradient is NaN or infinite; names the step and its
             images, and nothing is written.
-        OutOfMemoryError: memory does not suffice for one image of each part.
+        OutOfMemoryError: memory does not suffice for one image of each part; or, on shards, for as many as are asked
+            for.
     """
 
     model: SaliencyUnlearnModel
@@ -200,8 +202,10 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         Raises:
             TrainingError: something is NaN or infinite in one of the processes.
         """
-        gradients = {name: p.grad for name, p in self.model.parameters_to_train() if p.grad is not None}
-        largest = torch.nn.utils.get_total_norm(gradients.values(), norm_type=float("inf"))
+        named = self.model.parameters_to_train()
+        gradients = {name: local(p.grad) for name, p in named if p.grad is not None}
+        some = [gradient for gradient in gradients.values() if gradient.numel()]  # of shards, not all
+        largest = torch.nn.utils.get_total_norm(some, norm_type=float("inf")).to(found[0].device)
         sums = torch.stack([*found, largest])  # (4,); the last is finite if it is so in each process
         ranks.sum_([sums])
         loss, forget_term, retain_term, largest = sums.unbind()
@@ -230,6 +234,8 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
+                if is_sharded(self.model.ldm.unet):
+                    raise too_much_for_shards(reason) from error
             # Only here is the error, which holds the tensors of the pass that failed, gone.
             for _, parameter in self.model.parameters_to_train():
                 parameter.grad = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.ldm import load_model, save_checkpoint
 from tests.conftest import randomise
-from tests.forked_commands import Commands
 
 CHANNELS, SIDE, WIDTH = 4, 3, 5
 
@@ -134,10 +133,3 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path) -> Tiny
         save_checkpoint(model, runs.checkpoint(name))
     save_checkpoint(model.cast_weights(torch.float16), runs.checkpoint("half"))
     return runs
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    """Starts commands as processes of their own."""
-    with Commands() as server:
-        yield server

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import logging
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -580,3 +582,30 @@ def test_promise_22_a_mask_is_the_same_to_rounding_when_memory_runs_out(
     one, other = load_mask(result["masks"][0.5]), load_mask(mask_run["masks"][0.5])
     differing = sum(int((one[name] != other[name]).sum()) for name in one)
     assert differing < 1e-3 * result["total"]
+
+
+def test_nothing_of_a_run_stays_in_memory(
+    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model and weights, optimizer and its state, Lightning's loop."""
+    made: dict[str, weakref.ref[Any]] = {}
+    whole = algorithm.fit
+
+    def fit(trainer: Any, *rest: Any, **more: Any) -> dict[str, float]:
+        losses = whole(trainer, *rest, **more)
+        (optimizer,) = trainer.trainer.optimizers
+        weight, state = next(iter(optimizer.state.items()))
+        made.update(
+            model=weakref.ref(trainer.model),
+            weight=weakref.ref(weight),
+            loop=weakref.ref(trainer.trainer),
+            optimizer=weakref.ref(optimizer),
+            moment=weakref.ref(state["exp_avg"]),
+        )
+        return losses
+
+    monkeypatch.setattr(algorithm, "fit", fit)
+    trained(tiny_runs, tmp_path)
+    gc.collect()
+    assert len(made) == 5
+    assert [name for name, reference in made.items() if reference() is not None] == []

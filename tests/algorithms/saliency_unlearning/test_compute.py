@@ -27,7 +27,9 @@ from mu.ldm import LatentDiffusion
 from tests.algorithms.saliency_unlearning.test_trainer import tiny_batch
 
 LATENT = (4, 8, 8)
-AUTO = SimpleNamespace(precision="auto", channels_last=None, gradient_checkpointing=None, compile=False)
+AUTO = SimpleNamespace(
+    precision="auto", channels_last=None, gradient_checkpointing=None, compile=False, sharding="none"
+)
 
 
 def gradients(ldm: LatentDiffusion, compute: Compute) -> Tensor:

@@ -1,9 +1,12 @@
-"""Commands killed at random moments, and begun again: index, sampled images, latents, mask, samples, evaluation."""
+"""Every stage is killed at random moments, and comes to the same bits: images, latents, index, mask, training, samples.
+
+Downloads are killed in tests/commands/test_download.py.
+"""
 
 from __future__ import annotations
 
-import random
-import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,155 +15,145 @@ import pytest
 import torch
 from PIL import Image
 
+from mu.algorithms.saliency_unlearning.run_state import read_run_state
 from mu.evaluation.classifier import EmojiClassifier, save_classifier
+from mu.ldm.tensor_file import fingerprint, read_state_dict
 from tests.forked_commands import SCRIPTS, Commands, flags
+from tests.kills import RUN, Found, assert_kills_change_nothing, contents
 
-MASK = f"{SCRIPTS}.generate_mask"
-ROUNDS = 4
-
-
-def mask_argv(tiny_runs: Any, folder: Path) -> list[str]:
-    """Everything anew below a folder: images are sampled, encoded and listed, and the mask made of them."""
-    places = {"processed_dataset_dir": str(folder / "processed"), "output_dir": str(folder / "masks")}
-    return flags(tiny_runs.keys(**places, batch_size=2, draws_per_image=8))
+MANY = pytest.param(20, marks=pytest.mark.slow)
+QUICK_TOO = pytest.mark.parametrize("kills", [1, MANY])
+MASK, TRAIN = f"{SCRIPTS}.generate_mask", f"{SCRIPTS}.train"
 
 
-def files(folder: Path, pattern: str) -> dict[str, bytes]:
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob(pattern)}
-    assert found
-    return {name: content for name, content in found.items() if not name.endswith(".tmp")}
+@pytest.fixture
+def survives(commands: Commands, tmp_path: Path) -> Callable[..., None]:
+    """survives(script, argv, found, kills=..., seed=...): `argv` writes into `tmp_path / "out"`."""
+    return partial(assert_kills_change_nothing, commands, folder=tmp_path / "out")
 
 
-def made(folder: Path) -> tuple[dict[str, bytes], set[bytes]]:
-    """Images, latents and lists by name; and the masks."""
-    index = files(folder / "processed", "*.txt")
-    return index | files(folder / "processed", "*.png"), set(files(folder, "mask_*.safetensors").values())
-
-
-def pixels(folder: Path) -> dict[str, numpy.ndarray]:
-    found = {}
-    for path in folder.rglob("*.png"):
-        with Image.open(path) as opened:
-            found[path.name if folder.name == "images" else str(path.relative_to(folder))] = numpy.asarray(
-                opened
-            ).astype(int)
-    assert found
+def tensors(folder: Path, pattern: str) -> dict[str, str]:
+    """The fingerprints of what is in safetensors files: their metadata has a date, or no order."""
+    found: dict[str, str] = {}
+    for path in folder.rglob(pattern):
+        name = RUN.sub("", path.relative_to(folder).as_posix())
+        content = fingerprint(read_state_dict(path)[0])
+        assert found.setdefault(name, content) == content, name
     return found
 
 
-def assert_same_pixels(one: Path, other: Path) -> None:
-    """To rounding: a batch that is cut elsewhere rounds otherwise."""
-    a, b = pixels(one), pixels(other)
-    assert a.keys() == b.keys()
-    assert max(abs(a[name] - b[name]).max() for name in a) <= 1
+def masks(folder: Path) -> Found:
+    """Sampled images, latents, index and masks."""
+    latents = tensors(folder, "processed/latents/**/*.safetensors")
+    return {**contents(folder, "*.png", "manifest.json", "index/**/*.txt", "mask_*.safetensors"), **latents}
 
 
-def test_a_mask_run_killed_between_its_stages_makes_the_same_mask(
-    tiny_runs: Any, commands: Commands, tmp_path: Path
+def mask_argv(tiny_runs: Any, folder: Path, **changes: Any) -> list[str]:
+    places = {"processed_dataset_dir": str(folder / "processed"), "output_dir": str(folder / "masks")}
+    return flags(tiny_runs.keys(**places, **changes))
+
+
+@pytest.mark.parametrize("kills", [MANY])
+def test_sampled_images_and_their_mask(tiny_runs: Any, tmp_path: Path, survives: Any, kills: int) -> None:
+    argv = mask_argv(tiny_runs, tmp_path / "out", images_per_prompt=9, batch_size=4)
+    survives(MASK, lambda: argv, found=masks, kills=kills, seed=0)
+
+
+@QUICK_TOO
+def test_latents_index_and_mask_of_a_folder_of_images(
+    tiny_runs: Any, tmp_path: Path, survives: Any, kills: int
 ) -> None:
-    assert commands.run(MASK, tmp_path / "log", *mask_argv(tiny_runs, tmp_path / "whole")) == 0
-    folder = tmp_path / "killed"
-    for stage, code in [("*.png", -signal.SIGKILL), ("latents/*/*/*/*.safetensors", 143)]:
-        command = commands.start(MASK, tmp_path / "log", *mask_argv(tiny_runs, folder))
-        signum = -code if code < 0 else code - 128
+    generator = numpy.random.default_rng(0)
+    for style, count in (("Abstractionism", 1), ("Van_Gogh", 8)):
+        for name in ("Cats", "Dogs", "Birds", "Trees"):
+            (tmp_path / "canvas" / style / name).mkdir(parents=True)
+            for number in range(1, count + 1):
+                noise = generator.integers(0, 256, (24, 24, 3), dtype=numpy.uint8)
+                Image.fromarray(noise).save(tmp_path / "canvas" / style / name / f"{number}.png")
+    data = {
+        "dataset_type": "unlearncanvas",
+        "raw_dataset_dir": str(tmp_path / "canvas"),
+        "template_name": "Van_Gogh",
+        "styles": None,
+        "objects": None,
+        "image_size": 16,
+    }
+    argv = mask_argv(tiny_runs, tmp_path / "out", **data, batch_size=16)
+    survives(MASK, lambda: argv, found=masks, kills=kills, seed=1)
 
-        def begun(stage: str = stage) -> bool:
-            return any((folder / "processed").rglob(stage))
 
-        assert command.kill_when(signum, begun) == code
-        assert not list(folder.rglob("mask_*.safetensors"))
-    assert commands.run(MASK, tmp_path / "log", *mask_argv(tiny_runs, folder)) == 0
-    assert_same_pixels(tmp_path / "whole", folder)
-    assert made(tmp_path / "whole")[0].keys() == made(folder)[0].keys()
-    assert made(tmp_path / "whole")[1] == made(folder)[1]
-
-
-@pytest.mark.slow
-def test_mask_runs_killed_at_random_make_the_same_mask(
-    tiny_runs: Any, commands: Commands, tmp_path: Path
+@pytest.mark.parametrize("kills", [MANY])
+def test_promise_15_a_training_run_killed_at_random_comes_to_the_same_bits(
+    tiny_runs: Any, tmp_path: Path, survives: Any, kills: int
 ) -> None:
-    assert commands.run(MASK, tmp_path / "log", *mask_argv(tiny_runs, tmp_path / "whole")) == 0
-    rng = random.Random(0)
-    kills = 0
-    for number in range(ROUNDS):
-        folder = tmp_path / f"killed-{number}"
-        argv = mask_argv(tiny_runs, folder)
-        kills += commands.run_despite_kills(MASK, tmp_path / "log", *argv, rng=rng)
-        assert_same_pixels(tmp_path / "whole", folder)
-        assert made(tmp_path / "whole")[1] == made(folder)[1]
-    assert kills >= ROUNDS
+    """With all that has a state: optimizer, schedule, originals. Each checkpoint that a kill leaves can be read."""
+    runs = tmp_path / "out"
+    recipe = {"masking": "random", "target": "frozen", "lr_schedule": "linear", "lr": 1e-3}
+    length = {"epochs": 2, "batch_size": 2, "checkpoint_every_steps": 1, "sample_prompts": ()}
+    keys = {**recipe, **length, "output_dir": str(runs)}
 
+    def argv() -> list[str]:
+        left = any(runs.glob("*/checkpoints/step-*"))
+        return flags(tiny_runs.keys(**keys, resume="newest" if left else None))
 
-@pytest.mark.slow
-def test_samples_killed_at_random_are_the_same_images(
-    tiny_runs: Any, commands: Commands, tmp_path: Path
-) -> None:
-    def argv(name: str) -> list[str]:
-        keys = {
-            "ckpt_path": str(tiny_runs.checkpoint()),
-            "model_config_path": str(tiny_runs.model_config),
-            "devices": "cpu",
-            "prompts": ("A Cats image in Noto style.", "A Dogs image in Blob style."),
-            "seeds": (3, 4, 5),
-            "sample_steps": 2,
-            "batch_size": 1,
-            "output_dir": str(tmp_path),
-            "run_name": name,
+    def found(folder: Path) -> Found:
+        for path in folder.glob("*/checkpoints/step-*"):
+            read_run_state(path)
+        ended = [path.parent for path in folder.glob("*/metrics.json")]
+        return {
+            **tensors(folder, "model.safetensors"),
+            **contents(folder, "model.patch.safetensors"),
+            **{f"{RUN.sub('', run.name)}/metrics.csv": (run / "metrics.csv").read_bytes() for run in ended},
         }
-        return flags(keys)
 
-    script = f"{SCRIPTS}.sample"
-    assert commands.run(script, tmp_path / "log", *argv("whole")) == 0
-    rng = random.Random(1)
-    kills = 0
-    for number in range(ROUNDS):
-        name = f"killed-{number}"
-        kills += commands.run_despite_kills(script, tmp_path / "log", *argv(name), rng=rng)
-        assert_same_pixels(tmp_path / "whole" / "images", tmp_path / name / "images")
-        assert (tmp_path / name / "images.csv").read_bytes() == (
-            tmp_path / "whole" / "images.csv"
-        ).read_bytes()
-    assert kills >= ROUNDS
+    survives(TRAIN, argv, found=found, kills=kills, seed=2)
 
 
-@pytest.mark.slow
-def test_evaluations_killed_at_random_come_to_the_same_numbers(
-    tiny_runs: Any, commands: Commands, tmp_path: Path
-) -> None:
+@QUICK_TOO
+def test_samples(tiny_runs: Any, tmp_path: Path, survives: Any, kills: int) -> None:
+    keys = {
+        "ckpt_path": str(tiny_runs.checkpoint()),
+        "model_config_path": str(tiny_runs.model_config),
+        "devices": "cpu",
+        "prompts": ("A Cats image in Noto style.", "A Dogs image in Blob style."),
+        "seeds": tuple(range(8)),
+        "sample_steps": 2,
+        "batch_size": 4,
+        "output_dir": str(tmp_path / "out"),
+        "run_name": "run",
+    }
+
+    def found(folder: Path) -> Found:
+        files = contents(folder, "images/*.png", "grid.png", "images.csv", "plan.json")
+        if len(files) < 2 * 8 + 3:
+            files.pop("run/images.csv", None)  # of the images that are there
+        return files
+
+    survives(f"{SCRIPTS}.sample", lambda: flags(keys), found=found, kills=kills, seed=3)
+
+
+@pytest.mark.parametrize("kills", [MANY])
+def test_an_evaluation(tiny_runs: Any, tmp_path: Path, survives: Any, kills: int) -> None:
     torch.manual_seed(3)
     classifier = EmojiClassifier("conv", ("Noto", "Blob"), ("Cats", "Dogs"), width=8, input_size=16).eval()
-    save_classifier(
-        classifier, tmp_path / "classifier.safetensors", style_accuracy=1.0, object_accuracy=1.0, seed=3
-    )
+    path = tmp_path / "classifier.safetensors"
+    save_classifier(classifier, path, style_accuracy=1.0, object_accuracy=1.0, seed=3)
+    keys = {
+        "ckpt_path": str(tiny_runs.checkpoint()),
+        "model_config_path": str(tiny_runs.model_config),
+        "devices": "cpu",
+        "template": "style",
+        "template_name": "Noto",
+        "styles": ("Noto", "Blob"),
+        "objects": ("Cats", "Dogs"),
+        "seeds": (1, 2, 3),
+        "sample_steps": 2,
+        "batch_size": 4,
+        "classifier_path": str(path),
+        "output_dir": str(tmp_path / "out"),
+    }
 
-    def argv(name: str) -> list[str]:
-        keys = {
-            "ckpt_path": str(tiny_runs.checkpoint()),
-            "model_config_path": str(tiny_runs.model_config),
-            "devices": "cpu",
-            "template": "style",
-            "template_name": "Noto",
-            "styles": ("Noto", "Blob"),
-            "objects": ("Cats", "Dogs"),
-            "seeds": (188, 288),
-            "sample_steps": 2,
-            "batch_size": 1,
-            "classifier_path": str(tmp_path / "classifier.safetensors"),
-            "output_dir": str(tmp_path / name),
-        }
-        return flags(keys)
+    def found(folder: Path) -> Found:
+        return contents(folder, "*.png", "*.csv", "manifest.json")
 
-    def metrics(name: str) -> set[bytes]:
-        """Of finished evaluations."""
-        ended = [path.parent for path in (tmp_path / name).rglob("metrics.json")]
-        return {(run / "metrics.csv").read_bytes() for run in ended}
-
-    script = f"{SCRIPTS}.evaluate"
-    assert commands.run(script, tmp_path / "log", *argv("whole")) == 0
-    rng = random.Random(2)
-    kills = 0
-    for number in range(ROUNDS):
-        name = f"killed-{number}"
-        kills += commands.run_despite_kills(script, tmp_path / "log", *argv(name), rng=rng)
-        assert metrics(name) == metrics("whole")
-    assert kills >= ROUNDS
+    survives(f"{SCRIPTS}.evaluate", lambda: flags(keys), found=found, kills=kills, seed=4)

@@ -6,7 +6,6 @@ import csv
 import json
 import logging
 import os
-import random
 import shutil
 import signal
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from mu.config import ConfigError
 from mu.errors import Terminated
 from mu.ldm.tensor_file import FINGERPRINT_KEY, CheckpointError, fingerprint, read_state_dict
 from mu.run_folder import RunFolder, RunFolderError
-from tests.forked_commands import SCRIPTS, SIGNALS, Commands, flags
+from tests.forked_commands import SCRIPTS, Commands, flags
 
 TRAIN = f"{SCRIPTS}.train"
 SETTINGS = {
@@ -347,30 +346,3 @@ def test_promise_18_a_command_that_is_told_to_stop_says_how_to_go_on(
     assert "Traceback" not in said
     assert train(resume=str(run)).wait() == 0
     assert results(run) == whole
-
-
-@pytest.mark.slow
-def test_promise_15_a_run_killed_over_and_over_comes_to_the_same_bits(
-    tiny_runs: Any, commands: Commands, tmp_path: Path, whole: dict[str, Any]
-) -> None:
-    """SIGKILL, SIGTERM and SIGINT at random moments of the whole command, also while it saves."""
-    rng = random.Random(0)
-    kills = 0
-    for number in range(10):
-        runs = tmp_path / f"runs-{number}"
-        argv = flags(tiny_runs.keys(**{**RECIPE, **SETTINGS, "output_dir": str(runs)}))
-        command = commands.start(TRAIN, tmp_path / "log", *argv)
-        saved = rng.choice(["step-00000001*", ".step-00000002*", ".step-00000003*"])
-        code = command.kill_when(
-            rng.choice(SIGNALS), lambda saved=saved, runs=runs: any(runs.glob(f"*/checkpoints/{saved}"))
-        )
-
-        def done(runs: Path = runs) -> bool:
-            return any(runs.glob("*/metrics.json")) and not any(runs.glob("*/checkpoints"))
-
-        if code != 0 and not done():
-            argv += ["--resume", "newest"]
-            kills += 1 + commands.run_despite_kills(TRAIN, tmp_path / "log", *argv, rng=rng, done=done)
-        (finished,) = [run for run in runs.iterdir() if (run / "metrics.json").exists()]
-        assert results(finished) == whole
-    assert kills >= 10

@@ -16,6 +16,8 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
 )
 from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
+from mu.devices import device_names
+from mu.ranks import started_world_size
 from mu.run_folder import space_problem, writable_problem
 
 MASKS = f"{OUTPUTS}/masks"
@@ -56,6 +58,34 @@ class ComputeKeys(ConceptKeys):
     compile: bool = setting(
         False, "Translate the UNet with torch.compile: minutes at first, then faster steps; for long runs."
     )
+    sharding: str = setting(
+        "none",
+        "Several devices. none: each process has all weights. full: weights, gradients and the optimizer's state are "
+        "split over the processes while gradients are taken, for a model that does not fit (docs/devices.md).",
+        choices=("none", "full"),
+    )
+
+    def conflicts(self) -> Iterator[Problem]:
+        yield from super().conflicts()
+        if self.sharding == "none":
+            return
+        if len(device_names(self.devices)) == 1 and started_world_size() == 1:
+            yield (
+                ("sharding", "devices"),
+                f"sharding {self.sharding} splits the weights over several processes, devices {self.devices} is one; "
+                "name several, as in 0,1, or leave sharding out",
+            )
+        if self.channels_last:
+            yield (
+                ("sharding", "channels_last"),
+                "only weights that lie contiguous in memory can be split; leave channels_last out",
+            )
+        if self.compile:
+            yield (
+                ("sharding", "compile"),
+                "between the blocks of a split UNet, weights come and go, which torch.compile cannot translate; leave "
+                "compile out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +283,11 @@ class TrainConfig(ComputeKeys):
             yield (
                 ("mask_path", "masking"),
                 f"masking saliency needs a mask; this makes one: {mask_command(self)}",
+            )
+        if self.sharding == "full" and self.optimizer == "adam8bit":
+            yield (
+                ("sharding", "optimizer"),
+                "the 8-bit moments of neighbouring weights share a scale, which cannot be split; take optimizer adam",
             )
         if self.sample_every_steps is not None and self.sample_prompts == ():
             yield (

@@ -70,6 +70,7 @@ def mask_memory(
     activations: int,
     precision: str,
     thresholds: int,
+    shards: int,
     cuda: bool,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Phase -> bytes of the process, beside what it holds before; and of the GPU, where there is one.
@@ -77,13 +78,14 @@ def mask_memory(
     Args:
         passes: phase -> bytes at the peak of what goes through a network before (sample, encode).
         activations: bytes at the peak of a pass with gradient, beside the summed gradients.
+        shards: processes over which the weights are split, and what goes with them.
     """
     unet = model.unet // 2 if precision == "bf16" else model.unet
     sums = model.unet  # fp32, whatever the weights
     masks = model.unet // 4
     gradients = {
-        "gradients": unet + sums + _taken(activations, cuda),
-        "thresholds": unet + sums + thresholds * masks,
+        "gradients": (unet + sums) // shards + _taken(activations, cuda),
+        "thresholds": (unet + sums) // shards + thresholds * masks,
     }
     host = {"load": model.whole + model.file}
     full_copy = model.unet if precision == "bf16" else 0
@@ -107,6 +109,7 @@ def training_memory(
     patch: bool,
     resumed: bool,
     file_dtype_bytes: int,
+    shards: int,
     cuda: bool,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """As `mask_memory`.
@@ -126,8 +129,8 @@ def training_memory(
     optimized = optimizer_bytes(count, precision=precision, optimizer=optimizer) + index
     update = 8 * min(count, _BUCKET_ENTRIES) + 8 * max(moving.selected.values(), default=0)
     swapped = width * count if frozen else 0  # what is trained, while the original stands in its place
-    held = unet + mask + originals + optimized + moving.gradients(precision)
-    device = {"train": held + _taken(max(activations, swapped), cuda), "update": held + update}
+    held = mask + (unet + originals + optimized + moving.gradients(precision)) // shards
+    device = {"train": held + _taken(max(activations, swapped), cuda), "update": held + update // shards}
     resumed_bytes = (width + 8) * count if resumed else 0
     full_copy = model.unet if precision == "bf16" else 0
     written = 0 if file_dtype_bytes == 4 else model.file

@@ -114,6 +114,7 @@ def plan_mask(config: MaskConfig) -> Plan:
         activations=gradients.peak,
         precision=compute.precision,
         thresholds=len(config.thresholds),
+        shards=subject.shards,
         cuda=subject.cuda,
     )
     return _plan(
@@ -183,6 +184,7 @@ def plan_training(config: TrainConfig) -> Plan:
         patch=config.patch,
         resumed=config.resume is not None,
         file_dtype_bytes=subject.file_dtype_bytes,
+        shards=subject.shards,
         cuda=subject.cuda,
     )
     return _plan(

@@ -45,8 +45,10 @@ class Subject:
     model: ModelBytes
     numel: dict[str, int]
     """UNet-relative name -> entries, of every parameter."""
-    devices: str
-    """The key."""
+    processes: int
+    """That share the work."""
+    shards: int
+    """Processes over which the UNet's weights are split, if they are."""
     device: torch.device
     image_size: int
     rows: ForgetRetain
@@ -81,6 +83,7 @@ class Subject:
         numel = {name: parameter.numel() for name, parameter in ldm.unet.named_parameters()}
         sampled = sampled_images(config, size) is not None
         missing = sum(not row.image.exists() for row in (*rows.forget, *rows.retain)) if sampled else 0
+        processes = max(ranks.started_world_size(), len(device_names(config.devices)))
         return cls(
             ldm=ldm,
             checkpoint=path,
@@ -91,17 +94,13 @@ class Subject:
                 file=there,
             ),
             numel=numel,
-            devices=config.devices,
+            processes=processes,
+            shards=processes if config.sharding == "full" else 1,
             device=_device(config.devices, noting),
             image_size=size,
             rows=rows,
             images={"forget": len(rows.forget), "retain": len(rows.retain), "to_sample": missing},
         )
-
-    @property
-    def processes(self) -> int:
-        """That share the work."""
-        return max(ranks.started_world_size(), len(device_names(self.devices)))
 
     def share(self, images: int) -> int:
         """Most images of so many that one process takes."""

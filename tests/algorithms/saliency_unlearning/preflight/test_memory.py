@@ -40,13 +40,14 @@ TRAINING: dict[str, Any] = {
     "patch": True,
     "resumed": False,
     "file_dtype_bytes": 4,
+    "shards": 1,
     "cuda": False,
 }
 
 
 def test_the_parts_of_a_mask() -> None:
     host, device = mask_memory(
-        MODEL, passes={"sample": 80}, activations=400, precision="fp32", thresholds=2, cuda=False
+        MODEL, passes={"sample": 80}, activations=400, precision="fp32", thresholds=2, shards=1, cuda=False
     )
     assert device == {}
     late = LATE_LIBRARIES_BYTES
@@ -56,7 +57,9 @@ def test_the_parts_of_a_mask() -> None:
         "gradients": 1000 + 600 + int(ALLOCATOR_SHARE * 400) + late,
         "thresholds": 1000 + 600 + 2 * 150 + late,
     }
-    host, device = mask_memory(MODEL, passes={}, activations=400, precision="bf16", thresholds=1, cuda=True)
+    host, device = mask_memory(
+        MODEL, passes={}, activations=400, precision="bf16", thresholds=1, shards=1, cuda=True
+    )
     assert device == {"gradients": 300 + 600 + 400, "thresholds": 300 + 600 + 150}
     assert host["write"] == 600 + 150 + late
 
@@ -83,6 +86,7 @@ def test_the_parts_of_training() -> None:
         ({"channels_last": True}, 4 * 50),  # places also where all entries move
         ({"optimizer": "adam8bit"}, 2 * 70 + 8 * 70 // 256 - 8 * 70),
         ({"resumed": True}, 12 * 70),
+        ({"shards": 2}, -(600 + 8 * 70 + 4 * 20 + 4 * 110) // 2),  # weights, moments, places, gradients
         # weights, gradients and values of half the size; full weights, and full copies of what moves, beside them
         ({"precision": "bf16"}, -300 - 2 * 110 + 600 + 4 * 70),
     ],
