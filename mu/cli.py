@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import logging
 import os
 import shlex
 import signal
@@ -37,7 +36,8 @@ from mu.config import (
 from mu.config_file import Text, read_list
 from mu.config_values import Key
 from mu.errors import MuError, Terminated
-from mu.verbosity import LEVELS, console_level, is_quiet, verbosity
+from mu.ranks import started_local_rank, started_rank, started_world_size
+from mu.verbosity import LEVELS, is_quiet, verbosity
 
 C = TypeVar("C", bound=Config)
 _WIDTH = 110
@@ -116,21 +116,29 @@ def run_door(
     packaged: Path | None = None,
     argv: Sequence[str] | None = None,
     first_words: Sequence[str] = (),
+    shares_work: bool = False,
     plan: Callable[[C], Planned] | None = None,
 ) -> int:
     """A whole command: settings, their print, the run, its result; returns the exit code.
+
+    Under torchrun and srun all processes come here, and rank 0 speaks for them. An error that another one alone has met
+    is printed there; a mistake in the settings once on each machine, as their files may differ.
 
     Args:
         run: does the work and returns what is printed at the end, a mapping of names to paths and numbers. It
             imports what is heavy itself, so that mistakes and help come without the wait.
         module: name after `python -m`.
         first_words: keys whose values may come first without their names, in this order.
+        shares_work: `run` works in as many processes as are started together; otherwise they are refused.
         plan: what `--dry_run` prints in the place of a run; a plan that cannot be carried out is exit code 2.
     """
     more = _DRY_RUN if plan is not None else {}
     arguments = _named(sys.argv[1:] if argv is None else argv, first_words)
+    config: C | None = None
     try:
         config = parse_cli(cls, arguments, packaged=packaged, more=more)
+        if not shares_work:
+            _check_alone(module)
         with _asked_verbosity(cls, arguments, more), terminable():
             if plan is not None and _flags(cls, arguments, [], more).get("dry_run") == "true":
                 planned = plan(config)
@@ -146,22 +154,23 @@ def run_door(
     except OutputClosed:
         return 141
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        if started_local_rank() == 0 if config is None else _is_to_print(error):
+            print(error, file=sys.stderr)
         return 2
     except MuError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _is_to_print(error):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"error: the disk is full: {error.filename or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Terminated:
-        print("terminated", file=sys.stderr)
-        return 143
+    except (KeyboardInterrupt, Terminated) as stopped:
+        word, code = ("terminated", 143) if isinstance(stopped, Terminated) else ("interrupted", 130)
+        if started_rank() == 0:
+            print(word, file=sys.stderr)
+        return code
     if isinstance(result, Mapping):
         with contextlib.suppress(OutputClosed):
             say("\n".join(_result_lines(result)))
@@ -186,10 +195,24 @@ def _asked_verbosity(
     with verbosity(flags.get("log_level", "info"), quiet=flags.get("quiet") == "true"):
         try:
             yield
-        except MuError:
-            if console_level() <= logging.DEBUG:
+        except MuError as error:
+            if flags.get("log_level") == "debug" and _is_to_print(error):
                 traceback.print_exc()
             raise
+
+
+def _check_alone(module: str) -> None:
+    if (count := started_world_size()) > 1:
+        error = ConfigError(
+            [f"{module} is one process and was started as {count}: leave out torchrun or srun"]
+        )
+        error.in_all_processes = True
+        raise error
+
+
+def _is_to_print(error: MuError) -> bool:
+    """Whether no other process of the run prints it."""
+    return started_rank() == 0 or not error.in_all_processes
 
 
 @contextlib.contextmanager
@@ -214,7 +237,12 @@ def terminable() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print a text. Raises OutputClosed, once and quietly, when nobody reads it any more."""
+    """Print a text; of the processes of a run, the first one does.
+
+    Raises OutputClosed, once and quietly, when nobody reads it any more.
+    """
+    if started_rank() > 0:
+        return
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -10,6 +10,9 @@ class MuError(Exception):
     from it, beside the built-in class that fits (`class CheckpointError(MuError, ValueError)`).
     """
 
+    in_all_processes = False
+    """Whether every process of the run has raised it (see `mu.ranks`), so that one of them is enough to print it."""
+
 
 class Terminated(BaseException):
     """The process was asked to end, by SIGTERM. As KeyboardInterrupt, it is no error, and no Exception."""

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mu.config import Config
 from mu.devices import device_names
 from mu.errors import MuError, Terminated
 from mu.ranks import RankError, is_grouped, joined
 from mu.verbosity import console_level, is_quiet
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C")
 T = TypeVar("T")
 _GRACE_SECONDS = 30.0
 """How long the others may go on when one has failed, to end by themselves."""

@@ -24,11 +24,9 @@ def main(folder: Path) -> int:
     """Do the task that lies in `folder`; returns the exit code, 0 where its outcome is a value."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     task: Task = pickle.loads((folder / "task").read_bytes())
-    is_main = started_rank() == 0
-    level = logging.getLevelName(task.level).lower() if is_main else "error"
+    level = logging.getLevelName(task.level).lower()
     noting = _Noting(folder)
-    quiet = task.quiet or not is_main
-    with noting, verbosity(level, quiet=quiet), terminable(), joined(task.devices), noting:
+    with noting, verbosity(level, quiet=task.quiet), terminable(), joined(task.devices), noting:
         noting.note(Outcome(value=task.run(task.config)))
     return int(noting.failed)
 

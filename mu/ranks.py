@@ -114,6 +114,12 @@ def gathered(value: T) -> list[T]:
     return values
 
 
+def together(mine: Sequence[T]) -> list[T]:
+    """What all processes made of their `share` of some items, in the order of the items; pickled, as by `gathered`."""
+    parts = gathered(mine)
+    return [part[turn] for turn in range(len(parts[0])) for part in parts if turn < len(part)]
+
+
 def from_main(value: T) -> T:
     """The main process' value. It has to be small, and of a kind that pickles."""
     if _place.world_size == 1:
@@ -146,7 +152,7 @@ def on_main(work: Callable[[], T]) -> T:
             outcome = None, sendable(error)
     value, failed = from_main(outcome)
     if failed is not None:
-        raise failed
+        raise _of_all(failed)
     return value  # type: ignore[return-value]
 
 
@@ -167,7 +173,12 @@ def in_step() -> Iterator[None]:
         failed = sendable(error)
     for theirs in gathered(failed):
         if theirs is not None:
-            raise theirs
+            raise _of_all(theirs)
+
+
+def _of_all(error: MuError) -> MuError:
+    error.in_all_processes = True
+    return error
 
 
 def sendable(error: MuError) -> MuError:
@@ -189,6 +200,13 @@ def started_rank(environ: Mapping[str, str] = os.environ) -> int:
     if "TORCHELASTIC_RUN_ID" in environ:
         return int(environ["RANK"])
     return int(environ.get("SLURM_PROCID", 0)) if _slurm_tasks(environ) > 1 else 0
+
+
+def started_local_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """Which of the processes that were started together on this machine this is."""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return int(environ["LOCAL_RANK"])
+    return int(environ.get("SLURM_LOCALID", 0)) if _slurm_tasks(environ) > 1 else 0
 
 
 def started_world_size(environ: Mapping[str, str] = os.environ) -> int:

@@ -16,12 +16,13 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import IO, cast
 
+from mu import ranks
 from mu.atomic import write_atomically
 from mu.config import Config, dump
 from mu.errors import MuError
@@ -178,6 +179,18 @@ class RunFolder:
         wanted = min(logging.INFO, console_level())  # log.txt has it all, however little the console says
         if _ROOT_LOGGER.getEffectiveLevel() > wanted:
             _ROOT_LOGGER.setLevel(wanted)
+
+
+def shared_folder(make: Callable[[], RunFolder]) -> RunFolder:
+    """The folder that `make` opens in the main process of a run; in the others, that folder `beside` it."""
+    opened: list[RunFolder] = []
+
+    def path_of_made() -> Path:
+        opened.append(make())
+        return opened[0].path
+
+    path = ranks.on_main(path_of_made)
+    return opened[0] if opened else RunFolder.beside(path, ranks.rank())
 
 
 class MetricsCsv:

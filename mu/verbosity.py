@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mu.ranks import started_rank
+
 LEVELS = ("debug", "info", "warning", "error")
 """Of the console; `debug` also gives errors their traceback."""
 
@@ -16,16 +18,23 @@ _level, _quiet = "info", False
 def verbosity(log_level: str = "info", *, quiet: bool = False) -> Iterator[None]:
     """While it lasts, the console gets log lines from `log_level` on.
 
+    Of the processes of a run the first one speaks; from the others come errors alone.
+
     Args:
         quiet: no progress bars, no settings, and of the log lines only warnings and errors.
     """
     global _level, _quiet
-    before = _level, _quiet
+    logger = logging.getLogger("mu")
+    before = _level, _quiet, logger.level
+    if started_rank() > 0:
+        log_level, quiet = "error", True
+        logger.setLevel(logging.ERROR)  # Python itself prints warnings that nobody handles
     _level, _quiet = "warning" if quiet and log_level in ("debug", "info") else log_level, quiet
     try:
         yield
     finally:
-        _level, _quiet = before
+        _level, _quiet, level = before
+        logger.setLevel(level)
 
 
 def console_level() -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from mu.cli import HelpAsked, command_line, help_text, parse_cli, run_door
 from mu.config import Config, ConfigError, load_config, setting
-from mu.errors import MuError
+from mu.errors import MuError, Terminated
 from mu.run_folder import RunFolder
 from mu.verbosity import bars_off
 
@@ -191,6 +191,83 @@ def test_at_debug_an_error_shows_where_it_came_from(capsys):
     assert "Traceback" in capsys.readouterr().err
     assert door(run) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3"}
+
+
+@pytest.mark.parametrize("by", ["torchrun", "slurm"])
+def test_of_processes_started_together_the_first_speaks_and_the_others_of_what_they_alone_have_met(
+    monkeypatch, capsys, tmp_path, by
+):
+    def run(error=None):
+        with RunFolder.create(tmp_path, "run") as folder:
+            folder.logger.warning("heard")
+        logging.getLogger("mu.somewhere").warning("also without a folder")
+        if error is not None:
+            raise error
+        return {"loss": 0.5, "bars off": bars_off()}
+
+    def of_all(error):
+        error.in_all_processes = True
+        return error
+
+    def said_by(rank, *flags, error=None, local_rank=rank_of_machine):
+        together = TORCHRUN | {"RANK": str(rank), "LOCAL_RANK": str(local_rank(rank))}
+        if by == "slurm":
+            together = SLURM | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank(rank))}
+        for name, value in together.items():
+            monkeypatch.setenv(name, value)
+        code = run_door(
+            Toy, lambda _: run(error), module="mu.toy", summary="Does it.", argv=flags, shares_work=True
+        )
+        return (code, *capsys.readouterr())
+
+    code, printed, said = said_by(0)
+    assert code == 0
+    assert "defaults < config file < flags" in printed
+    assert "loss: 0.5" in printed
+    assert "heard" in said
+    assert said_by(1) == (0, "", "")
+    assert said_by(2, "--log_level", "debug") == (0, "", "")
+    assert said_by(1, "--help") == (0, "", "")
+
+    for error, code, text in (
+        (MuError("no image"), 1, "error: no image\n"),
+        (ConfigError(["run_name: taken"]), 2, "1 mistake in the configuration:\n  run_name: taken\n"),
+    ):
+        found = said_by(1, error=error)
+        assert (found[0], found[2]) == (code, text), "what one alone has met"
+        assert said_by(1, error=of_all(error)) == (code, "", "")
+        found = said_by(0, error=error)
+        assert (found[0], found[2].endswith(text)) == (code, True)
+    assert "Traceback" in said_by(2, "--log_level", "debug", error=MuError("mine"))[2]
+    assert said_by(2, "--log_level", "debug", error=of_all(MuError("ours"))) == (1, "", "")
+    assert said_by(1, error=KeyboardInterrupt()) == (130, "", "")
+    assert said_by(1, error=Terminated()) == (143, "", "")
+
+    assert said_by(1, "--lr", "0") == (2, "", "")
+    code, _, said = said_by(2, "--lr", "0", local_rank=lambda _: 0)
+    assert (code, "lr: must be > 0" in said) == (2, True), "on another machine, files may differ"
+
+
+def rank_of_machine(rank):
+    """That of a process when there is one machine."""
+    return rank
+
+
+def test_a_door_that_is_one_process_is_not_started_several_times(monkeypatch, capsys):
+    for name, value in (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    assert door(lambda _: pytest.fail("it ran")) == 2
+    assert "mu.toy is one process and was started as 3: leave out torchrun or srun" in capsys.readouterr().err
+    assert door(lambda _: pytest.fail("it ran"), "--help") == 0
+    assert "--lr" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert door(lambda _: pytest.fail("it ran")) == 2
+    assert capsys.readouterr() == ("", "")
 
 
 DOOR = "from test_cli import door; sys.exit(door(lambda _: print('begun', file=sys.stderr), *sys.argv[1:]))"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mu import ranks
 from mu.atomic import finish_writes, write_atomically, write_together
 from mu.datasets.images import png
 from mu.datasets.index import (
@@ -224,21 +225,32 @@ class GeneratedImages:
         """Samples the images of `rows` that do not exist yet, and returns how many those were.
 
         The images of a batch are written together, as soon as it is done: a run that was killed loses one batch, and
-        the next one cuts the rest into the same batches, on which their last bits depend.
+        the next one cuts the rest into the same batches, on which their last bits depend. The processes of a run share
+        the batches; when one returns, all images are there.
 
         Raises:
             DataError: an image came out with NaN or Inf, or the folder's manifest says something else.
         """
-        _claim_folder(self.path, self.manifest)
-        finish_writes(self.path)
-        missing = [row for row in rows if not row.image.exists()]
+
+        def lacking() -> list[int]:
+            _claim_folder(self.path, self.manifest)
+            finish_writes(self.path)
+            return [place for place, row in enumerate(rows) if not row.image.exists()]
+
+        missing = [rows[place] for place in ranks.on_main(lacking)]
         if not missing:
             return 0
         steps = self.settings.steps
         _log.info("sampling %d of %d images from the model (%d steps)", len(missing), len(rows), steps)
-        with tqdm(total=len(missing), desc="sampling images", unit="image", disable=bars_off()) as progress:
-            for start in range(0, len(missing), batch_size):
-                batch = missing[start : start + batch_size]
+        batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+        with ranks.in_step():
+            self._write_sampled(ranks.share(batches))
+        return len(missing)
+
+    def _write_sampled(self, batches: Sequence[Sequence[Row]]) -> None:
+        count = sum(map(len, batches))
+        with tqdm(total=count, desc="sampling images", unit="image", disable=bars_off()) as progress:
+            for batch in batches:
                 files = {}
                 for row, image in zip(batch, self._sample(batch), strict=True):
                     if not torch.isfinite(image).all():
@@ -248,7 +260,6 @@ class GeneratedImages:
                     files[row.image.relative_to(self.path).as_posix()] = png(image)
                 write_together(self.path, files)
                 progress.update(len(batch))
-        return len(missing)
 
     def _sample(self, rows: Sequence[Row]) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1]."""

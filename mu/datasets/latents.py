@@ -2,6 +2,8 @@
 
 What is kept of an image are the moments of its posterior, so that every epoch can draw its own sample. An image is
 encoded alone, not in a batch: its moments then depend on the image and the weights and on nothing else.
+
+The processes of a run share the work, the main one writes, and all get the same bits.
 """
 
 from __future__ import annotations
@@ -9,23 +11,32 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from mu.atomic import write_atomically
+from mu import ranks
 from mu.datasets.images import load_image
 from mu.datasets.index import DataError, Row, raise_problems
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.ldm.tensor_file import write_state_dict
 from mu.verbosity import bars_off
 
+S = TypeVar("S")
+T = TypeVar("T")
+_Group = dict[str, tuple[str, Tensor, Tensor]]
+"""What is kept of one folder of images: relative path -> (sha256 of the file, mean, logvar)."""
 _FORMAT = "1"
+_TOGETHER = 16
+"""So many results of each process are exchanged at once."""
 _log = logging.getLogger(__name__)
 
 
@@ -65,28 +76,11 @@ class LatentCache:
         if not rows:
             raise DataError("there are no images to encode.")
         hashes, problems = _hash_files(rows)
-        groups: dict[str, list[int]] = {}
-        for place, row in enumerate(rows):
-            groups.setdefault(row.relative.rpartition("/")[0], []).append(place)
-
-        kept = {group: self._read_group(group) for group in groups}
-        todo = {}
-        for group, places in groups.items():
-            known = kept[group]
-            new = [place for place in places if rows[place].relative not in known]
-            stale = [
-                place
-                for place in places
-                if rows[place].relative in known and known[rows[place].relative][0] != hashes.get(place)
-            ]
-            if stale:
-                first = rows[stale[0]].image
-                _log.info("%d images changed since their latents were kept (%s ...)", len(stale), first)
-            if new or stale:
-                todo[group] = [place for place in sorted(new + stale) if place in hashes]
+        kept = {group: self._read_group(group) for group in dict.fromkeys(map(_group, rows))}
+        todo = _lacking(rows, hashes, kept)
         self._encode(rows, hashes, todo, kept=kept, problems=problems)
 
-        moments = [kept[group][rows[place].relative] for group, place in _in_order(groups)]
+        moments = [kept[_group(row)][row.relative] for row in rows]
         means, logvars = [mean for _, mean, _ in moments], [logvar for _, _, logvar in moments]
         return torch.stack(means), torch.stack(logvars)
 
@@ -104,63 +98,72 @@ class LatentCache:
                 "needs one, because the concept is named by prompts."
             )
         kept = self._read_prompts()
-        new = [prompt for prompt in wanted if prompt not in kept]
-        for prompt in tqdm(new, desc="embedding prompts", unit="prompt", disable=bars_off(), leave=False):
-            kept[prompt] = self.model.embed([prompt])[0].float().cpu().contiguous()
-            if not torch.isfinite(kept[prompt]).all():
-                raise DataError(f"the embedding of the prompt {prompt!r} contains NaN or Inf.")
+        known = set(kept).intersection(*ranks.gathered(set(kept)))
+        new = [prompt for prompt in wanted if prompt not in known]
+        size = _TOGETHER * ranks.world_size()
+        with tqdm(
+            total=len(new), desc="embedding prompts", unit="prompt", disable=bars_off(), leave=False
+        ) as progress:
+            for first in range(0, len(new), size):
+                prompts = new[first : first + size]
+                kept |= zip(prompts, _together(prompts, self._embed, progress), strict=True)
         if new:
-            names = list(kept)
-            tensors = {str(number): kept[name] for number, name in enumerate(names)}
-            metadata = {"format": _FORMAT, "text_encoder": self._text_encoder, "prompts": json.dumps(names)}
-            write_atomically(self._prompts, save(tensors, metadata))
+            ranks.on_main(partial(self._write_prompts, kept, new))
         return {prompt: kept[prompt] for prompt in wanted}
+
+    def _embed(self, prompt: str) -> Tensor:
+        return self.model.embed([prompt])[0].float().cpu().contiguous()  # (L, D)
 
     def _encode(
         self,
         rows: Sequence[Row],
-        hashes: dict[int, str],
-        todo: dict[str, list[int]],
+        hashes: Mapping[int, str],
+        todo: Sequence[int],
         *,
-        kept: dict[str, dict[str, tuple[str, Tensor, Tensor]]],
-        problems: list[str],
+        kept: dict[str, _Group],
+        problems: dict[int, str],
     ) -> None:
         """Encodes the rows at the places in `todo` into `kept`, and writes each group when it is done."""
-        count = sum(len(places) for places in todo.values())
-        if count:
-            _log.info("encoding %d of %d images at %d px", count, len(rows), self.image_size)
+        if todo:
+            _log.info("encoding %d of %d images at %d px", len(todo), len(rows), self.image_size)
         weight = next(self.model.first_stage_model.parameters())
+
+        def encode(place: int) -> tuple[Tensor, Tensor] | None:
+            try:
+                image = load_image(rows[place].image, self.image_size)
+            except DataError as error:
+                problems[place] = str(error)
+            if problems:  # the rest is only read, so that one message can name every bad image
+                return None
+            mean, logvar = self.model.encode(image[None].to(weight))  # each (1, C, h, w)
+            return mean[0].float().cpu().contiguous(), logvar[0].float().cpu().contiguous()
+
         with tqdm(
-            total=count, desc="encoding images", unit="image", disable=bars_off(), leave=False
+            total=len(todo), desc="encoding images", unit="image", disable=bars_off(), leave=False
         ) as progress:
-            for group, places in todo.items():
-                for place in places:
-                    row = rows[place]
-                    progress.update()
-                    try:
-                        image = load_image(row.image, self.image_size)
-                    except DataError as error:
-                        problems.append(str(error))
-                    if problems:  # the rest is only read, so that one message can name every bad image
-                        continue
-                    mean, logvar = self.model.encode(image[None].to(weight))  # each (1, C, h, w)
-                    moments = mean[0].float().cpu().contiguous(), logvar[0].float().cpu().contiguous()
-                    if not all(bool(torch.isfinite(moment).all()) for moment in moments):
-                        raise DataError(f"{row.image}: the first stage gives it a latent with NaN or Inf.")
-                    kept[group][row.relative] = (hashes[place], *moments)
-                if not problems:
-                    self._write_group(group, kept[group])
-        raise_problems(
-            problems,
-            what="images cannot be used",
-            advice="Replace them, or delete them together with their rows.",
+            for places in _whole_groups(rows, todo):
+                found = _together(places, encode, progress)
+                for theirs in ranks.gathered(problems):
+                    problems |= theirs
+                if problems:
+                    continue
+                for place, moments in zip(places, found, strict=True):
+                    assert moments is not None
+                    kept[_group(rows[place])][rows[place].relative] = (hashes[place], *moments)
+                ranks.on_main(partial(self._write_groups, [rows[place] for place in places], kept))
+        ranks.on_main(
+            lambda: raise_problems(
+                [problems[place] for place in sorted(problems)],
+                what="images cannot be used",
+                advice="Replace them, or delete them together with their rows.",
+            )
         )
 
     def _path(self, group: str) -> Path:
         return self._images / f"{group or 'images'}.safetensors"
 
-    def _read_group(self, group: str) -> dict[str, tuple[str, Tensor, Tensor]]:
-        """What is kept for one folder of images: relative path -> (sha256 of the file, mean, logvar)."""
+    def _read_group(self, group: str) -> _Group:
+        """What is kept for one folder of images."""
         path = self._path(group)
         found = _read(path)
         if found is None:
@@ -179,7 +182,16 @@ class LatentCache:
             return {}
         return {name: (hashes[name], tensors[f"mean {name}"], tensors[f"logvar {name}"]) for name in hashes}
 
-    def _write_group(self, group: str, entries: dict[str, tuple[str, Tensor, Tensor]]) -> None:
+    def _write_groups(self, rows: Sequence[Row], kept: Mapping[str, _Group]) -> None:
+        """The files of these rows. Raises DataError for NaN or Inf."""
+        for row in rows:
+            _, *moments = kept[_group(row)][row.relative]
+            if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+                raise DataError(f"{row.image}: the first stage gives it a latent with NaN or Inf.")
+        for group in dict.fromkeys(map(_group, rows)):
+            self._write_group(group, kept[group])
+
+    def _write_group(self, group: str, entries: _Group) -> None:
         metadata = {
             "format": _FORMAT,
             "first_stage": self._encoder,
@@ -188,7 +200,16 @@ class LatentCache:
         }
         tensors = {f"mean {name}": mean for name, (_, mean, _) in entries.items()}
         tensors |= {f"logvar {name}": logvar for name, (_, _, logvar) in entries.items()}
-        write_atomically(self._path(group), save(tensors, metadata))
+        write_state_dict(tensors, self._path(group), metadata)
+
+    def _write_prompts(self, kept: Mapping[str, Tensor], new: Sequence[str]) -> None:
+        for prompt in new:
+            if not torch.isfinite(kept[prompt]).all():
+                raise DataError(f"the embedding of the prompt {prompt!r} contains NaN or Inf.")
+        names = list(kept)
+        tensors = {str(number): kept[name] for number, name in enumerate(names)}
+        metadata = {"format": _FORMAT, "text_encoder": self._text_encoder, "prompts": json.dumps(names)}
+        write_state_dict(tensors, self._prompts, metadata)
 
     def _read_prompts(self) -> dict[str, Tensor]:
         found = _read(self._prompts)
@@ -206,24 +227,69 @@ class LatentCache:
         return {name: tensors[str(number)] for number, name in enumerate(names)}
 
 
-def _in_order(groups: dict[str, list[int]]) -> list[tuple[str, int]]:
-    """(group, place) by place."""
-    return sorted(
-        ((group, place) for group, places in groups.items() for place in places), key=lambda pair: pair[1]
-    )
+def _group(row: Row) -> str:
+    """The folder of its image, whose moments are in one file."""
+    return row.relative.rpartition("/")[0]
 
 
-def _hash_files(rows: Sequence[Row]) -> tuple[dict[int, str], list[str]]:
-    """sha256 of each row's file by place, and the files that cannot be read."""
-    hashes, problems = {}, []
-    for place, row in enumerate(rows):
+def _lacking(rows: Sequence[Row], hashes: Mapping[int, str], kept: Mapping[str, _Group]) -> list[int]:
+    """The places of the rows that are to be encoded, those of one group together.
+
+    A file system may show its files to the processes at different moments: what one of them lacks counts for all.
+    """
+    new, stale = [], []
+    for place, digest in hashes.items():
+        entry = kept[_group(rows[place])].get(rows[place].relative)
+        if entry is None:
+            new.append(place)
+        elif entry[0] != digest:
+            stale.append(place)
+    if stale:
+        first = rows[stale[0]].image
+        _log.info("%d images changed since their latents were kept (%s ...)", len(stale), first)
+    lacking: set[int] = set().union(*ranks.gathered(new + stale))
+    order = {group: number for number, group in enumerate(kept)}
+    return sorted(lacking, key=lambda place: (order[_group(rows[place])], place))
+
+
+def _whole_groups(rows: Sequence[Row], todo: Sequence[int]) -> Iterator[list[int]]:
+    """The places in `todo` in pieces of whole groups, with work for each process; alone, group by group."""
+    enough = _TOGETHER * ranks.world_size() if ranks.world_size() > 1 else 1
+    piece: list[int] = []
+    for _, places in groupby(todo, lambda place: _group(rows[place])):
+        piece += places
+        if len(piece) >= enough:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
+
+
+def _together(items: Sequence[S], work: Callable[[S], T], progress: tqdm) -> list[T]:
+    """What `work` gives for each item, of which each process does its share."""
+    mine = []
+    for item in ranks.share(items):
+        mine.append(work(item))
+        progress.update()
+    progress.update(len(items) - len(mine))
+    return ranks.together(mine)
+
+
+def _hash_files(rows: Sequence[Row]) -> tuple[dict[int, str], dict[int, str]]:
+    """sha256 of each row's file by place, and what is wrong with those that cannot be read."""
+    hashes, problems = {}, {}
+    for place in ranks.share(range(len(rows))):
+        image = rows[place].image
         try:
-            hashes[place] = hashlib.sha256(row.image.read_bytes()).hexdigest()
+            hashes[place] = hashlib.sha256(image.read_bytes()).hexdigest()
         except FileNotFoundError:
-            problems.append(f"{row.image}: missing")
+            problems[place] = f"{image}: missing"
         except OSError as error:
-            problems.append(f"{row.image}: unreadable ({error})")
-    return hashes, problems
+            problems[place] = f"{image}: unreadable ({error})"
+    for their_hashes, their_problems in ranks.gathered((hashes, problems)):
+        hashes |= their_hashes
+        problems |= their_problems
+    return dict(sorted(hashes.items())), problems
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:

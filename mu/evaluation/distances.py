@@ -18,6 +18,8 @@ from mu.evaluation.intervals import Estimate, spread_interval
 
 KID_SUBSETS = 100
 _KID_RESAMPLES = 1000
+_SYNC = False
+"""torchmetrics would add up the images of all processes of a run, of which one alone measures."""
 
 
 class DistanceError(MuError, ValueError):
@@ -58,7 +60,7 @@ def fid(features: Tensor, reference: Tensor, *, paired: bool, resamples: int) ->
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     features, reference = _checked(features, reference, paired=paired)
-    metric = FrechetInceptionDistance(_Given(features.shape[1]))
+    metric = FrechetInceptionDistance(_Given(features.shape[1]), sync_on_compute=_SYNC)
     metric.update(features, real=False)
     metric.update(reference, real=True)
     value = float(metric.compute())
@@ -87,7 +89,10 @@ def kid(features: Tensor, reference: Tensor, *, paired: bool, subset_size: int =
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that all features are kept in memory
         metric = KernelInceptionDistance(
-            _Given(features.shape[1]), subsets=1 if whole else KID_SUBSETS, subset_size=size
+            _Given(features.shape[1]),
+            subsets=1 if whole else KID_SUBSETS,
+            subset_size=size,
+            sync_on_compute=_SYNC,
         )
     metric.update(features, real=False)
     metric.update(reference, real=True)

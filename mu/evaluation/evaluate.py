@@ -7,14 +7,15 @@ Images are sampled from a checkpoint and kept in `<output_dir>/grids`, see `mu.e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from mu import ranks
 from mu.atomic import write_atomically
 from mu.config import Config, resolve_path
 from mu.datasets.generated import GeneratedImages, SampleSettings
-from mu.datasets.index import Row, concept_label
+from mu.datasets.index import concept_label
 from mu.devices import resolve_devices
 from mu.evaluation.classifiers import Classifier
 from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, classify, measure
@@ -37,8 +38,9 @@ from mu.evaluation.metrics import (
 from mu.evaluation.quality import Quality, Reference, interpolation, load_scorer
 from mu.evaluation.results import draw, image_table, percent, sentence, summary, write_metrics
 from mu.evaluation.settings import EvaluationSettings
+from mu.launch import on_ranks
 from mu.ldm import load_model
-from mu.run_folder import RunFolder
+from mu.run_folder import RunFolder, shared_folder
 
 __all__ = ["EvaluationError", "EvaluationSettings", "Grid", "MeasuredModel", "measure", "percent", "run"]
 
@@ -50,76 +52,79 @@ def run(config: EvaluationSettings) -> dict[str, object]:
     an image); `pictures/before_after.png`, `config.yaml`, `environment.json`, `log.txt`. The model "before" is that of
     `base_ckpt_path` or `base_images_dir` and is left out without one. docs/evaluation.md lists all fields.
 
+    With several `devices`, as many processes share the sampling; the main one measures. The numbers are those of one.
+
     Returns:
         What is printed at the end: for each score its meaning and its numbers, how they are read, then paths.
 
     Raises:
         MuError: a file is missing or wrong, or the settings do not fit each other; the message says which.
     """
-    device = resolve_devices(config.devices)
-    evaluation = _Evaluation(config, load_scorer(config, device), device)
-    quality = Quality(config, evaluation.classifier, device)
-    with RunFolder.create(config.output_dir, concept_label(config.template_name)) as run:
-        if isinstance(config, Config):
-            run.save_config(config)
-        run.save_environment()
-        measured = evaluation.measure(run)
-        reference = evaluation.reference(measured)
-        scores: dict[str, UnlearningScores] = {}
-        numbers: dict[str, dict[str, object]] = {}
-        for name, found in measured.items():
-            write_atomically(run.path / f"images_{name}.csv", image_table(found.asked))
-            # The base's images are at no distance from themselves.
-            itself = reference is not None and reference.images == found.asked
-            numbers[name] = quality.measure(found.asked, None if itself else reference)
-            if evaluation.classifier is None:
-                continue
-            write_atomically(run.path / f"predictions_{name}.csv", predictions_csv(found.predictions))
-            scores[name] = unlearning_scores(
-                found.predictions,
-                template=config.template,
-                template_name=config.template_name,
-                cra_prompts=config.cra_prompts,
-                left_out=config.left_out,
-            )
-            sure = memorised(
-                found.predictions,
-                template=config.template,
-                template_name=config.template_name,
-                threshold=config.memorised_threshold,
-                left_out=config.left_out,
-            )
-            numbers[name]["memorised"] = asdict(sure)
-            run.logger.info("%s: %s", name, sentence(scores[name]))
-        write_metrics(
-            run,
-            config,
-            sources=evaluation.sources,
-            measured=measured,
-            scores=scores,
-            numbers=numbers,
-            classifier=evaluation.classifier,
+    return on_ranks(_run, config, config.devices)
+
+
+def _run(config: EvaluationSettings) -> dict[str, object]:
+    """In each process of the run: all sample, and the main one has what measures."""
+    made: list[_Evaluation] = []
+
+    def open_folder() -> RunFolder:
+        device = resolve_devices(config.devices)
+        made.append(_Evaluation(config, load_scorer(config, device), device))
+        return RunFolder.create(config.output_dir, concept_label(config.template_name))
+
+    with shared_folder(open_folder) as folder:
+        wanted = ranks.on_main(lambda: list(made[0].wanted()))
+        sampled = {each.name: _sample(config, each, folder) for each in wanted}
+        return ranks.on_main(lambda: made[0].finish(folder, sampled))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The images of a checkpoint that are to be sampled; `others`, with other seeds, are for comparison alone."""
+
+    name: str
+    checkpoint: Path
+    images: tuple[AskedImage, ...]
+    others: tuple[AskedImage, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """Where they are, and what they were sampled with."""
+
+    folder: Path
+    manifest: Mapping[str, str]
+    images: tuple[AskedImage, ...]
+    others: tuple[AskedImage, ...]
+
+
+def _sample(config: EvaluationSettings, wanted: _Wanted, folder: RunFolder) -> _Sampled:
+    folder.logger.info("%s unlearning: %s", wanted.name, wanted.checkpoint)
+    with ranks.in_step():
+        model = load_model(
+            resolve_path(config.model_config_path),
+            wanted.checkpoint,
+            device=resolve_devices(config.devices),
+            use_ema=config.use_ema,
         )
-        picture = draw(run.path / "pictures" / "before_after.png", config, measured)
-        return {
-            **summary(config, scores, numbers),
-            "images of each model": len(measured["after"].asked),
-            "checkpoint" if config.images_dir is None else "images": str(evaluation.sources["after"]),
-            **({} if picture is None else {"picture": str(picture)}),
-            "run": str(run.path),
-        }
+        settings = SampleSettings(
+            config.sample_steps, config.guidance_scale, model.image_size, config.precision
+        )
+        generated = GeneratedImages(model, config.output_dir, settings, subfolder="grids")
+    rows, others = (list(rebased(images, generated.path)) for images in (wanted.images, wanted.others))
+    generated.sample_missing([*rows, *others], batch_size=config.batch_size)
+    return _Sampled(generated.path, generated.manifest, of_rows(rows), of_rows(others))
 
 
 @dataclass
 class _Evaluation:
-    """Where the images of each model come from, and what the classifier sees in them."""
+    """Where the images of each model come from, what the classifier sees in them, and what else is measured."""
 
     config: EvaluationSettings
     classifier: Classifier | None
     device: str
     sources: dict[str, Path] = field(init=False)
     given: dict[str, tuple[AskedImage, ...]] = field(init=False, default_factory=dict)
-    other_seeds: tuple[AskedImage, ...] = field(init=False, default=())
     reference_folder: tuple[AskedImage, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -151,33 +156,103 @@ class _Evaluation:
                 f"{len(lacking)} are in one of them alone, such as {style}, {object}, {seed}"
             )
 
-    def measure(self, run: RunFolder) -> dict[str, MeasuredModel]:
-        """The images of each model, sampled where they are not there, and classified."""
-        measured = {}
-        manifest: Mapping[str, str]
-        for name, source in self.sources.items():
-            run.logger.info("%s unlearning: %s", name, source)
-            if name in self.given:
-                asked = self.given[name]
-                path, manifest = source, {}
-                if gaps := _gaps(asked):
-                    run.logger.warning("%s has no images of %d of its styles x objects x seeds", source, gaps)
-            else:
-                path, manifest, asked = self._sample(name, source)
-            predictions: tuple[Prediction, ...] = ()
-            if self.classifier is not None:
-                predictions = tuple(
-                    classify(
-                        asked,
-                        self.classifier,
-                        batch_size=self.config.batch_size,
-                        interpolation=interpolation(self.config),
-                    )
-                )
-            measured[name] = MeasuredModel(path, manifest, predictions, asked)
-        return measured
+        self.quality = Quality(config, self.classifier, self.device)
 
-    def reference(self, measured: Mapping[str, MeasuredModel]) -> Reference | None:
+    def wanted(self) -> Iterator[_Wanted]:
+        """What is to be sampled of each model; nothing of one whose images are given."""
+        config = self.config
+        if "after" in self.given:
+            images = self.given["after"]
+        else:
+            images = of_rows(list(Grid(self.styles, self.objects, config.seeds).rows(Path())))
+        for name, source in self.sources.items():
+            others: tuple[AskedImage, ...] = ()
+            if name == "before" and config.fid_reference == "base_other_seeds":
+                prompts = {(image.style, image.object): image for image in images}
+                others = tuple(
+                    replace(image, seed=seed)
+                    for image in prompts.values()
+                    for seed in config.fid_reference_seeds
+                )
+            if name not in self.given:
+                yield _Wanted(name, source, images, others)
+
+    def finish(self, run: RunFolder, sampled: Mapping[str, _Sampled]) -> dict[str, object]:
+        """Measure, and write the files of the run; returns what is printed at the end."""
+        config = self.config
+        if isinstance(config, Config):
+            run.save_config(config)
+        run.save_environment()
+        measured = {name: self._measured(run, name, sampled.get(name)) for name in self.sources}
+        reference = self._reference(sampled, measured)
+        scores: dict[str, UnlearningScores] = {}
+        numbers: dict[str, dict[str, object]] = {}
+        for name, found in measured.items():
+            write_atomically(run.path / f"images_{name}.csv", image_table(found.asked))
+            # The base's images are at no distance from themselves.
+            itself = reference is not None and reference.images == found.asked
+            numbers[name] = self.quality.measure(found.asked, None if itself else reference)
+            if self.classifier is None:
+                continue
+            write_atomically(run.path / f"predictions_{name}.csv", predictions_csv(found.predictions))
+            scores[name] = unlearning_scores(
+                found.predictions,
+                template=config.template,
+                template_name=config.template_name,
+                cra_prompts=config.cra_prompts,
+                left_out=config.left_out,
+            )
+            sure = memorised(
+                found.predictions,
+                template=config.template,
+                template_name=config.template_name,
+                threshold=config.memorised_threshold,
+                left_out=config.left_out,
+            )
+            numbers[name]["memorised"] = asdict(sure)
+            run.logger.info("%s: %s", name, sentence(scores[name]))
+        write_metrics(
+            run,
+            config,
+            sources=self.sources,
+            measured=measured,
+            scores=scores,
+            numbers=numbers,
+            classifier=self.classifier,
+        )
+        picture = draw(run.path / "pictures" / "before_after.png", config, measured)
+        return {
+            **summary(config, scores, numbers),
+            "images of each model": len(measured["after"].asked),
+            "checkpoint" if config.images_dir is None else "images": str(self.sources["after"]),
+            **({} if picture is None else {"picture": str(picture)}),
+            "run": str(run.path),
+        }
+
+    def _measured(self, run: RunFolder, name: str, sampled: _Sampled | None) -> MeasuredModel:
+        """The images of a model, classified."""
+        manifest: Mapping[str, str] = {}
+        path, asked = self.sources[name], self.given.get(name, ())
+        if sampled is not None:
+            path, manifest, asked = sampled.folder, sampled.manifest, sampled.images
+        else:
+            run.logger.info("%s unlearning: %s", name, path)
+            if gaps := _gaps(asked):
+                run.logger.warning("%s has no images of %d of its styles x objects x seeds", path, gaps)
+        predictions: tuple[Prediction, ...] = ()
+        if self.classifier is not None:
+            found = classify(
+                asked,
+                self.classifier,
+                batch_size=self.config.batch_size,
+                interpolation=interpolation(self.config),
+            )
+            predictions = tuple(found)
+        return MeasuredModel(path, manifest, predictions, asked)
+
+    def _reference(
+        self, sampled: Mapping[str, _Sampled], measured: Mapping[str, MeasuredModel]
+    ) -> Reference | None:
         """What FID and KID compare with."""
         config = self.config
         if config.fid_reference == "none":
@@ -186,7 +261,7 @@ class _Evaluation:
             return Reference("base", measured["before"].asked)
         if config.fid_reference == "base_other_seeds":
             seeds = ", ".join(map(str, config.fid_reference_seeds))
-            return Reference(f"base, seeds {seeds}", self.other_seeds)
+            return Reference(f"base, seeds {seeds}", sampled["before"].others)
         return Reference(str(config.fid_reference_dir), self.reference_folder)
 
     def _read(self, key: str, folder: Path) -> tuple[AskedImage, ...]:
@@ -202,36 +277,6 @@ class _Evaluation:
             chosen_styles=self.config.styles,
             chosen_objects=self.config.objects,
         )
-
-    def _sample(self, name: str, checkpoint: Path) -> tuple[Path, Mapping[str, str], tuple[AskedImage, ...]]:
-        config = self.config
-        model = load_model(
-            resolve_path(config.model_config_path), checkpoint, device=self.device, use_ema=config.use_ema
-        )
-        settings = SampleSettings(
-            config.sample_steps, config.guidance_scale, model.image_size, config.precision
-        )
-        images = GeneratedImages(model, config.output_dir, settings, subfolder="grids")
-        if "after" in self.given:
-            rows = list(rebased(self.given["after"], images.path))
-        else:
-            rows = list(Grid(self.styles, self.objects, config.seeds).rows(images.path))
-        others: list[Row] = []
-        if name == "before" and config.fid_reference == "base_other_seeds":
-            prompts = {(row.style, row.object): row for row in rows}
-            others = [
-                _with_seed(row, seed, images.path)
-                for row in prompts.values()
-                for seed in config.fid_reference_seeds
-            ]
-        images.sample_missing([*rows, *others], batch_size=config.batch_size)
-        self.other_seeds = self.other_seeds or of_rows(others)
-        return images.path, images.manifest, of_rows(rows)
-
-
-def _with_seed(row: Row, seed: int, folder: Path) -> Row:
-    relative = f"{row.style}/{row.object}/{seed}.png"
-    return replace(row, image=folder / relative, relative=relative)
 
 
 def _gaps(images: Sequence[AskedImage]) -> int:

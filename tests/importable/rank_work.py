@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -147,3 +151,101 @@ def in_the_callers_group(place: tuple[int, str]) -> list[int]:
     finally:
         assert dist.is_initialized(), "the caller's group is his to end"
         dist.destroy_process_group()
+
+
+def sample_and_evaluate(configs: tuple[Any, Any]) -> dict[str, Any]:
+    """Both, how many images and classifiers each process has made, and what each has of the results."""
+    from mu.algorithms.saliency_unlearning import reporting, sampling
+    from mu.datasets import generated
+    from mu.evaluation import evaluate
+
+    calls = {"sampled": 0, "generated": 0, "classifiers": 0}
+
+    def counted(module: Any, name: str, kind: str) -> Any:
+        whole = getattr(module, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls[kind] += 1
+            return whole(*args, **kwargs)
+
+        return patch.object(module, name, count)
+
+    with (
+        counted(sampling, "png", "sampled"),
+        counted(generated, "png", "generated"),
+        counted(evaluate, "load_scorer", "classifiers"),
+    ):
+        sampled, evaluated = sampling.run(configs[0]), reporting.measured(configs[1])
+    return {
+        "sampled": sampled,
+        "evaluated": evaluated,
+        "images": ranks.gathered((calls["sampled"], calls["generated"])),
+        "classifiers": ranks.gathered(calls["classifiers"]),
+        "same": len(set(ranks.gathered(str((sampled, evaluated))))) == 1,
+    }
+
+
+def prepare(task: tuple[str, str, str]) -> dict[str, Any]:
+    """Images of a model are sampled and encoded, their prompts embedded; then with what goes wrong in it."""
+    from mu.datasets.generated import GeneratedImages, SampleSettings, plan_rows
+    from mu.datasets.latents import LatentCache
+    from mu.ldm import load_model
+
+    yaml, checkpoint, folder = task
+    model = load_model(yaml, checkpoint)
+    images = GeneratedImages(model, folder, SampleSettings(steps=2, guidance_scale=3.0, image_size=16))
+    grid = {"styles": ("Noto", "Blob"), "objects": ("Cats", "Dogs"), "template": "style"}
+    planned = plan_rows(
+        images.path, template_name="Noto", images_per_prompt=4, retain_images_per_prompt=1, **grid
+    )
+    rows = (*planned.forget, *planned.retain)
+    encoded: list[int] = []
+    whole = model.encode
+    model.encode = lambda pixels: (encoded.append(1), whole(pixels))[1]
+    found = {
+        "sampled": [images.sample_missing(some, batch_size=2) for some in (rows[:3], rows, rows)],
+        "moments": LatentCache(model, Path(folder) / "latents", image_size=16).moments(rows),
+        "contexts": LatentCache(model, Path(folder) / "latents", image_size=16).contexts(
+            ["", *(row.prompt for row in rows)]
+        ),
+        "encoded": ranks.gathered(len(encoded)),
+    }
+    again = LatentCache(model, Path(folder) / "latents", image_size=16).moments(rows)
+    found["encoded again"] = ranks.gathered(len(encoded))
+    found["same"] = len(set(ranks.gathered(_digest(*found["moments"])))) == 1
+    found["same contexts"] = len(set(ranks.gathered(_digest(*found["contexts"].values())))) == 1
+    found["kept"] = all(torch.equal(one, other) for one, other in zip(found["moments"], again, strict=True))
+
+    bad = [Path(folder) / "bad" / f"{number}.png" for number in range(len(rows))]
+    bad_rows = [replace(row, image=path) for row, path in zip(rows, bad, strict=True)]
+
+    def break_some() -> None:
+        bad[0].parent.mkdir()
+        for number, path in enumerate(bad):
+            if number != 2:  # missing
+                path.write_bytes(b"no picture" if number in (5, 6) else rows[number].image.read_bytes())
+
+    ranks.on_main(break_some)
+    cache = LatentCache(model, Path(folder) / "bad" / "latents", image_size=16)
+    found["bad images"] = ranks.gathered(_message(lambda: cache.moments(bad_rows)))
+
+    if ranks.rank() == ranks.world_size() - 1:  # its images alone are none
+        with torch.no_grad():
+            model.first_stage_model.get_parameter("decoder.conv_in.weight").fill_(torch.nan)
+    images.path = Path(folder) / "nan"
+    nan_rows = [replace(row, image=images.path / row.relative) for row in rows]
+    found["bad model"] = ranks.gathered(_message(lambda: images.sample_missing(nan_rows, batch_size=2)))
+    return found
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def _message(work: Callable[[], object]) -> tuple[str, bool]:
+    """That of the error, and whether it is told to be one of all processes."""
+    try:
+        work()
+    except MuError as error:
+        return str(error), error.in_all_processes
+    return "", False

@@ -60,7 +60,7 @@ from mu.datasets.index import concept_label
 from mu.devices import peak_memory_bytes
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
-from mu.run_folder import RESULT, RunFolder
+from mu.run_folder import RESULT, RunFolder, shared_folder
 from mu.verbosity import bars_off
 
 Result = dict[str, Any]
@@ -380,18 +380,15 @@ def _resumed(config: TrainConfig) -> RunState:
 
 def _run_folder(config: MaskConfig | TrainConfig, resumed: Head | None = None) -> RunFolder:
     """A new folder with its config.yaml; or that of the run which is resumed, where it lies in `output_dir`."""
-    opened: dict[str, RunFolder] = {}
 
-    def open_it() -> Path:
+    def open_it() -> RunFolder:
         if isinstance(config, TrainConfig) and resumed is not None and (run := run_of(resumed, config)):
-            opened["here"] = RunFolder.go_on(run.parent, run.name)
-        else:
-            opened["here"] = RunFolder.create(config.output_dir, run_name(config))
-            opened["here"].save_config(config)
-        return opened["here"].path
+            return RunFolder.go_on(run.parent, run.name)
+        folder = RunFolder.create(config.output_dir, run_name(config))
+        folder.save_config(config)
+        return folder
 
-    path = ranks.on_main(open_it)
-    return opened["here"] if opened else RunFolder.beside(path, ranks.rank())
+    return shared_folder(open_it)
 
 
 def _save(folder: RunFolder, result: Result) -> None:

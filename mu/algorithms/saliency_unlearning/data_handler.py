@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.configs.data_sets import (
     DATASET_TYPES,
     plan_prompts,
@@ -143,7 +144,8 @@ class SaliencyUnlearnDataHandler:
         if (sampled := sampled_images(config, self.image_size)) is not None:
             settings, kind = sampled
             self._generated = generated.GeneratedImages(model, config.processed_dataset_dir, settings, **kind)
-        self.rows = rows_of(config, None if self._generated is None else self._generated.path)
+        folder = None if self._generated is None else self._generated.path
+        self.rows = ranks.on_main(lambda: rows_of(config, folder))
         """All rows to forget and to retain, whether this run reads them or not."""
 
     @property
@@ -255,7 +257,7 @@ class SaliencyUnlearnDataHandler:
         contexts = self._cache.contexts(["", *prompts])
         folder = Path(self.config.processed_dataset_dir) / "index" / self._dataset_name
         concept = f"{self.config.template}-{concept_label(self.config.template_name)}"
-        write_index_files(used, folder / concept / name)
+        ranks.on_main(lambda: write_index_files(used, folder / concept / name))
         _log.info("%s: %d of %d images, %d prompts", name, len(used), len(rows), len(set(prompts)))
         return EncodedRows(
             rows=rows,

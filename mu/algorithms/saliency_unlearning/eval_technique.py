@@ -23,6 +23,7 @@ from mu.algorithms.saliency_unlearning.utils import model_of
 from mu.config import ConfigError, load_config, override, require_paths
 from mu.config_file import ConfigFileError, Text, read_flat_file
 from mu.datasets.images import to_picture
+from mu.devices import device_names
 
 _OPTIONS = ("sample_steps", "guidance_scale", "eta", "image_size", "batch_size", "precision")
 _OTHER_NAMES = {"num_inference_steps": "sample_steps"}
@@ -36,7 +37,7 @@ class SaliencyUnlearningTechnique:
         ckpt_path: a checkpoint file, the folder of a training run, or a folder of runs, whose newest is taken.
         model_config_path: CompVis YAML of its structure. Default: the one named in `config.yaml` beside the checkpoint,
             as every training run leaves it; without such a file, Stable Diffusion v1.
-        devices: CUDA device number, or "cpu"; see the `sample` command.
+        devices: one CUDA device number, or "cpu". The `sample` command is what works on several at once.
         options: how images are sampled, as the keys of the `sample` command: `sample_steps` (also as
             `num_inference_steps`), `guidance_scale`, `eta`, `image_size`, `batch_size`, `precision`.
 
@@ -59,6 +60,10 @@ class SaliencyUnlearningTechnique:
         if model_config_path is not None:
             given["model_config_path"] = model_config_path
         config = load_config(SampleConfig, overrides=given)
+        if len(device_names(config.devices)) > 1:
+            raise ConfigError(
+                [f"devices: {config.devices} are several; images are generated in this process: name one"]
+            )
         if model_config_path is None:
             config = _as_trained(config)
         require_paths(config)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import safe_open
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import EvaluateConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import load_mask_metadata
 from mu.devices import peak_memory_bytes
@@ -20,6 +21,7 @@ from mu.evaluation.report import (
     read_training_run,
     write_report,
 )
+from mu.launch import on_ranks
 
 REPORT_NAME = "report.html"
 
@@ -35,17 +37,27 @@ def report_training(config: TrainConfig, folder: Path) -> Path:
     )
 
 
-def measured(
-    evaluate: Callable[[EvaluateConfig], dict[str, object]], config: EvaluateConfig
-) -> dict[str, object]:
+def measured(config: EvaluateConfig) -> dict[str, object]:
     """Evaluates, and writes the report of it and of the training run that made the checkpoint, if it lies in one.
 
     Returns:
-        What `evaluate` does, with `seconds`, `peak_memory_bytes` (of the process so far) and the path `report`.
+        What `mu.evaluation.evaluate.run` does, with `seconds`, `peak_memory_bytes` (of the main process so far) and the
+        path `report`.
     """
+    return on_ranks(_measured, config, config.devices)
+
+
+def _measured(config: EvaluateConfig) -> dict[str, object]:
+    """In each process of the run."""
+    from mu.evaluation import evaluate  # late: the report of a training run needs none of it
+
     started = time.monotonic()
-    result = evaluate(config)
-    spent = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes()}
+    result = evaluate.run(config)
+    return ranks.on_main(lambda: _reported(config, result, seconds=time.monotonic() - started))
+
+
+def _reported(config: EvaluateConfig, result: dict[str, object], *, seconds: float) -> dict[str, object]:
+    spent = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
     result = {**result, **spent}
     if not config.report:
         return result

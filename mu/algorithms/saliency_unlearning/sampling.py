@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.algorithms.saliency_unlearning.sampling_plan import Plan, PlannedImage, plan_images
 from mu.algorithms.saliency_unlearning.utils import model_of
 from mu.atomic import finish_writes, write_atomically, write_together
-from mu.config import require_paths
+from mu.config import override, require_paths
 from mu.datasets.images import png
 from mu.errors import MuError
+from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.sampler import sample_ddim
 from mu.pictures import image_grid
-from mu.run_folder import RunFolder
+from mu.run_folder import RunFolder, shared_folder
 from mu.verbosity import bars_off
 
 _log = logging.getLogger(__name__)
@@ -80,7 +82,8 @@ def run(config: SampleConfig) -> dict[str, Any]:
     """Sample every prompt with every seed into a run folder; in one that is gone on with, those that are missing.
 
     The images of a batch are written together, as soon as it is done. `plan.json` says what was asked for,
-    `images.csv` and `images.json` what is there, also after an interruption.
+    `images.csv` and `images.json` what is there, also after an interruption. With several `devices`, as many processes
+    share the batches; the images are those of one process.
 
     Returns:
         `run`, the folder; `images`, how many of those asked for it has; `sampled`, how many of them are new; `index`,
@@ -92,35 +95,52 @@ def run(config: SampleConfig) -> dict[str, Any]:
         SamplingError: an image has NaN or Inf; it is not written.
     """
     require_paths(config)
-    images = plan_images(config)
-    folder = (
-        RunFolder.create(config.output_dir, "sample")
-        if config.run_name is None
-        else RunFolder.go_on(config.output_dir, config.run_name)
-    )
-    with contextlib.closing(folder):
-        model = model_of(config)
-        plan = Plan.claim(folder, images, settings=_settings(config, model))
-        folder.save_config(config)
-        folder.save_environment()
-        finish_writes(folder.path)
-        missing = [image for image in images if not plan.path(image).exists()]
+    return on_ranks(_run, config, config.devices)
+
+
+def _run(config: SampleConfig) -> dict[str, Any]:
+    """In each process of the run."""
+    images = ranks.on_main(lambda: plan_images(config))
+    with contextlib.closing(shared_folder(lambda: _open_folder(config))) as folder:
+        source = ranks.on_main(config.checkpoint)  # once: in a folder of runs there may soon be a newer one
+        with ranks.in_step():
+            model = model_of(override(config, ckpt_path=str(source)))
+
+        def claim() -> Mapping[str, PlannedImage]:
+            plan = Plan.claim(folder, images, settings=_settings(config, model))
+            folder.save_config(config)
+            folder.save_environment()
+            finish_writes(folder.path)
+            return plan.images
+
+        plan = Plan(folder, ranks.on_main(claim))
+        missing = ranks.from_main([image for image in images if not plan.path(image).exists()])
         if kept := len(images) - len(missing):
             _log.info("%d of %d images are there already", kept, len(images))
         try:
-            _sample(model, missing, plan, config)
+            with ranks.in_step():
+                _sample(model, ranks.share(_batches(missing, config.batch_size)), plan, config)
         finally:
-            index = plan.write_index()
-        result: dict[str, Any] = {
-            "run": folder.path,
-            "images": len(images),
-            "sampled": len(missing),
-            "index": index,
-        }
-        if config.grid:
-            result["grid"] = _write_grids(images, plan)
-        _log.info("%s has %d images", folder.path / "images", len(images))
-        return result
+            index = plan.write_index() if ranks.is_main() else None
+
+        def finish() -> dict[str, Any]:
+            grid = {"grid": _write_grids(images, plan)} if config.grid else {}
+            _log.info("%s has %d images", folder.path / "images", len(images))
+            return {
+                "run": folder.path,
+                "images": len(images),
+                "sampled": len(missing),
+                "index": index,
+                **grid,
+            }
+
+        return ranks.on_main(finish)
+
+
+def _open_folder(config: SampleConfig) -> RunFolder:
+    if config.run_name is None:
+        return RunFolder.create(config.output_dir, "sample")
+    return RunFolder.go_on(config.output_dir, config.run_name)
 
 
 def _settings(config: SampleConfig, model: LatentDiffusion) -> dict[str, Any]:
@@ -134,38 +154,42 @@ def _settings(config: SampleConfig, model: LatentDiffusion) -> dict[str, Any]:
     }
 
 
-def _sample(
-    model: LatentDiffusion, missing: Sequence[PlannedImage], plan: Plan, config: SampleConfig
-) -> None:
-    """Sample and write the images; those of one guidance together."""
+def _batches(images: Sequence[PlannedImage], size: int) -> list[list[PlannedImage]]:
+    """Those of one guidance together."""
     by_guidance: dict[float, list[PlannedImage]] = {}
-    for image in missing:
+    for image in images:
         by_guidance.setdefault(image.guidance_scale, []).append(image)
-    with tqdm(total=len(missing), desc="sampling", unit="image", disable=bars_off()) as progress:
-        for guidance_scale, group in by_guidance.items():
+    return [
+        group[first : first + size] for group in by_guidance.values() for first in range(0, len(group), size)
+    ]
+
+
+def _sample(
+    model: LatentDiffusion, batches: Sequence[Sequence[PlannedImage]], plan: Plan, config: SampleConfig
+) -> None:
+    """Sample and write the images."""
+    count = sum(map(len, batches))
+    with tqdm(total=count, desc="sampling", unit="image", disable=bars_off()) as progress:
+        for batch in batches:
             sampled = sample_images(
                 model,
-                [(image.prompt, image.seed) for image in group],
+                [(image.prompt, image.seed) for image in batch],
                 steps=config.sample_steps,
-                guidance_scale=guidance_scale,
+                guidance_scale=batch[0].guidance_scale,
                 eta=config.eta,
-                batch_size=config.batch_size,
+                batch_size=len(batch),
                 image_size=config.image_size,
                 precision=config.precision,
             )
-            for first in range(0, len(group), config.batch_size):
-                files = {}
-                batch = group[first : first + config.batch_size]
-                for image, pixels in zip(
-                    batch, sampled, strict=False
-                ):  # those of the next batch stay in `sampled`
-                    if not torch.isfinite(pixels).all():
-                        raise SamplingError(
-                            f"the image of {image.prompt!r} with seed {image.seed} contains NaN or Inf"
-                        )
-                    files[image.file] = png(pixels)
-                write_together(plan.folder.path, files)
-                progress.update(len(batch))
+            files = {}
+            for image, pixels in zip(batch, sampled, strict=True):
+                if not torch.isfinite(pixels).all():
+                    raise SamplingError(
+                        f"the image of {image.prompt!r} with seed {image.seed} contains NaN or Inf"
+                    )
+                files[image.file] = png(pixels)
+            write_together(plan.folder.path, files)
+            progress.update(len(batch))
 
 
 def _write_grids(images: Sequence[PlannedImage], plan: Plan) -> Path:

@@ -12,14 +12,21 @@ MODULE = "mu.algorithms.saliency_unlearning.scripts.evaluate"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(EvaluateConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv)
+    return run_door(
+        EvaluateConfig,
+        _run,
+        module=MODULE,
+        summary=str(__doc__),
+        packaged=PACKAGED,
+        argv=argv,
+        shares_work=True,
+    )
 
 
 def _run(config: EvaluateConfig) -> object:
     from mu.algorithms.saliency_unlearning.reporting import measured
-    from mu.evaluation import evaluate
 
-    return measured(evaluate.run, config)
+    return measured(config)
 
 
 if __name__ == "__main__":

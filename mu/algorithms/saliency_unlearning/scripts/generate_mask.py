@@ -13,7 +13,14 @@ MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     return run_door(
-        MaskConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv, plan=_plan
+        MaskConfig,
+        _run,
+        module=MODULE,
+        summary=str(__doc__),
+        packaged=PACKAGED,
+        argv=argv,
+        shares_work=True,
+        plan=_plan,
     )
 
 

@@ -12,7 +12,15 @@ MODULE = "mu.algorithms.saliency_unlearning.scripts.sample"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(SampleConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv)
+    return run_door(
+        SampleConfig,
+        _run,
+        module=MODULE,
+        summary=str(__doc__),
+        packaged=PACKAGED,
+        argv=argv,
+        shares_work=True,
+    )
 
 
 def _run(config: SampleConfig) -> object:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import PACKAGED, TrainConfig
 from mu.cli import Planned, run_door
+from mu.ranks import started_rank
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
 
@@ -13,7 +14,14 @@ MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     return run_door(
-        TrainConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv, plan=_plan
+        TrainConfig,
+        _run,
+        module=MODULE,
+        summary=str(__doc__),
+        packaged=PACKAGED,
+        argv=argv,
+        shares_work=True,
+        plan=_plan,
     )
 
 
@@ -22,7 +30,9 @@ def _run(config: TrainConfig) -> object:
     from mu.algorithms.saliency_unlearning.reporting import report_training
 
     result = SaliencyUnlearningAlgorithm(config).run()
-    return {**result, "report": report_training(config, result["run"])} if config.report else result
+    if config.report and started_rank() == 0:
+        return {**result, "report": report_training(config, result["run"])}
+    return result
 
 
 def _plan(config: TrainConfig) -> Planned:
