@@ -28,6 +28,8 @@ _CODES = {
     torch.int32: "I32",
     torch.int64: "I64",
 }
+_CACHED = {"format": "1", FINGERPRINT_KEY: DIGEST}
+"""What files of latents and embeddings carry."""
 _TOKENIZER_BYTES = 1_590_000
 """vocab.json and merges.txt of CLIP, and the configurations of a diffusers folder."""
 
@@ -100,7 +102,8 @@ def latents_bytes(rows: Sequence[Row], latent_shape: Sequence[int]) -> tuple[int
     for names in groups.values():
         tensors = {f"{kind} {name}": values for name in names for kind in ("mean", "logvar")}
         images = json.dumps(dict.fromkeys(names, "0" * 64))
-        total += safetensors_bytes(tensors, {"first_stage": DIGEST, "image_size_px": "512", "images": images})
+        described = {"first_stage": DIGEST, "image_size_px": "512", "images": images}
+        total += safetensors_bytes(tensors, {**_CACHED, **described})
     return len(groups), total
 
 
@@ -108,7 +111,8 @@ def prompts_bytes(prompts: Sequence[str], width: int, *, tokens: int = 77) -> in
     """Size of the file with the embeddings of prompts."""
     embedding = torch.empty(tokens, width, device="meta")  # (L, D)
     tensors = {str(number): embedding for number in range(len(prompts))}
-    return safetensors_bytes(tensors, {"text_encoder": DIGEST, "prompts": json.dumps(list(prompts))})
+    described = {"text_encoder": DIGEST, "prompts": json.dumps(list(prompts))}
+    return safetensors_bytes(tensors, {**_CACHED, **described})
 
 
 def png_bytes(side_px: int) -> int:
