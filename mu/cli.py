@@ -18,7 +18,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mu.config import (
     Config,
@@ -43,6 +43,21 @@ C = TypeVar("C", bound=Config)
 _WIDTH = 110
 _COMMON = {"log_level": LEVELS, "quiet": ("true", "false")}
 """Flags of every command that are no keys of its config -> what they take."""
+_DRY_RUN = {"dry_run": ("true", "false")}
+"""The flag of commands that have a plan."""
+_DRY_RUN_HELP = (
+    "--dry_run",
+    "    Load, make and write nothing: print the plan, with its time, memory and sizes, and what stands in its way.",
+)
+_ALONE = ("quiet", *_DRY_RUN)
+"""Flags that mean true without a value."""
+
+
+class Planned(Protocol):
+    """What a command would do; its text is printed."""
+
+    @property
+    def can_run(self) -> bool: ...
 
 
 class OutputClosed(Exception):
@@ -53,18 +68,27 @@ class HelpAsked(Exception):
     """`--help` stood among the arguments."""
 
 
-def parse_cli(cls: type[C], argv: Sequence[str], *, packaged: Path | None = None) -> C:
+def parse_cli(
+    cls: type[C],
+    argv: Sequence[str],
+    *,
+    packaged: Path | None = None,
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> C:
     """A checked config from arguments: defaults < the file of `--config_path` < flags; paths must be there.
+
+    Args:
+        more: flags of this command that are no keys of its config -> what they take.
 
     Raises ConfigError with all mistakes together, HelpAsked for `--help` or `-h`.
     """
     if "--help" in argv or "-h" in argv:
         raise HelpAsked
     mistakes: list[str] = []
-    flags = _flags(cls, argv, mistakes)
+    flags = _flags(cls, argv, mistakes, more or {})
     config_path = flags.pop("config_path", None)
     quiet = flags.get("quiet") == "true"
-    for name, allowed in _COMMON.items():
+    for name, allowed in {**_COMMON, **(more or {})}.items():
         if (text := flags.pop(name, allowed[0])) not in allowed:
             mistakes.append(
                 f"{name}: {text!r} is not one of: {', '.join(allowed)}.{nearest(text, allowed)} (--{name})"
@@ -93,6 +117,7 @@ def run_door(
     argv: Sequence[str] | None = None,
     first_words: Sequence[str] = (),
     shares_work: bool = False,
+    plan: Callable[[C], Planned] | None = None,
 ) -> int:
     """A whole command: settings, their print, the run, its result; returns the exit code.
 
@@ -105,20 +130,26 @@ def run_door(
         module: name after `python -m`.
         first_words: keys whose values may come first without their names, in this order.
         shares_work: `run` works in as many processes as are started together; otherwise they are refused.
+        plan: what `--dry_run` prints in the place of a run; a plan that cannot be carried out is exit code 2.
     """
+    more = _DRY_RUN if plan is not None else {}
     arguments = _named(sys.argv[1:] if argv is None else argv, first_words)
     config: C | None = None
     try:
-        config = parse_cli(cls, arguments, packaged=packaged)
+        config = parse_cli(cls, arguments, packaged=packaged, more=more)
         if not shares_work:
             _check_alone(module)
-        with _asked_verbosity(cls, arguments), terminable():
+        with _asked_verbosity(cls, arguments, more), terminable():
+            if plan is not None and _flags(cls, arguments, [], more).get("dry_run") == "true":
+                planned = plan(config)
+                say(str(planned))
+                return 0 if planned.can_run else 2
             if not is_quiet():
                 say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
             result = run(config)
     except HelpAsked:
         with contextlib.suppress(OutputClosed):
-            say(help_text(cls, module=module, summary=summary, packaged=packaged))
+            say(help_text(cls, module=module, summary=summary, packaged=packaged, has_plan=plan is not None))
         return 0
     except OutputClosed:
         return 141
@@ -156,9 +187,11 @@ def _named(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _asked_verbosity(cls: type[Config], argv: Sequence[str]) -> Iterator[None]:
+def _asked_verbosity(
+    cls: type[Config], argv: Sequence[str], more: Mapping[str, Sequence[str]]
+) -> Iterator[None]:
     """What `--log_level` and `--quiet` among checked arguments ask for; at debug, errors show where they came from."""
-    flags = _flags(cls, argv, [])
+    flags = _flags(cls, argv, [], more)
     with verbosity(flags.get("log_level", "info"), quiet=flags.get("quiet") == "true"):
         try:
             yield
@@ -229,7 +262,9 @@ class ArgumentParser(argparse.ArgumentParser):
             say(self.format_help().removesuffix("\n"))
 
 
-def help_text(cls: type[Config], *, module: str, summary: str, packaged: Path | None = None) -> str:
+def help_text(
+    cls: type[Config], *, module: str, summary: str, packaged: Path | None = None, has_plan: bool = False
+) -> str:
     """What `--help` prints: every key with its type, range or choices, default and help."""
     lines = [
         f"python -m {module} [--config_path X.yaml] [--key value ...]",
@@ -248,6 +283,7 @@ def help_text(cls: type[Config], *, module: str, summary: str, packaged: Path | 
         "    Log lines on the console from this level on; debug also gives errors their traceback. log.txt has all.",
         "--quiet",
         "    No settings, no progress bars, of the log only warnings: errors and the result.",
+        *(_DRY_RUN_HELP if has_plan else ()),
         "--help",
     ]
     for key in keys_of(cls):
@@ -268,9 +304,11 @@ def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -
     return shlex.join(words)
 
 
-def _flags(cls: type[Config], argv: Sequence[str], mistakes: list[str]) -> dict[str, str]:
+def _flags(
+    cls: type[Config], argv: Sequence[str], mistakes: list[str], more: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
     """Flag -> its text, from `--key value` and `--key=value`."""
-    known = ["config_path", "help", *_COMMON, *(key.name for key in keys_of(cls))]
+    known = ["config_path", "help", *_COMMON, *more, *(key.name for key in keys_of(cls))]
     flags: dict[str, str] = {}
     words = list(argv)
     while words:
@@ -282,7 +320,7 @@ def _flags(cls: type[Config], argv: Sequence[str], mistakes: list[str]) -> dict[
         has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
         if not equals and has_value:
             text = words.pop(0)
-        elif name == "quiet" and not equals:
+        elif name in _ALONE and not equals:
             text, has_value = "true", True
         if name not in known:
             mistakes.append(f"--{name}: there is no such flag.{nearest(name, known)}")

@@ -43,6 +43,7 @@ from mu.datasets.seeds import TRAINING_SEED_BASE
 from mu.datasets.streams import initial_noise
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.ldm.params import LatentDiffusionParams
 from mu.ldm.sampler import sample_ddim
 from mu.verbosity import bars_off
 
@@ -211,7 +212,10 @@ class GeneratedImages:
             )
         self.model = model
         self.settings = settings
-        self.manifest = _manifest(model, settings, prompt)
+        self.manifest = {
+            **_manifest(model.params, settings, prompt),
+            "model": fingerprint(model.state_dict()),
+        }
         described = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
         weights = self.manifest["model"].removeprefix("sha256:")
         self.path = Path(folder) / subfolder / f"{weights[:12]}-{described[:8]}"
@@ -280,13 +284,34 @@ class GeneratedImages:
             return self.model.decode(latents).float()
 
 
-def _manifest(model: LatentDiffusion, settings: SampleSettings, prompt: str) -> dict[str, str]:
-    """All that decides how an image looks, apart from its style, object and seed."""
+def folders_like(
+    folder: Path | str,
+    params: LatentDiffusionParams,
+    settings: SampleSettings,
+    *,
+    subfolder: str = "generated",
+    prompt: str = CANVAS_TEMPLATE,
+) -> list[Path]:
+    """What `GeneratedImages.path` was, in earlier runs, of models of this structure with these settings."""
+    wanted = _manifest(params, settings, prompt)
+    found = []
+    for path in sorted((Path(folder) / subfolder).glob("*/manifest.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        if isinstance(content, dict) and {**content, "model": ""} == {**wanted, "model": ""}:
+            found.append(path.parent)
+    return found
+
+
+def _manifest(params: LatentDiffusionParams, settings: SampleSettings, prompt: str) -> dict[str, str]:
+    """What decides how an image looks, apart from its style, object and seed, and the weights of the model."""
     return {
         "format": "1",
-        "model": fingerprint(model.state_dict()),
-        "parameterization": str(model.params.parameterization),
-        "scale_factor": repr(model.scale_factor),
+        "model": "",
+        "parameterization": str(params.parameterization),
+        "scale_factor": repr(params.scale_factor),
         "sampler": "ddim, eta 0",
         "steps": str(settings.steps),
         "guidance_scale": repr(float(settings.guidance_scale)),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "check_layout",
     "check_state_dict",
     "fingerprint",
     "load_state_dict",
@@ -95,6 +96,20 @@ def check_state_dict(
     Raises:
         CheckpointError: see `load_state_dict`.
     """
+    found = check_layout(model, state_dict, source=source)
+    for key, tensor in found.items():
+        if not _is_finite(tensor):
+            raise CheckpointError(
+                f"{source}: {key} holds NaN or Inf: its training diverged, or it is damaged"
+            )
+    _check_schedule(model, found, source)
+    return found
+
+
+def check_layout(
+    model: LatentDiffusion, state_dict: Mapping[str, Tensor], *, source: str | Path
+) -> dict[str, Tensor]:
+    """`check_state_dict` without a look at the values: the tensors may be on the meta device too."""
     own = model.state_dict()
     renamed = {_compvis_name(key, state_dict): tensor for key, tensor in state_dict.items()}
     carried = {key: tensor for key, tensor in renamed.items() if model.is_carried(key)}
@@ -104,12 +119,6 @@ def check_state_dict(
         if key not in carried and (key in own or not _may_be_ignored(key))
     }
     _check_keys(own, given, source)
-    for key, tensor in [*given.items(), *carried.items()]:
-        if not _is_finite(tensor):
-            raise CheckpointError(
-                f"{source}: {key} holds NaN or Inf: its training diverged, or it is damaged"
-            )
-    _check_schedule(model, given, source)
     return given | carried
 
 

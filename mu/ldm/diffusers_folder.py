@@ -16,7 +16,7 @@ from torch import Tensor
 from mu.ldm.diffusers_configs import compare_configs, diffusers_configs
 from mu.ldm.diffusers_tensors import COMPONENTS, to_diffusers
 from mu.ldm.params import LatentDiffusionParams, OpenClipParams
-from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dict
+from mu.ldm.tensor_file import CheckpointError, Reader, read_state_dict, write_state_dict
 
 INDEX = "model_index.json"
 # Names of the weights without their suffix: as safetensors, and pickled.
@@ -39,7 +39,7 @@ def is_diffusers_folder(path: str | Path) -> bool:
 
 
 def read_diffusers_folder(
-    folder: str | Path, params: LatentDiffusionParams | None = None
+    folder: str | Path, params: LatentDiffusionParams | None = None, *, read: Reader = read_state_dict
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of a diffusers folder by component, under its own names.
 
@@ -48,6 +48,7 @@ def read_diffusers_folder(
 
     Args:
         params: the model that it is expected to be of: its configuration files must agree.
+        read: what reads each file.
 
     Raises:
         CheckpointError: a file is missing or cannot be read, or the folder is of another model; says which.
@@ -70,7 +71,7 @@ def read_diffusers_folder(
     for component in COMPONENTS:
         tensors: dict[str, Tensor] = {}
         for path in _weights(folder / component):
-            tensors |= read_state_dict(path)[0]
+            tensors |= read(path)[0]
         components[component] = tensors
     return components
 

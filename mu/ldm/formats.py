@@ -20,7 +20,7 @@ from mu.ldm.diffusers_folder import is_diffusers_folder, read_diffusers_folder
 from mu.ldm.diffusers_tensors import COMPONENTS, UNET_PREFIX, from_diffusers
 from mu.ldm.ema import EMA_PREFIX, has_ema, with_ema_weights
 from mu.ldm.params import LatentDiffusionParams
-from mu.ldm.tensor_file import CheckpointError, read_state_dict
+from mu.ldm.tensor_file import CheckpointError, Reader, read_state_dict
 
 COMPVIS, FOLDER, FILE = "CompVis checkpoint", "diffusers folder", "diffusers checkpoint"
 UNET_ALONE, UNKNOWN = "UNet in diffusers' names", "file of tensors of no known kind"
@@ -80,6 +80,7 @@ def read_checkpoint(
     *,
     use_ema: bool = False,
     base: Mapping[str, Tensor] | None = None,
+    read: Reader = read_state_dict,
 ) -> Checkpoint:
     """Read a checkpoint of any kind; its tensors come under CompVis' names, in the dtypes of the file.
 
@@ -87,6 +88,7 @@ def read_checkpoint(
         params: the model that it is expected to be of.
         use_ema: put the EMA copy in the place of the UNet's weights; the copy itself is then left out.
         base: the tensors of a whole checkpoint, for a file that holds a UNet alone: all but the UNet is taken from it.
+        read: what reads each file; with `read_layout` the tensors are on the meta device, without values.
 
     Raises:
         CheckpointError: it cannot be read; it is a part of a model, or of another one; it has no EMA weights and they
@@ -94,11 +96,11 @@ def read_checkpoint(
     """
     path = Path(path)
     if is_diffusers_folder(path):
-        components = read_diffusers_folder(path, params)
+        components = read_diffusers_folder(path, params, read=read)
         description = _described(FOLDER, _joined(components))
         tensors = from_diffusers(components, params, source=path)
     else:
-        tensors, _ = read_state_dict(path)
+        tensors, _ = read(path)
         description = _described(kind_of(tensors), tensors)
         if description.kind == FILE:
             tensors = from_diffusers(_split(tensors), params, source=path)

@@ -181,9 +181,10 @@ def _tensor_patch(before: Tensor, after: Tensor) -> TensorPatch | None:
         return None
     old, new = old[changed], new[changed]  # (count,)
     bits = index = None
-    if 4 * count < (size + 7) // 8 and size <= 2**31:
+    kind = places_kind(count, size)
+    if kind == "index":
         index = changed.nonzero().view(-1).to(torch.int32)
-    elif count < size:
+    elif kind == "bits":
         bits = torch.from_numpy(np.packbits(changed.numpy(), bitorder="little"))
     return TensorPatch(
         shape=tuple(before.shape),
@@ -194,6 +195,13 @@ def _tensor_patch(before: Tensor, after: Tensor) -> TensorPatch | None:
         old=_sha256(old),
         new=_sha256(new),
     )
+
+
+def places_kind(count: int, size: int) -> str | None:
+    """How the places of changed entries are kept: "index" or "bits", the smaller; None: all have changed."""
+    if 4 * count < (size + 7) // 8 and size <= 2**31:
+        return "index"
+    return "bits" if count < size else None
 
 
 def _sha256(values: Tensor) -> str:

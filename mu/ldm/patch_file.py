@@ -44,6 +44,16 @@ def save_patch(patch: Patch, path: str | Path) -> None:
         raise PatchError(f"{path}: patches are written as .safetensors, not {path.suffix!r}")
     if clash := sorted(set(_OWN_KEYS) & patch.metadata.keys()):
         raise PatchError(f"{path}: the metadata must not have the keys {', '.join(clash)}")
+    stored, described = stored_form(patch, path)
+    write_state_dict(stored, path, described)
+
+
+def stored_form(patch: Patch, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a patch file.
+
+    Raises:
+        PatchError: the metadata is no JSON; names the path.
+    """
     own: dict[str, Any] = {
         "patch_format": PATCH_FORMAT,
         "base_fingerprint": patch.base_fingerprint,
@@ -70,7 +80,7 @@ def save_patch(patch: Patch, path: str | Path) -> None:
         }
     except (TypeError, ValueError) as error:
         raise PatchError(f"{path}: the metadata cannot be written as JSON: {error}") from error
-    write_state_dict(stored, path, described)
+    return stored, described
 
 
 def load_patch(path: str | Path) -> Patch:

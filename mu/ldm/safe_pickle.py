@@ -86,8 +86,11 @@ def _plain_dict(*_args: object) -> dict[Any, Any]:
     return {}
 
 
-def load_pickle(path: Path) -> Any:
+def load_pickle(path: Path, *, mapped: bool = False) -> Any:
     """The object in a file of `torch.save`, in its zip or its old format, on the CPU.
+
+    Args:
+        mapped: the values of tensors stay on disk until they are read; for the zip format alone.
 
     Raises:
         UnsafePickleError: the file asks for a name that is neither a tensor's nor a known framework's.
@@ -100,11 +103,12 @@ def load_pickle(path: Path) -> Any:
     stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (_stand_in(name), name) for name in names if _is_inert(name)
     ]
-    # The file object keeps torch from going by the suffix.
+    # The file object keeps torch from going by the suffix; to map a file, it needs the name.
     with path.open("rb") as file, torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols and TorchScript: errors say that afterwards
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+            source = str(path) if mapped else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL (\S+)", str(error))
             if named:  # a name under `torch.` that torch does not admit

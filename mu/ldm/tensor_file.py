@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
 FINGERPRINT_KEY = "mu.fingerprint"
 """Metadata key of the SHA-256 that files written here carry."""
+Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+"""`read_state_dict`; or `open_state_dict` or `read_layout`, which do not read all values."""
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict")
 MOST_DIMENSIONS = 64
 """Of a tensor with which torch and numpy can do anything."""
@@ -82,11 +84,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
             state dict; its content differs from the SHA-256 it carries.
     """
     path = Path(path)
-    try:
-        kind = _recognise(path)
-        tensors, metadata = _read_safetensors(path) if kind == "safetensors" else _read_pickle(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    tensors, metadata = _opened(path, mapped=False)
     expected = metadata.get(FINGERPRINT_KEY)
     if expected is not None and fingerprint(tensors) != expected:
         raise CheckpointError(
@@ -94,6 +92,37 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
             f"was edited by a program that kept the old metadata; {_AGAIN}"
         )
     return tensors, metadata
+
+
+def read_layout(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Names, shapes and dtypes of a checkpoint's tensors, which are on the meta device: their values are not read.
+
+    Raises:
+        CheckpointError: see `open_state_dict`.
+    """
+    tensors, metadata = open_state_dict(path)
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}, metadata
+
+
+def open_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_state_dict`, but a value is read from the disk when it is used, and no SHA-256 is compared.
+
+    Only a file in torch's old format, which cannot be read otherwise, is read whole.
+
+    Raises:
+        CheckpointError: as `read_state_dict`, but for values that are not those that were written.
+    """
+    return _opened(Path(path), mapped=True)
+
+
+def _opened(path: Path, *, mapped: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file and its metadata; `mapped` matters for torch's zip format, safetensors always are."""
+    try:
+        if _recognise(path) == "safetensors":
+            return _read_safetensors(path)
+        return _read_pickle(path, mapped=mapped and zipfile.is_zipfile(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def write_state_dict(
@@ -286,9 +315,9 @@ def _missing_bytes(path: Path) -> int:
     return max(0, 8 + int(header_bytes) + max(ends, default=0) - size)
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_pickle(path: Path, *, mapped: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        content = load_pickle(path)
+        content = load_pickle(path, mapped=mapped)
     except UnsafePickleError as error:
         raise CheckpointError(
             f"{path} is refused, and nothing of it was run: its pickle asks for {error}, which no weights need and "

@@ -38,6 +38,7 @@ from mu.algorithms.saliency_unlearning.masking import (
     threshold_masks,
 )
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel, names_of
+from mu.algorithms.saliency_unlearning.preflight import Plan, plan_mask, plan_training, say_warnings
 from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.algorithms.saliency_unlearning.run_state import Head, RunState, read_run_state
@@ -79,6 +80,18 @@ class MaskingAlgorithm:
     def __init__(self, config: MaskConfig | Mapping[str, Any], **overrides: Any) -> None:
         self.config = config_of(MaskConfig, config, **overrides)
 
+    def plan(self) -> Plan:
+        """What `run` would do, need and write, with its time, memory and sizes. Nothing is made or loaded.
+
+        What `run` would fail of is in the plan's `problems`.
+
+        Raises:
+            ConfigError: a path is missing.
+            ModelConfigError: the model's YAML cannot be used.
+        """
+        require_paths(self.config)
+        return plan_mask(self.config).examined()
+
     def run(self) -> Result:
         """Make one mask for each threshold, from one pass of gradients.
 
@@ -97,7 +110,9 @@ class MaskingAlgorithm:
         """As `run`, in this process: as one of its group, if it has joined one (`mu.ranks.joined`)."""
         config = self.config
         started = time.monotonic()
+        warnings = ranks.on_main(lambda: plan_mask(config).require().warnings)
         with _run_folder(config) as folder:
+            say_warnings(warnings, folder.logger)
             model = model_of(config)
             pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
             data = SaliencyUnlearnDataHandler(config, model)
@@ -186,6 +201,18 @@ class SaliencyUnlearningAlgorithm:
     def __init__(self, config: TrainConfig | Mapping[str, Any], **overrides: Any) -> None:
         self.config = config_of(TrainConfig, config, **overrides)
 
+    def plan(self) -> Plan:
+        """What `run` would do, need and write, with its time, memory and sizes. Nothing is made or loaded.
+
+        What `run` would fail of is in the plan's `problems`.
+
+        Raises:
+            ConfigError: a path is missing.
+            ModelConfigError: the model's YAML cannot be used.
+        """
+        require_paths(self.config)
+        return plan_training(self.config).examined()
+
     def run(self) -> Result:
         """Fine-tune under the mask, check that nothing else moved, and write the unlearned checkpoint.
 
@@ -210,11 +237,13 @@ class SaliencyUnlearningAlgorithm:
         """As `run`, in this process: as one of its group, if it has joined one (`mu.ranks.joined`)."""
         config = self.config
         started = time.monotonic()
+        warnings = ranks.on_main(lambda: plan_training(config).require().warnings)
         resumed = _resumed(config) if config.resume is not None else None
         with (
             _run_folder(config, resumed) as folder,
             Checkpoints(folder.path, config) as checkpoints,
         ):
+            say_warnings(warnings, folder.logger)
             # Once, and for all processes: in a folder of runs, this run will itself be the newest.
             mask_path = ranks.on_main(lambda: find_mask(config)) if config.masking == "saliency" else None
             source = ranks.on_main(config.checkpoint)

@@ -31,7 +31,7 @@ from mu.config import ConfigError, keys_of, resolve_path
 from mu.datasets.index import ForgetRetain
 from mu.errors import MuError
 from mu.ldm.tensor_file import CheckpointError, fingerprint
-from mu.run_folder import is_finished, is_running, space_problem
+from mu.run_folder import is_finished, is_running
 
 MAY_DIFFER = frozenset(
     {
@@ -87,10 +87,6 @@ class Checkpoints:
         Raises:
             ConfigError: it is not; names the keys that lead to something else than they did.
         """
-        # Weights and two moments; while one is written, the last ones are still there.
-        needed = 12 * model.counts["selected"] * (self.config.keep_checkpoints + 1)
-        if (problem := space_problem(self.run, needed)) is not None:
-            _log.warning("checkpoints, with keep_checkpoints %d: %s", self.config.keep_checkpoints, problem)
         self._identity = _identity_of(model, rows)
         if resumed is not None:
             _check_identity(resumed, self._identity)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from mu import ranks
+from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
+from mu.ldm.params import UNetParams
 
 _log = logging.getLogger(__name__)
 _SHARE = 0.8
 """Share of the memory left that activations may take before they are computed again instead."""
-_BF16_SHARE = 0.7
-"""What bf16 arithmetic keeps of what fp32 keeps: matrix products in 2 bytes, normalisations in 4."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _FLAGS = "gradient_checkpointing true, precision bf16, optimizer adam8bit, train_method xattn, a smaller image_size"
@@ -79,7 +79,41 @@ def choose(
         latent_shape: (C, h, w) of one of them.
         reserved: bytes that gradients and the optimizer's state are going to take.
     """
-    cuda = ldm.device.type == "cuda"
+    moving = {name for name, parameter in ldm.unet.named_parameters() if parameter.requires_grad}
+    compute = choose_for(
+        keys,
+        ldm.params.unet,
+        ldm.device,
+        moving=moving,
+        images=-(-images // ranks.world_size()),
+        latent_shape=latent_shape,
+        left=free_bytes(ldm.device) - reserved,
+    )
+    if keys.gradient_checkpointing is None:
+        # The same in all processes: where weights are shards, each layer's pass is a meeting.
+        recompute = bool(ranks.largest(compute.gradient_checkpointing))
+        compute = replace(compute, gradient_checkpointing=recompute)
+    _log.info("%s", compute)
+    return compute
+
+
+def choose_for(
+    keys: ComputeKeys,
+    params: UNetParams,
+    device: torch.device,
+    *,
+    moving: Collection[str],
+    images: int,
+    latent_shape: tuple[int, ...],
+    left: int,
+) -> Compute:
+    """As `choose`, of a UNet that need not be there yet.
+
+    Args:
+        moving: names of the parameters that get a gradient.
+        left: bytes of the device's memory that activations may share.
+    """
+    cuda = device.type == "cuda"
     precision = keys.precision
     if precision == "auto":
         precision = (
@@ -87,50 +121,25 @@ def choose(
         )
     recompute = keys.gradient_checkpointing
     if recompute is None:
-        images = -(-images // ranks.world_size())
-        needed = images * activation_bytes(ldm, latent_shape) * (1.0 if precision == "fp32" else _BF16_SHARE)
-        left = free_bytes(ldm.device) - reserved
-        # The same in all processes: where weights are shards, each layer's pass is a meeting.
-        recompute = bool(ranks.largest(needed > _SHARE * left))
-        _log.info(
+        needed = gradient_pass(
+            params,
+            images,
+            tuple(latent_shape),
+            moving=frozenset(moving),
+            precision=precision,
+            device=str(device),
+        ).kept
+        recompute = needed > _SHARE * left
+        _log.debug(
             "activations of %d images: about %.1f GB, of %.1f GB left", images, needed / 1e9, left / 1e9
         )
-    compute = Compute(
+    return Compute(
         precision=precision,
         # What is sharded has to be contiguous.
         channels_last=cuda and keys.sharding == "none" if keys.channels_last is None else keys.channels_last,
         gradient_checkpointing=recompute,
         compile=keys.compile,
     )
-    _log.info("%s", compute)
-    return compute
-
-
-def activation_bytes(ldm: LatentDiffusion, latent_shape: tuple[int, ...]) -> int:
-    """What the UNet keeps of one image for the backward pass, measured by sending one through, without autocast."""
-    unet, device = ldm.unet, ldm.device
-    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # by address; what several operations keep counts once
-
-    def note(tensor: Tensor) -> None:
-        """Nothing goes on into the graph: an operation that held its own output would never be freed."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-
-    x = torch.zeros(1, *latent_shape, device=device, dtype=ldm.dtype, requires_grad=True)  # (1, C, h, w)
-    width = ldm.params.unet.context_dim
-    context = None if width is None else x.new_zeros(1, 77, width).requires_grad_()  # (1, L, D)
-    timesteps = torch.zeros(1, dtype=torch.int64, device=device)  # (1,)
-    required = [parameter.requires_grad for parameter in unet.parameters()]
-    try:
-        unet.requires_grad_(True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
-            unet(x, timesteps, context)
-    finally:
-        for parameter, before in zip(unet.parameters(), required, strict=True):
-            parameter.requires_grad_(before)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -40,7 +40,7 @@ from mu.datasets.latents import LatentCache
 from mu.datasets.streams import order, passes
 from mu.ldm.latent_diffusion import LatentDiffusion
 
-_SAMPLE_BATCH = 16  # images sampled at once; of no consequence to what is sampled
+SAMPLE_BATCH = 16  # images sampled at once; of no consequence to what is sampled
 
 MaskBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """latents (B, C, h, w), timesteps (B,), noise (B, C, h, w), context (B, L, D), uncond_context (B, L, D)."""
@@ -138,21 +138,14 @@ class SaliencyUnlearnDataHandler:
     def __init__(self, config: Any, model: LatentDiffusion) -> None:
         self.config = config
         self.model = model
-        self.image_size = _checked_image_size(config.image_size, model)
+        self.image_size = checked_image_size(config.image_size, model)
         check_choice("dataset_type", config.dataset_type, DATASET_TYPES)
         self._generated: generated.GeneratedImages | None = None
-        if config.dataset_type == "generated" or samples_prompts(config):
-            settings = generated.SampleSettings(
-                steps=config.sample_steps,
-                guidance_scale=config.guidance_scale,
-                image_size=self.image_size,
-                precision=config.sample_precision,
-            )
-            kind = {"subfolder": generated_prompts.SUBFOLDER, "prompt": generated_prompts.PROMPT}
-            self._generated = generated.GeneratedImages(
-                model, config.processed_dataset_dir, settings, **(kind if samples_prompts(config) else {})
-            )
-        self.rows = ranks.on_main(self._read_rows)
+        if (sampled := sampled_images(config, self.image_size)) is not None:
+            settings, kind = sampled
+            self._generated = generated.GeneratedImages(model, config.processed_dataset_dir, settings, **kind)
+        folder = None if self._generated is None else self._generated.path
+        self.rows = ranks.on_main(lambda: rows_of(config, folder))
         """All rows to forget and to retain, whether this run reads them or not."""
 
     @property
@@ -226,15 +219,7 @@ class SaliencyUnlearnDataHandler:
     def train_steps(self) -> TrainSteps:
         """The training batches by step; samples and encodes what is still missing."""
         retain_batch_size = self.config.retain_batch_size or self.config.batch_size
-        count = len(self.rows.retain)
-        if not count:
-            raise DataError(
-                f"there is no image to retain beside {self.config.template} "
-                f"{concept_label(self.config.template_name)!r}: the data set needs other concepts (for dataset_type "
-                "generated, retain_images_per_prompt >= 1)."
-            )
-        read = passes(self.config.seed, "retain", count, start=0, stop=self.total_steps * retain_batch_size)
-        retain = self._encoded(self.rows.retain, sorted({place for _, place in read}), "retain")
+        retain = self._encoded(self.rows.retain, retained_places(self.config, self.rows), "retain")
         return TrainSteps(
             self._forget,
             retain,
@@ -260,33 +245,12 @@ class SaliencyUnlearnDataHandler:
             return str(self.config.dataset_type)
         return f"{self._generated.path.parent.name}-{self._generated.path.name}"
 
-    def _read_rows(self) -> ForgetRetain:
-        config = self.config
-        if self._generated is None:
-            return read_folder(config)
-        if samples_prompts(config):
-            rows = plan_prompts(config, self._generated.path)
-            if config.dataset_type != "generated":
-                rows = ForgetRetain(read_folder(config).forget, rows.retain)
-                check_apart(rows)
-            return rows
-        return generated.plan_rows(
-            self._generated.path,
-            styles=tuple(config.styles or emoji_canvas.STYLES),
-            objects=tuple(config.objects or emoji_canvas.OBJECTS),
-            template=config.template,
-            template_name=config.template_name,
-            images_per_prompt=config.images_per_prompt,
-            retain_images_per_prompt=config.retain_images_per_prompt,
-            substitute=config.substitute,
-        )
-
     def _encoded(self, rows: tuple[Row, ...], places: Sequence[int], name: str) -> EncodedRows:
         """Samples (if generated), encodes and lists the rows at `places`; `name` is "forget" or "retain"."""
         used = [rows[place] for place in places]
         if self._generated is not None:
             sampled = [row for row in used if row.image.is_relative_to(self._generated.path)]
-            self._generated.sample_missing(sampled, batch_size=_SAMPLE_BATCH)
+            self._generated.sample_missing(sampled, batch_size=SAMPLE_BATCH)
         mean, logvar = self._cache.moments(used)  # each (N, C, h, w)
         prompts = [row.prompt for row in used]
         prompts += [row.substitute_prompt for row in used if row.substitute_prompt is not None]
@@ -305,8 +269,73 @@ class SaliencyUnlearnDataHandler:
         )
 
 
-def _checked_image_size(image_size: int | None, model: LatentDiffusion) -> int:
-    """The images' side in pixels; None is the model's own."""
+def rows_of(config: Any, sampled: Path | None) -> ForgetRetain:
+    """All rows to forget and to retain.
+
+    Args:
+        sampled: the folder of images that are sampled from the model, which need not be there; None: there are none.
+
+    Raises:
+        DataError: see `SaliencyUnlearnDataHandler`.
+    """
+    if sampled is None:
+        return read_folder(config)
+    if samples_prompts(config):
+        rows = plan_prompts(config, sampled)
+        if config.dataset_type != "generated":
+            rows = ForgetRetain(read_folder(config).forget, rows.retain)
+            check_apart(rows)
+        return rows
+    return generated.plan_rows(
+        sampled,
+        styles=tuple(config.styles or emoji_canvas.STYLES),
+        objects=tuple(config.objects or emoji_canvas.OBJECTS),
+        template=config.template,
+        template_name=config.template_name,
+        images_per_prompt=config.images_per_prompt,
+        retain_images_per_prompt=config.retain_images_per_prompt,
+        substitute=config.substitute,
+    )
+
+
+def retained_places(config: Any, rows: ForgetRetain) -> list[int]:
+    """Which of the rows to retain a training run reads.
+
+    Raises:
+        DataError: there is none.
+    """
+    count = len(rows.retain)
+    if not count:
+        raise DataError(
+            f"there is no image to retain beside {config.template} "
+            f"{concept_label(config.template_name)!r}: the data set needs other concepts (for dataset_type "
+            "generated, retain_images_per_prompt >= 1)."
+        )
+    steps = int(config.epochs) * math.ceil(len(rows.forget) / config.batch_size)
+    stop = steps * (config.retain_batch_size or config.batch_size)
+    return sorted({place for _, place in passes(config.seed, "retain", count, start=0, stop=stop)})
+
+
+def sampled_images(config: Any, image_size: int) -> tuple[generated.SampleSettings, dict[str, str]] | None:
+    """How a data set's images are sampled from the model, and where (see `GeneratedImages`); None: they are not."""
+    if config.dataset_type != "generated" and not samples_prompts(config):
+        return None
+    settings = generated.SampleSettings(
+        steps=config.sample_steps,
+        guidance_scale=config.guidance_scale,
+        image_size=image_size,
+        precision=config.sample_precision,
+    )
+    kind = {"subfolder": generated_prompts.SUBFOLDER, "prompt": generated_prompts.PROMPT}
+    return settings, kind if samples_prompts(config) else {}
+
+
+def checked_image_size(image_size: int | None, model: LatentDiffusion) -> int:
+    """The images' side in pixels; None is the model's own.
+
+    Raises:
+        DataError: the model cannot be given such images.
+    """
     size = image_size or model.image_size
     step = model.params.first_stage.factor * 2 ** (len(model.params.unet.channel_mult) - 1)
     if size % step:

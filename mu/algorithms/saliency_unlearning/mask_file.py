@@ -56,20 +56,36 @@ def save_mask(mask: Mapping[str, Tensor], path: str | Path, metadata: Mapping[st
     path = Path(path)
     if path.suffix != ".safetensors":
         raise MaskError(f"{path}: masks are written as .safetensors, not {path.suffix!r}")
+    shapes = {name: tuple(marked.shape) for name, marked in mask.items()}
+    described = stored_form(metadata, shapes, kept=_count_kept(mask, path), path=path)
+    write_state_dict({name: _pack(marked) for name, marked in mask.items()}, path, described)
+
+
+def stored_form(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    kept: int,
+    path: str | Path = "the mask",
+) -> dict[str, str]:
+    """What a mask file carries as metadata; see `save_mask`.
+
+    Args:
+        path: names the file in errors.
+    """
     own = {
         "mask_format": MASK_FORMAT,
-        "shapes": {name: list(marked.shape) for name, marked in mask.items()},
-        "kept": _count_kept(mask, path),
-        "total": sum(marked.numel() for marked in mask.values()),
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "kept": kept,
+        "total": sum(map(math.prod, shapes.values())),
     }
     for key in own.keys() & metadata.keys():
         if metadata[key] != own[key]:
             raise MaskError(f"{path}: the metadata says {key} = {metadata[key]!r}; the mask: {own[key]!r}")
     try:
-        described = {key: _to_text(value) for key, value in {**metadata, **own}.items()}
+        return {key: _to_text(value) for key, value in {**metadata, **own}.items()}
     except (TypeError, ValueError) as error:
         raise MaskError(f"{path}: the metadata cannot be written as JSON: {error}") from error
-    write_state_dict({name: _pack(marked) for name, marked in mask.items()}, path, described)
 
 
 def load_mask(path: str | Path) -> Mask:
@@ -136,13 +152,24 @@ def check_mask(
     Raises:
         MaskError: names the first few differences, or both fingerprints.
     """
-    shapes = {name: parameter.shape for name, parameter in unet.named_parameters()}
-    missing = [name for name in shapes if name not in mask]
-    unknown = [name for name in mask if name not in shapes]
+    check_shapes({name: tuple(marked.shape) for name, marked in mask.items()}, unet)
+    _refuse_empty(mask, "the mask")
+    check_fingerprint(metadata or {}, fingerprint)
+
+
+def check_shapes(given: Mapping[str, tuple[int, ...]], unet: nn.Module) -> None:
+    """Refuse a mask whose names and shapes are not those of a UNet's parameters, which may be on the meta device.
+
+    Raises:
+        MaskError: names the first few differences.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
+    missing = [name for name in shapes if name not in given]
+    unknown = [name for name in given if name not in shapes]
     differing = [
-        f"{name} {tuple(mask[name].shape)} instead of {tuple(shape)}"
+        f"{name} {given[name]} instead of {shape}"
         for name, shape in shapes.items()
-        if name in mask and mask[name].shape != shape
+        if name in given and given[name] != shape
     ]
     faults = [
         f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
@@ -151,13 +178,43 @@ def check_mask(
     ]
     if faults:
         raise MaskError(f"the mask is of another model: {'; '.join(faults)}. Make one from this checkpoint")
-    _refuse_empty(mask, "the mask")
-    made_from = (metadata or {}).get("model_fingerprint")
+
+
+def check_fingerprint(metadata: Mapping[str, Any], fingerprint: str | None) -> None:
+    """Refuse a mask that says it was made from another model than the one of a fingerprint; None: not known.
+
+    Raises:
+        MaskError: names both.
+    """
+    made_from = metadata.get("model_fingerprint")
     if made_from is not None and fingerprint is not None and made_from != fingerprint:
         raise MaskError(
             f"the mask was made from a model with fingerprint {made_from}, this one has {fingerprint}: "
             "make a mask from this checkpoint, or load the one that the mask was made from"
         )
+
+
+def marks_of(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """The shape of each tensor of a mask file, and how many of its entries are marked; one tensor at a time.
+
+    Raises:
+        MaskError: see `load_mask`.
+    """
+    if Path(path).suffix != ".safetensors":
+        mask = load_mask(path)
+        shapes = {name: tuple(marked.shape) for name, marked in mask.items()}
+        return shapes, {name: count_marked(marked) for name, marked in mask.items()}
+    load_mask_metadata(path)  # refuses what is no mask
+    try:
+        with safe_open(path, framework="np") as file:
+            shapes = _parse_metadata(file.metadata(), path)["shapes"]
+            marks = {
+                name: int(np.unpackbits(file.get_tensor(name)).sum(dtype=np.int64))
+                for name in file.keys()  # noqa: SIM118
+            }
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise MaskError(f"{path} is damaged: {error}; make the mask again") from error
+    return {name: tuple(shape) for name, shape in shapes.items()}, marks
 
 
 def count_marked(marked: Tensor) -> int:

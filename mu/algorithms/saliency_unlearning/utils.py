@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +62,16 @@ def layer_groups(mask: Mapping[str, Tensor]) -> dict[str, float]:
     kept: dict[str, int] = {}
     total: dict[str, int] = {}
     for name, marked in mask.items():
-        parts = name.split(".")
-        group = ".".join(parts[:2]) if parts[0].endswith(("_blocks", "_block")) else parts[0]
+        group = layer_group(name)
         kept[group] = kept.get(group, 0) + count_marked(marked)
         total[group] = total.get(group, 0) + marked.numel()
     return {group: kept[group] / total[group] for group in total}
+
+
+def layer_group(name: str) -> str:
+    """The block of the UNet that a parameter is of, see `layer_groups`."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0].endswith(("_blocks", "_block")) else parts[0]
 
 
 def find_mask(config: TrainConfig) -> Path:
@@ -216,15 +222,19 @@ def write_patch(
     """
     if has_ema(old) and not has_ema(new):
         new = {**new, **updated_ema(new, old, use_ema=False, source=source)}
-    described = {
+    save_patch(make_patch(old, new, metadata=described_concept(config)), folder / PATCH_NAME)
+    return folder / PATCH_NAME
+
+
+def described_concept(config: TrainConfig) -> dict[str, Any]:
+    """What a patch says of the run that it is of."""
+    return {
         "template": config.template,
         "template_name": config.concepts[0] if len(config.concepts) == 1 else list(config.concepts),
         "train_method": config.train_method,
         "masking": config.masking,
         "use_ema": config.use_ema,
     }
-    save_patch(make_patch(old, new, metadata=described), folder / PATCH_NAME)
-    return folder / PATCH_NAME
 
 
 def _tensors(path: Path, params: LatentDiffusionParams | None) -> Mapping[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +14,6 @@ from mu.algorithms.saliency_unlearning import compute as compute_module
 from mu.algorithms.saliency_unlearning.compute import (
     Compute,
     OutOfMemoryError,
-    activation_bytes,
     choose,
     computing,
     free_bytes,
@@ -24,7 +21,7 @@ from mu.algorithms.saliency_unlearning.compute import (
     is_out_of_memory,
 )
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
-from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
 from mu.ldm import LatentDiffusion
 from tests.algorithms.saliency_unlearning.test_trainer import tiny_batch
@@ -154,43 +151,23 @@ def test_what_is_asked_for_is_taken(tiny_model: LatentDiffusion) -> None:
     assert chosen(tiny_model, **asked) == Compute(**asked)  # type: ignore[arg-type]
 
 
+def kept_bytes(model: LatentDiffusion) -> int:
+    """Of 4 images, all weights moving."""
+    moving = frozenset(name for name, _ in model.unet.named_parameters())
+    return gradient_pass(model.params.unet, 4, LATENT, moving=moving).kept
+
+
 def test_activations_that_do_not_fit_are_computed_again(
     tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = 4 * activation_bytes(tiny_model, LATENT)
+    needed = kept_bytes(tiny_model)
     for free, expected in ((1.3 * needed, False), (1.2 * needed, True)):
         monkeypatch.setattr(compute_module, "free_bytes", lambda _, free=free: int(free))
         assert chosen(tiny_model).gradient_checkpointing is expected
         assert chosen(tiny_model, gradient_checkpointing=False).gradient_checkpointing is False
     monkeypatch.setattr(compute_module, "free_bytes", lambda _: int(1.3 * needed))
-    reserving = choose(AUTO, tiny_model, images=4, latent_shape=LATENT, reserved=needed)  # type: ignore[arg-type]
+    reserving = choose(AUTO, tiny_model, images=4, latent_shape=LATENT, reserved=needed)
     assert reserving.gradient_checkpointing
-
-
-def test_activations_grow_with_the_image_and_fall_with_checkpointing(tiny_model: LatentDiffusion) -> None:
-    small, large = activation_bytes(tiny_model, LATENT), activation_bytes(tiny_model, (4, 16, 16))
-    assert 3 < large / small < 4.5
-    tiny_model.unet.gradient_checkpointing = True
-    assert activation_bytes(tiny_model, (4, 16, 16)) < large / 4
-    assert all(p.grad is None for p in tiny_model.parameters())
-
-
-def test_a_frozen_model_is_measured_as_a_moving_one_and_stays_frozen(tiny_model: LatentDiffusion) -> None:
-    whole = activation_bytes(tiny_model, LATENT)
-    SaliencyUnlearnModel(tiny_model, "xattn")
-    moving = [p.requires_grad for p in tiny_model.unet.parameters()]
-    assert activation_bytes(tiny_model, LATENT) == whole
-    assert [p.requires_grad for p in tiny_model.unet.parameters()] == moving
-
-
-def test_what_was_measured_is_freed(make_tiny_model: Callable[..., LatentDiffusion]) -> None:
-    """Also the activations, which hold the weights."""
-    model = make_tiny_model()
-    weight = weakref.ref(model.unet.input_blocks[0][0].weight)  # type: ignore[index]
-    activation_bytes(model, LATENT)
-    del model
-    gc.collect()
-    assert weight() is None
 
 
 def test_free_memory_is_less_than_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import PACKAGED, MaskConfig
-from mu.cli import run_door
+from mu.cli import Planned, run_door
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         packaged=PACKAGED,
         argv=argv,
         shares_work=True,
+        plan=_plan,
     )
 
 
@@ -27,6 +28,12 @@ def _run(config: MaskConfig) -> object:
     from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
 
     return MaskingAlgorithm(config).run()
+
+
+def _plan(config: MaskConfig) -> Planned:
+    from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
+
+    return MaskingAlgorithm(config).plan()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import PACKAGED, TrainConfig
-from mu.cli import run_door
+from mu.cli import Planned, run_door
 from mu.ranks import started_rank
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         packaged=PACKAGED,
         argv=argv,
         shares_work=True,
+        plan=_plan,
     )
 
 
@@ -32,6 +33,12 @@ def _run(config: TrainConfig) -> object:
     if config.report and started_rank() == 0:
         return {**result, "report": report_training(config, result["run"])}
     return result
+
+
+def _plan(config: TrainConfig) -> Planned:
+    from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
+
+    return SaliencyUnlearningAlgorithm(config).plan()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,177 @@
+"""What a run is about: its model's structure, its checkpoint's layout, its rows; nothing of it is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mu import ranks
+from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.data_handler import (
+    checked_image_size,
+    retained_places,
+    rows_of,
+    sampled_images,
+)
+from mu.algorithms.saliency_unlearning.preflight.memory import ModelBytes
+from mu.config import resolve_path
+from mu.datasets.generated import folders_like
+from mu.datasets.index import ForgetRetain, Row
+from mu.devices import device_names, resolve_devices
+from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model
+from mu.ldm.checkpoint import check_layout
+from mu.ldm.formats import read_checkpoint
+from mu.ldm.tensor_file import read_layout
+from mu.ldm.unet import UNet
+
+T = TypeVar("T")
+_NOT_SAMPLED_YET = "<model>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """See `Subject.of`."""
+
+    ldm: LatentDiffusion
+    """On the meta device, with what loading would note of the file."""
+    checkpoint: Path
+    description: str
+    model: ModelBytes
+    numel: dict[str, int]
+    """UNet-relative name -> entries, of every parameter."""
+    processes: int
+    """That share the work."""
+    shards: int
+    """Processes over which the UNet's weights are split, if they are."""
+    device: torch.device
+    image_size: int
+    rows: ForgetRetain
+    """Those that the run reads."""
+    images: dict[str, int]
+    """See `Plan.images`."""
+
+    @classmethod
+    def of(cls, config: MaskConfig | TrainConfig, noting: Callable[[Callable[[], Any]], Any]) -> Subject:
+        """Look at what a config names.
+
+        Args:
+            noting: calls what it is given, and notes an error and gives None instead of raising it.
+
+        Raises:
+            ModelConfigError: the model's YAML cannot be used.
+        """
+        path = config.checkpoint()
+        ldm = load_model(resolve_path(config.model_config_path), device="meta")
+        found = noting(lambda: read_checkpoint(path, ldm.params, use_ema=config.use_ema, read=read_layout))
+        tensors = None
+        if found is not None:
+            tensors = noting(lambda: check_layout(ldm, found.tensors, source=path))
+            ldm.file_has_ema = found.description.ema
+        if tensors is not None:
+            own = ldm.state_dict()
+            ldm.file_dtypes = {key: tensor.dtype for key, tensor in tensors.items() if key in own}
+            ldm.carried = {key: tensor for key, tensor in tensors.items() if key not in own}
+        size = noting(lambda: checked_image_size(config.image_size, ldm)) or ldm.image_size
+        rows = noting(lambda: _rows(config, ldm.params, size)) or ForgetRetain((), ())
+        there = sum(tensor.nbytes for tensor in found.tensors.values()) if found is not None else 0
+        numel = {name: parameter.numel() for name, parameter in ldm.unet.named_parameters()}
+        sampled = sampled_images(config, size) is not None
+        missing = sum(not row.image.exists() for row in (*rows.forget, *rows.retain)) if sampled else 0
+        processes = max(ranks.started_world_size(), len(device_names(config.devices)))
+        return cls(
+            ldm=ldm,
+            checkpoint=path,
+            description=str(found.description) if found is not None else f"{path}: see below",
+            model=ModelBytes(
+                whole=sum(tensor.nbytes for tensor in ldm.state_dict().values()),
+                unet=4 * sum(numel.values()),
+                file=there,
+            ),
+            numel=numel,
+            processes=processes,
+            shards=processes if config.sharding == "full" else 1,
+            device=_device(config.devices, noting),
+            image_size=size,
+            rows=rows,
+            images={"forget": len(rows.forget), "retain": len(rows.retain), "to_sample": missing},
+        )
+
+    def share(self, images: int) -> int:
+        """Most images of so many that one process takes."""
+        return -(-images // self.processes)
+
+    @property
+    def params(self) -> LatentDiffusionParams:
+        return self.ldm.params
+
+    @property
+    def unet(self) -> UNet:
+        return self.ldm.unet
+
+    @property
+    def total(self) -> int:
+        """Weights of the UNet."""
+        return sum(self.numel.values())
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return self.ldm.latent_shape(self.image_size)
+
+    @property
+    def file_dtype_bytes(self) -> int:
+        """Of most of the weights, as they are in the file."""
+        widths = Counter(dtype.itemsize for dtype in self.ldm.file_dtypes.values())
+        return widths.most_common(1)[0][0] if widths else 4
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        import resource
+
+        return int(status.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
+
+
+def _device(devices: str, noting: Callable[[Callable[[], Any]], Any]) -> torch.device:
+    # resolve_devices says once a process where there is no GPU: let that stand in the log of a run.
+    if devices == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device(noting(lambda: resolve_devices(devices)) or "cpu")
+
+
+def _rows(config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image_size: int) -> ForgetRetain:
+    """The rows that a run reads; the indexes of data sets have looked at the heads of their images.
+
+    Raises:
+        DataError: an image is missing or none, or the data set cannot serve this config.
+    """
+    folder = None
+    if (sampled := sampled_images(config, image_size)) is not None:
+        settings, kind = sampled
+        # Which of them is this model's would take its fingerprint: the fullest is taken for it.
+        like = folders_like(config.processed_dataset_dir, params, settings, **kind)
+        folder = max(
+            like, key=lambda path: sum(1 for _ in path.rglob("*.png")), default=Path(_NOT_SAMPLED_YET)
+        )
+    rows = rows_of(config, folder)
+    retained: tuple[Row, ...] = ()
+    if isinstance(config, TrainConfig):
+        retained = tuple(rows.retain[place] for place in retained_places(config, rows))
+    return ForgetRetain(rows.forget, retained)

@@ -1,0 +1,107 @@
+"""What a plan says, and when it stops a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mu.algorithms.saliency_unlearning.preflight.plan import (
+    Plan,
+    PlannedFiles,
+    disk_problems,
+    duration,
+    size,
+)
+from mu.config import ConfigError
+from mu.datasets.index import DataError
+
+
+def planned(
+    folder: Path, count: int, *, what: str = "x", key: str = "output_dir", **more: Any
+) -> PlannedFiles:
+    return PlannedFiles(what=what, folder=folder, key=key, count=1, bytes=count, **more)
+
+
+def a_plan(**changes: Any) -> Plan:
+    wanted: dict[str, Any] = {
+        "stage": "training",
+        "device": "cuda:0",
+        "processes": 2,
+        "checkpoint": "CompVis checkpoint",
+        "images": {"forget": 60, "retain": 1200, "to_sample": 7},
+        "steps": 1500,
+        "weights": {"total": 859_520_964, "train_method": 4000, "selected": 2000},
+        "files": [planned(Path("out"), 3_440_000_000, what="model.safetensors")],
+        "compute": "bf16-mixed",
+        "memory": {"load": 7_000_000_000, "compare": 9_000_000_000},
+        "memory_free": 10_000_000_000,
+        "memory_held": 1_000_000_000,
+        "device_memory": {"train": 30_000_000_000},
+        "device_memory_free": 80_000_000_000,
+        "seconds": {"train": 3000.0, "files": 20.0},
+        **changes,
+    }
+    return Plan(**wanted)
+
+
+def test_a_plan_is_a_short_text() -> None:
+    text = str(a_plan(warnings=["memory: x"]))
+    for line in (
+        "# plan: training on cuda:0, 2 processes",
+        "images      60 to forget, 1,200 to retain; of them to be sampled first: 7",
+        "steps       1,500",
+        "weights     total 859,520,964, train method 4,000, selected 2,000",
+        "  model.safetensors  3.4 GB in out",
+        "memory of each process: at most 9.0 GB (compare), of 11.0 GB that there are",
+        "memory of the GPU: at most 30.0 GB (train), of 80.0 GB that there are",
+        "time        about 50 min: train 50 min, files 20 s",
+        "warning: memory: x",
+        "this plan can be carried out",
+    ):
+        assert line in text.splitlines()
+
+
+def test_problems_stop_a_run_together_or_one_by_itself() -> None:
+    plan = a_plan()
+    assert plan.require() is plan
+    alone = DataError("no images")
+    with pytest.raises(DataError, match=r"^no images$"):
+        a_plan(problems=[alone]).require()
+    with pytest.raises(ConfigError) as raised:
+        a_plan(problems=[alone, ConfigError(["lr: x", "threshold: y"])]).require()
+    assert raised.value.mistakes == ("no images", "lr: x", "threshold: y")
+    text = str(a_plan(problems=[alone]))
+    assert text.endswith("problem: no images\nthis plan cannot be carried out")
+
+
+def test_what_is_examined_later_is_added() -> None:
+    plan = a_plan(seconds={}, examine=lambda: ({"train": 2.0}, [DataError("of another")]))
+    assert plan.can_run
+    examined = plan.examined()
+    assert (examined.seconds, [str(problem) for problem in examined.problems]) == (
+        {"train": 2.0},
+        ["of another"],
+    )
+
+
+def test_folders_on_one_disk_share_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    one, other = planned(tmp_path / "a", 60), planned(tmp_path / "b" / "c", 60, key="processed_dataset_dir")
+    assert disk_problems([one]) == ([], [])
+    problems, _ = disk_problems([one, other])
+    assert problems[0].startswith("output_dir, processed_dataset_dir: this run writes 120 B; 100 B are free")
+    perhaps = planned(tmp_path, 60, what="checkpoints", key="keep_checkpoints", certain=False)
+    problems, warnings = disk_problems([one, perhaps])
+    assert problems == []
+    assert warnings[0].startswith(
+        "output_dir, keep_checkpoints: with checkpoints, 120 B may be needed; 100 B"
+    )
+
+
+def test_sizes_and_durations_are_readable() -> None:
+    assert [size(count) for count in (12, 1_500, 2_500_000, 5.16e9)] == ["12 B", "1.5 kB", "2.5 MB", "5.2 GB"]
+    assert [duration(s) for s in (3.2, 89, 600, 3 * 3600 + 300)] == ["3 s", "89 s", "10 min", "3 h 05 min"]

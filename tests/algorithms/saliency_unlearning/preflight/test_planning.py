@@ -1,0 +1,299 @@
+"""Plans of tiny runs, against the runs themselves and against what stands in their way."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.mask_file import MaskError, load_mask, save_mask
+from mu.algorithms.saliency_unlearning.preflight import planning
+from mu.algorithms.saliency_unlearning.preflight.plan import Plan
+from mu.algorithms.saliency_unlearning.scripts import generate_mask, train
+from mu.config import ConfigError, as_dict, as_text, keys_of
+from mu.datasets.index import DataError
+from mu.ldm.checkpoint import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def made(tiny_runs: Any) -> dict[str, Any]:
+    """A mask run with its plan from before."""
+    config = tiny_runs.mask_config(threshold=(0.25, 0.5), batch_size=3)
+    plan = MaskingAlgorithm(config).plan()
+    return {"plan": plan, "result": MaskingAlgorithm(config).run()}
+
+
+def bytes_of(plan: Plan, what: str) -> int:
+    (found,) = [planned.bytes for planned in plan.files if planned.what == what]
+    return found
+
+
+def every_file(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def argv_of(config: Any) -> list[str]:
+    defaults = {key.name: key for key in keys_of(type(config))}
+    return [
+        word
+        for name, value in as_dict(config).items()
+        if value != defaults[name].default
+        for word in (f"--{name}", as_text(value, split=defaults[name].rule.split))
+    ]
+
+
+def test_the_plan_of_a_mask_is_what_the_run_does(made: dict[str, Any]) -> None:
+    plan, result = made["plan"], made["result"]
+    assert plan.can_run
+    assert (plan.stage, plan.device, plan.steps) == ("mask", "cpu", 2)
+    assert plan.images["forget"] == result["images"] == 4
+    assert plan.weights["total"] == result["total"]
+    assert plan.weights["selected"] == result["kept"][0.5]
+    written = sum(path.stat().st_size for path in result["masks"].values())
+    assert bytes_of(plan, "mask_*.safetensors") == pytest.approx(written, rel=0.01)
+    assert set(plan.seconds) >= {"gradients", "files"}
+    assert sum(plan.seconds.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"masking": "saliency"},
+        pytest.param(
+            {"masking": "random", "train_method": "xattn", "output_format": "ckpt"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"masking": "none", "output_format": "diffusers", "patch": False}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"masking": "random", "threshold": 0.01, "output_format": "pth"}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_plan_of_training_is_what_the_run_does(
+    made: dict[str, Any], tiny_runs: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    mask = {"mask_path": str(made["result"]["masks"][0.5])} if changes["masking"] == "saliency" else {}
+    config = tiny_runs.train_config(output_dir=str(tmp_path), batch_size=3, **changes, **mask)
+    plan = SaliencyUnlearningAlgorithm(config).plan()
+    assert not list(tmp_path.iterdir())
+    result = SaliencyUnlearningAlgorithm(config).run()
+    assert plan.can_run
+    assert plan.steps == result["steps"]
+    assert plan.weights["total"] == result["weights_total"]
+    # Of a random mask only the whole is known, not how many of a tensor it marks.
+    assert plan.weights["selected"] == pytest.approx(result["weights_selected"], rel=0.02)
+    checkpoint = result["checkpoint"]
+    files = (
+        [path for path in checkpoint.rglob("*") if path.is_file()] if checkpoint.is_dir() else [checkpoint]
+    )
+    written = sum(path.stat().st_size for path in files)
+    assert bytes_of(plan, checkpoint.name) == pytest.approx(written, rel=0.01)
+    if checkpoint.suffix == ".safetensors":
+        assert bytes_of(plan, checkpoint.name) == written
+    if result["patch"] is not None:
+        near = 0.01 if config.masking == "saliency" else 0.05
+        written = result["patch"].stat().st_size
+        assert bytes_of(plan, result["patch"].name) == pytest.approx(written, rel=near)
+    else:
+        assert all("patch" not in planned.what for planned in plan.files)
+
+
+def test_latents_and_embeddings_have_the_planned_sizes(tiny_runs: Any, tmp_path: Path) -> None:
+    config = tiny_runs.mask_config(processed_dataset_dir=str(tmp_path / "p"), output_dir=str(tmp_path / "m"))
+    plan = MaskingAlgorithm(config).plan()
+    assert plan.images["to_sample"] == 4
+    MaskingAlgorithm(config).run()
+    latents = list((tmp_path / "p" / "latents").rglob("*px/*/*.safetensors"))
+    assert len(latents) == 2
+    assert bytes_of(plan, "latents/*.safetensors") == pytest.approx(
+        sum(path.stat().st_size for path in latents), rel=0.01
+    )
+    (prompts,) = (tmp_path / "p" / "latents").rglob("prompts-*.safetensors")
+    assert bytes_of(plan, "latents/prompts-*.safetensors") == pytest.approx(prompts.stat().st_size, rel=0.05)
+    again = MaskingAlgorithm(config).plan()
+    assert again.images["to_sample"] == 0, "they are there now"
+
+
+def test_a_checkpoint_of_the_run_has_the_planned_size(
+    tiny_runs: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    sizes = []
+    from mu.algorithms.saliency_unlearning import checkpoints as module
+
+    def noting(path: Path) -> None:
+        sizes.append(path.stat().st_size)
+
+    monkeypatch.setattr(module, "verify_run_state", noting)
+    config = tiny_runs.train_config(
+        output_dir=str(tmp_path), masking="random", checkpoint_every_steps=1, keep_checkpoints=1
+    )
+    plan = planning.plan_training(config)
+    (planned,) = [planned for planned in plan.files if planned.what.startswith("checkpoints/")]
+    assert (planned.count, planned.certain) == (2, True)
+    SaliencyUnlearningAlgorithm(config).run()
+    assert planned.bytes / planned.count == pytest.approx(max(sizes), rel=0.05)
+
+
+# ---- what stands in the way
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mu.algorithms.saliency_unlearning import algorithm
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(algorithm, "model_of", fail)
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_promise_17_too_little_disk_stops_a_run_before_the_model_loads(
+    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1_000_000
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
+    config = tiny_runs.train_config(output_dir=str(tmp_path), masking="none")
+    with pytest.raises(ConfigError, match=r"output_dir.*: this run writes .* MB; 1.0 MB are free there"):
+        SaliencyUnlearningAlgorithm(config).run_here()
+    assert not list(tmp_path.iterdir())
+    # Of checkpoints that may never be written, it is said.
+    Usage.free = 2 * sum(planned.bytes for planned in planning.plan_training(config).files if planned.certain)
+    plan = planning.plan_training(config)
+    assert plan.can_run
+    assert "checkpoints/step-*.safetensors" in plan.warnings[0]
+    every = tiny_runs.train_config(output_dir=str(tmp_path), masking="none", checkpoint_every_steps=1)
+    assert not planning.plan_training(every).can_run
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_checkpoint_of_another_structure_stops_a_run_before_it_is_loaded(
+    tiny_runs: Any, tmp_path: Path
+) -> None:
+    state = torch.zeros(3)
+    torch.save({"state_dict": {"model.diffusion_model.out.0.weight": state}}, tmp_path / "x.ckpt")
+    config = tiny_runs.mask_config(ckpt_path=str(tmp_path / "x.ckpt"), output_dir=str(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint of this model: .* missing"):
+        MaskingAlgorithm(config).run_here()
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_mask_of_another_structure_stops_a_run_before_the_model_loads(
+    made: dict[str, Any], tiny_runs: Any, tmp_path: Path
+) -> None:
+    mask = load_mask(made["result"]["masks"][0.5])
+    name = next(iter(mask))
+    mask[name] = mask[name].repeat(2, *[1] * (mask[name].ndim - 1))
+    save_mask(mask, tmp_path / "mask_x.safetensors", {"concept": "Noto"})
+    config = tiny_runs.train_config(
+        mask_path=str(tmp_path / "mask_x.safetensors"), output_dir=str(tmp_path / "runs")
+    )
+    with pytest.raises(MaskError, match=f"the mask is of another model: 1 of another shape .{name}"):
+        SaliencyUnlearningAlgorithm(config).run_here()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mask_of_other_weights_is_found_by_a_plan(
+    made: dict[str, Any], tiny_runs: Any, tmp_path: Path
+) -> None:
+    keys = {"mask_path": str(made["result"]["masks"][0.5]), "output_dir": str(tmp_path)}
+    assert SaliencyUnlearningAlgorithm(tiny_runs.train_config(**keys)).plan().can_run
+    other = tiny_runs.train_config(ckpt_path=str(tiny_runs.checkpoint("other")), **keys)
+    plan = SaliencyUnlearningAlgorithm(other).plan()
+    assert "the mask was made from a model with fingerprint sha256:" in str(plan.problems[0])
+    # A run finds it when it has the weights, not twice.
+    assert planning.plan_training(other).can_run
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_all_that_is_wrong_is_in_one_message(tiny_runs: Any, tmp_path: Path) -> None:
+    torch.save({"state_dict": {"model.diffusion_model.out.0.weight": torch.zeros(3)}}, tmp_path / "x.ckpt")
+    config = tiny_runs.train_config(
+        ckpt_path=str(tmp_path / "x.ckpt"),
+        masking="random",
+        image_size=24,
+        train_method="xlayer",
+        output_dir=str(tmp_path / "runs"),
+    )
+    with pytest.raises(ConfigError) as raised:
+        SaliencyUnlearningAlgorithm(config).run_here()
+    told = "\n".join(raised.value.mistakes)
+    assert "is not a checkpoint of this model" in told
+    assert "xlayer" in told
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_images_are_looked_at_before_the_model_loads(tiny_runs: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for style in ("Noto", "Blob"):
+        folder = tmp_path / "raw" / style / "Cats"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / "1.jpg")
+    (tmp_path / "raw" / "Noto" / "Cats" / "1.jpg").write_bytes(b"no image")
+    config = tiny_runs.mask_config(
+        dataset_type="unlearncanvas",
+        styles=None,
+        objects=None,
+        raw_dataset_dir=str(tmp_path / "raw"),
+        output_dir=str(tmp_path / "m"),
+    )
+    with pytest.raises(DataError, match=r"1 files of .* cannot be used:\n.*1.jpg: unreadable"):
+        MaskingAlgorithm(config).run_here()
+
+
+def test_too_little_memory_is_a_warning(
+    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 1_000_000)
+    plan = planning.plan_training(tiny_runs.train_config(output_dir=str(tmp_path), masking="none"))
+    assert plan.can_run
+    assert plan.warnings[0].startswith("memory: about ")
+    assert "micro_batch_size" in plan.warnings[0]
+
+
+# ---- the flag
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    made: dict[str, Any], tiny_runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = every_file(tiny_runs.folder)
+    masks = tiny_runs.mask_config(output_dir=str(tmp_path / "m"))
+    assert generate_mask.main([*argv_of(masks), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "# plan: mask on cpu",
+        "mask_*.safetensors",
+        "memory: at most",
+        "this plan can be carried",
+    ):
+        assert expected in printed
+    config: TrainConfig = tiny_runs.train_config(
+        mask_path=str(made["result"]["masks"][0.5]), output_dir=str(tmp_path / "runs")
+    )
+    assert train.main(["--dry_run", *argv_of(config)]) == 0
+    assert "time        about" in capsys.readouterr().out
+    other = [*argv_of(config), "--ckpt_path", str(tiny_runs.checkpoint("other"))]
+    first = other.index("--ckpt_path")
+    del other[first : first + 2]
+    assert train.main([*other, "--dry_run", "true"]) == 2
+    printed = capsys.readouterr().out
+    assert "problem: the mask was made from a model" in printed
+    assert "this plan cannot be carried out" in printed
+    assert every_file(tiny_runs.folder) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_is_no_key(tiny_runs: Any) -> None:
+    assert "dry_run" not in as_dict(tiny_runs.train_config())
