@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -40,7 +41,8 @@ def loop_devices(devices: str) -> dict[str, Any]:
     accelerator = "cpu" if device == "cpu" else "gpu"
     if ranks.world_size() == 1:
         one = 1 if device == "cpu" else [int(device.removeprefix("cuda:"))]
-        return {"accelerator": accelerator, "devices": one}
+        # In the script of sbatch, Lightning would take the job's tasks, which are not begun yet, for its own processes.
+        return {"accelerator": accelerator, "devices": one, "plugins": [LightningEnvironment()]}
     names = device_names(devices)
     seen = len(names) if device == "cpu" else [int(name.removeprefix("cuda:")) for name in names]
     return {

@@ -61,6 +61,18 @@ def train(
     return run
 
 
+def test_a_run_in_the_script_of_sbatch_is_one_process(
+    train: Callable[..., dict[str, float]], tiny_runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning alone would ask for as many devices as the job has tasks."""
+    for name, value in {"NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "unlearn", "JOB_ID": "7"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.setenv("SLURM_NODELIST", "localhost")
+    assert train(tiny_runs.train_config())["loss"] == 8.5
+
+
 def test_the_losses_are_means_of_the_last_epoch_and_every_step_is_on_disk(
     train: Callable[..., dict[str, float]], tiny_runs: Any, folder: RunFolder
 ) -> None:
