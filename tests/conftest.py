@@ -140,6 +140,17 @@ def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Here and in processes that are started: bits can be compared only where sums are cut alike."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Commands]:
     """Starts commands as processes of their own."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import rank_work
 import torch
 
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion, save_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -20,6 +20,8 @@ from mu.evaluation.classifier import EmojiClassifier, save_classifier
 from mu.launch import on_ranks
 from tests.forked_commands import SCRIPTS, flags
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ("A Cats image in Noto style.", "A Dogs image in Blob style.")
 NOTES = {"config.yaml", "environment.json", "log.txt", "log-1.txt", "report.html"}
 """Files that tell of devices, places and times."""
