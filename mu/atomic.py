@@ -84,6 +84,7 @@ def write_together(folder: str | Path, contents: Mapping[str, bytes]) -> None:
         for name, content in contents.items():
             write_atomically(staged / name, content)
         os.rename(staged, ready)
+        _sync(ready.parent)
     finally:
         if staged.exists():
             shutil.rmtree(staged)
@@ -105,6 +106,7 @@ def _put_in_place(ready: Path) -> None:
             with suppress(FileNotFoundError):
                 if not (target / name).exists():
                     os.replace(Path(inside, name), target / name)
+        _sync(target)
     shutil.rmtree(ready, ignore_errors=True)
 
 

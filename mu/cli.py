@@ -36,7 +36,7 @@ from mu.config import (
 from mu.config_file import Text, read_list
 from mu.config_values import Key
 from mu.errors import MuError, Terminated
-from mu.ranks import started_local_rank, started_rank, started_world_size
+from mu.ranks import leave, started_local_rank, started_rank, started_world_size
 from mu.verbosity import LEVELS, is_quiet, verbosity
 
 C = TypeVar("C", bound=Config)
@@ -147,6 +147,7 @@ def run_door(
             if not is_quiet():
                 say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
             result = run(config)
+        leave()
     except HelpAsked:
         with contextlib.suppress(OutputClosed):
             say(help_text(cls, module=module, summary=summary, packaged=packaged, has_plan=plan is not None))

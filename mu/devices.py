@@ -51,15 +51,28 @@ def resolve_devices(devices: str) -> str:
         return "cpu"
     import torch  # late: configs and --help work without it
 
-    number = int(device.removeprefix("cuda:"))
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
+    if not torch.cuda.is_available() or torch.cuda.device_count() == 0:
         _say_cpu(devices)
         return "cpu"
-    if number >= count:
+    check_devices(device)
+    return f"cuda:{int(device.removeprefix('cuda:'))}"
+
+
+def check_devices(devices: str) -> None:
+    """Whether all devices that the key names are there; a machine without CUDA takes the CPU for any of them.
+
+    Raises:
+        DeviceError: there is CUDA, but no device of one of these numbers.
+    """
+    numbers = [int(name.removeprefix("cuda:")) for name in device_names(devices) if name != "cpu"]
+    if not numbers:
+        return
+    import torch  # late: configs and --help work without it
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < count <= max(numbers):
         have = "device 0" if count == 1 else f"devices 0 to {count - 1}"
-        raise DeviceError(f"devices: there is no CUDA device {number}; this machine has {have}")
-    return f"cuda:{number}"
+        raise DeviceError(f"devices: there is no CUDA device {max(numbers)}; this machine has {have}")
 
 
 def peak_memory_bytes() -> dict[str, int]:

@@ -6,6 +6,7 @@ Each is `python -m mu.launched`, with the environment that torchrun would give i
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import secrets
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mu.devices import device_names
+from mu.devices import check_devices, device_names
 from mu.errors import MuError, Terminated
 from mu.ranks import RankError, is_grouped, joined
 from mu.verbosity import console_level, is_quiet
@@ -52,6 +53,8 @@ class Outcome:
     error: MuError | None = None
     stopped_by: int | None = None
     crash: str | None = None
+    trace: str = ""
+    """Of the error, for the log level debug."""
 
 
 def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
@@ -65,6 +68,7 @@ def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
 
     Raises:
         MuError: what `run` raised in one of the processes.
+        DeviceError: one of the devices is not there.
         RankError: a process ended without a word; names it, and the signal or the traceback.
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after all processes have ended.
     """
@@ -72,13 +76,14 @@ def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
     if len(names) == 1 or is_grouped():
         with joined(names):
             return run(config)
+    check_devices(devices)
     task = Task(run, config, names, console_level(), is_quiet())
     with tempfile.TemporaryDirectory(prefix="unlearn_diff-") as folder:
         write_pickle(Path(folder) / "task", task)
-        with _started(folder, len(names)) as processes:
+        with _started(Path(folder), len(names)) as (processes, signals):
             stuck = _wait(processes)
         outcomes = [
-            _outcome(Path(folder), process, number)
+            _outcome(Path(folder), process, number, signals)
             for number, process in enumerate(processes)
             if process not in stuck
         ]
@@ -93,8 +98,8 @@ def write_pickle(path: Path, value: object) -> None:
 
 
 @contextmanager
-def _started(folder: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The processes; they get the signals that come while the block lasts, and none outlives it."""
+def _started(folder: Path, count: int) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[int]]]:
+    """The processes, and the signals that have come; they are handed on while the block lasts. None outlives it."""
     environ = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
@@ -105,17 +110,17 @@ def _started(folder: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]]
         "TORCHELASTIC_RUN_ID": secrets.token_hex(8),
     }
     processes: list[subprocess.Popen[bytes]] = []
-    with _handing_on(processes):
+    with _handing_on(processes, folder) as signals:
         try:
             for number in range(count):
                 own = {"RANK": str(number), "LOCAL_RANK": str(number), "GROUP_RANK": "0"}
-                command = [sys.executable, "-m", "mu.launched", folder]
+                command = [sys.executable, "-m", "mu.launched", str(folder)]
                 processes.append(
                     subprocess.Popen(
                         command, env=environ | own, stdin=subprocess.DEVNULL, start_new_session=True
                     )
                 )
-            yield processes
+            yield processes, signals
         finally:
             for process in processes:
                 process.kill()
@@ -123,19 +128,25 @@ def _started(folder: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]]
 
 
 @contextmanager
-def _handing_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to the processes while the block lasts; Python lets only the main thread take them."""
+def _handing_on(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM go to the processes while the block lasts; Python lets only the main thread take them.
+
+    A process that has not said that it is ready for them has done nothing yet, and is killed. Yields those that came.
+    """
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
 
     def hand_on(number: int, _: object) -> None:
-        for process in processes:
-            process.send_signal(number)
+        signals.append(number)
+        for place, process in enumerate(processes):
+            process.send_signal(number if (folder / f"ready-{place}").exists() else signal.SIGKILL)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hand_on) for number in handled}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -153,21 +164,27 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen
     return []
 
 
-def _outcome(folder: Path, process: subprocess.Popen[bytes], number: int) -> tuple[float, Outcome]:
+def _outcome(
+    folder: Path, process: subprocess.Popen[bytes], place: int, signals: Sequence[int]
+) -> tuple[float, Outcome]:
     """When and how a process ended."""
-    path = folder / f"outcome-{number}"
+    path = folder / f"outcome-{place}"
     if path.exists():
         outcome: Outcome = pickle.loads(path.read_bytes())
         return path.stat().st_mtime, outcome
+    if signals:
+        return 0.0, Outcome(stopped_by=signals[0])
     code = process.returncode
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     # Before those that it left alone.
-    return 0.0, Outcome(crash=f"process {number} of the run was ended {how}")
+    return 0.0, Outcome(crash=f"process {place} of the run was ended {how}")
 
 
 def _value(outcomes: Sequence[tuple[float, Outcome]]) -> Any:
     for _, outcome in outcomes:
         if outcome.error is not None:
+            if console_level() <= logging.DEBUG:
+                print(outcome.trace, file=sys.stderr)
             raise outcome.error
     for _, outcome in outcomes:
         if outcome.stopped_by is not None:

@@ -16,27 +16,32 @@ from types import TracebackType
 from mu.cli import terminable
 from mu.errors import MuError, Terminated
 from mu.launch import Outcome, Task, write_pickle
-from mu.ranks import joined, sendable, started_rank
+from mu.ranks import joined, leave, sendable, started_rank
 from mu.verbosity import verbosity
 
 
 def main(folder: Path) -> int:
-    """Do the task that lies in `folder`; returns the exit code, 0 where its outcome is a value."""
+    """Do the task that lies in `folder`, and leave its outcome there."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    task: Task = pickle.loads((folder / "task").read_bytes())
-    level = logging.getLevelName(task.level).lower()
-    noting = _Noting(folder)
-    with noting, verbosity(level, quiet=task.quiet), terminable(), joined(task.devices), noting:
-        noting.note(Outcome(value=task.run(task.config)))
-    return int(noting.failed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it ignores what its parent ignored
+    with _Noting(folder) as noting, terminable():
+        (folder / f"ready-{started_rank()}").touch()
+        task: Task = pickle.loads((folder / "task").read_bytes())
+        level = logging.getLevelName(task.level).lower()
+        with verbosity(level, quiet=task.quiet), joined(task.devices):
+            noting.note(Outcome(value=task.run(task.config)))
+    leave()
+    return 0
 
 
 class _Noting:
-    """Notes the first thing that ends its block, while the connection to the others still stands."""
+    """Notes what ends its block, and ends the process with it.
+
+    At once, because an error may be this process' alone: to part from the others in order would be to wait for them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / f"outcome-{started_rank()}"
-        self.failed = False
 
     def note(self, outcome: Outcome) -> None:
         write_pickle(self.path, outcome)
@@ -46,18 +51,20 @@ class _Noting:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    ) -> None:
         if error is None:
-            return False
-        self.failed = True
+            return
+        text = "".join(traceback.format_exception(kind, error, trace))
         if isinstance(error, MuError):
-            self.note(Outcome(error=sendable(error)))
+            self.note(Outcome(error=sendable(error), trace=text))
         elif isinstance(error, (KeyboardInterrupt, Terminated)):
             number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
             self.note(Outcome(stopped_by=number))
         else:
-            self.note(Outcome(crash="".join(traceback.format_exception(kind, error, trace))))
-        return True
+            self.note(Outcome(crash=text))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _end_with(parent: int) -> None:

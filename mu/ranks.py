@@ -27,6 +27,10 @@ _TIMEOUT = timedelta(hours=24)
 """For one exchange: while one process measures, the others wait. Who started them sees to it if one has died."""
 
 
+_SLURM_SPECIAL_STEPS = 0xFFFFFFF0
+"""From this number on, a step is no `srun`: the batch script, an interactive prompt."""
+
+
 class RankError(MuError, RuntimeError):
     """The processes of a run cannot work together, or one of them has failed."""
 
@@ -45,6 +49,8 @@ _ALONE = _Place(0, 1, 0, 1)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """Environment variables of torchrun, in the order of `_Place`."""
 _place = _ALONE
+_made = False
+"""Whether the group of torch.distributed is of `joined`."""
 
 
 def rank() -> int:
@@ -75,6 +81,11 @@ def is_main() -> bool:
 def share(items: Sequence[T]) -> Sequence[T]:
     """The items that are this process' part: every world_size-th."""
     return items[_place.rank :: _place.world_size]
+
+
+def largest_share(count: int) -> int:
+    """How many of so many items are in the largest of the processes' shares."""
+    return -(-count // _place.world_size)
 
 
 def sum_(tensors: Iterable[Tensor]) -> None:
@@ -129,11 +140,6 @@ def from_main(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def barrier() -> None:
-    """Go on when all processes have come here."""
-    gathered(None)
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -221,9 +227,8 @@ def started_world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 def _slurm_tasks(environ: Mapping[str, str]) -> int:
     """The tasks of this `srun`; 1 outside of one, as in the script of sbatch or at an interactive prompt."""
-    if environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID")) is None:
-        return 1
-    if environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+    step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID"))
+    if step is None or int(step) >= _SLURM_SPECIAL_STEPS or "SLURM_PTY_PORT" in environ:
         return 1
     return int(environ.get("SLURM_STEP_NUM_TASKS", 1))
 
@@ -232,7 +237,9 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
 def joined(devices: Sequence[str]) -> Iterator[None]:
     """Be one of the processes that were started together, until the block ends. One that stands alone stays so.
 
-    Within another `joined` the group is the one there is; so it is where the caller has set up torch.distributed.
+    Within another `joined` the group is the one there is; so it is where the caller has set up torch.distributed, and
+    in a second block: the group stays when the first one ends, until `leave`. Where it met, it could not meet again;
+    and after an error, which the others may not know of, to part from them in order would be to wait for them.
 
     Args:
         devices: of the processes of one machine, in their order; or a single one that each of them finds for itself.
@@ -245,8 +252,6 @@ def joined(devices: Sequence[str]) -> Iterator[None]:
     if _place is not _ALONE or (theirs is None and started_world_size() == 1):
         yield
         return
-    import torch.distributed as dist
-
     place = theirs or (_place_in_torchrun() if "TORCHELASTIC_RUN_ID" in os.environ else _place_in_slurm())
     _start_group(place, devices, init=theirs is None)
     _place = place
@@ -254,8 +259,16 @@ def joined(devices: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _place = _ALONE
-        if theirs is None:
-            dist.destroy_process_group()
+
+
+def leave() -> None:
+    """Part from the group, if `joined` has made one; at the end of a process, when all have done their work."""
+    global _made
+    if _made:
+        import torch.distributed as dist
+
+        _made = False
+        dist.destroy_process_group()
 
 
 def is_grouped() -> bool:
@@ -277,6 +290,7 @@ def _callers_group() -> _Place | None:
 
 
 def _start_group(place: _Place, devices: Sequence[str], *, init: bool) -> None:
+    global _made
     import torch
     import torch.distributed as dist
 
@@ -301,6 +315,12 @@ def _start_group(place: _Place, devices: Sequence[str], *, init: bool) -> None:
         dist.init_process_group(
             backend, rank=place.rank, world_size=place.world_size, timeout=_TIMEOUT
         )  # finds the others through MASTER_ADDR and MASTER_PORT
+        _made = True
+    elif "cpu" not in str(dist.get_backend_config()):
+        raise RankError(
+            "the group that is there exchanges tensors of GPUs alone; set it up with "
+            'init_process_group("cpu:gloo,cuda:nccl")'
+        )
     if cuda:
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
         uuids: list[Any] = [None] * place.world_size

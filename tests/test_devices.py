@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mu import devices
-from mu.devices import DeviceError, resolve_devices
+from mu.devices import DeviceError, check_devices, resolve_devices
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +33,12 @@ def test_with_cuda_the_number_is_the_device(monkeypatch):
     assert resolve_devices("cuda:1") == "cuda:1"
     with pytest.raises(DeviceError, match="no CUDA device 2; this machine has devices 0 to 1"):
         resolve_devices("2")
+
+
+def test_every_device_that_is_named_has_to_be_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_devices("0")
+    check_devices("cpu,cpu")
+    with pytest.raises(DeviceError, match="no CUDA device 1; this machine has device 0"):
+        check_devices("0,1")

@@ -19,6 +19,14 @@ from mu.launch import on_ranks
 from mu.ranks import RankError, started_rank, started_world_size
 
 
+@pytest.fixture(autouse=True)
+def not_ignoring_ctrl_c():
+    """As tests that run in the background would."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_two_processes_exchange_what_they_have_and_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = on_ranks(rank_work.exchanges, None, "cpu,cpu")
@@ -69,7 +77,34 @@ def test_a_process_that_waits_for_a_failed_one_is_ended_and_not_blamed(tmp_path,
     path = tmp_path / "waiting"
     with pytest.raises(RankError, match="KeyError: 'surprise'"):
         on_ranks(rank_work.one_hangs, str(path), "cpu,cpu")
-    assert not path.exists() or not _alive(int(path.read_text()))
+    assert not _alive(int(path.read_text()))
+
+
+def test_under_torchrun_one_run_comes_after_the_other():
+    places = [(rank, launch._free_port()) for rank in (0, 1)]
+    places[1] = (1, places[0][1])
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(rank_work.again_and_again, places))
+    assert found == [[[10 * turn, 10 * turn + 1] for turn in range(10)]] * 2
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_before_the_processes_have_begun_is_no_failure(tmp_path, number, raised, capfd, monkeypatch):
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    started, started_once = subprocess.Popen, []
+
+    def start(*args, **kwargs):
+        if not started_once:
+            timer.start()
+        started_once.append(1)
+        return started(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(raised):
+        on_ranks(rank_work.wait_for_signal, str(tmp_path / "ready"), "cpu,cpu")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_in_a_group_of_the_callers_the_run_is_one_of_it(tmp_path):
@@ -122,7 +157,9 @@ def test_a_rank_is_read_from_the_environment_of_torchrun_and_slurm():
     assert (started_rank(slurm), started_world_size(slurm)) == (5, 8)
     batch_script = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "unlearn"}
     assert (started_rank(batch_script), started_world_size(batch_script)) == (0, 1)
-    prompt = {**slurm, "SLURM_JOB_NAME": "interactive"}
+    srun_in_salloc = {**slurm, "SLURM_JOB_NAME": "interactive"}
+    assert (started_rank(srun_in_salloc), started_world_size(srun_in_salloc)) == (5, 8)
+    prompt = {**slurm, "SLURM_STEP_ID": "4294967290"}
     assert (started_rank(prompt), started_world_size(prompt)) == (0, 1)
     assert (started_rank({}), started_world_size({})) == (0, 1)
 

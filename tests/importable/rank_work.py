@@ -25,7 +25,7 @@ def exchanges(_: object) -> dict[str, Any]:
     mine = ranks.rank() + 1
     tensors = [torch.full((3, 2), float(mine)), torch.arange(4).float()[::2] * mine, torch.full((2,), mine)]
     ranks.sum_(tensors)
-    ranks.barrier()
+    ranks.gathered(None)
     return {
         "sums": [tensor.tolist() for tensor in tensors],
         "gathered": ranks.gathered((ranks.rank(), ranks.local_rank(), ranks.world_size())),
@@ -60,24 +60,24 @@ def one_fails(path: str) -> None:
 def one_fails_alone(_: object) -> None:
     if ranks.rank() == 1:
         raise MuError("only rank 1 knows")
-    ranks.barrier()
+    ranks.gathered(None)
 
 
 def one_crashes(_: object) -> None:
     if ranks.rank() == 1:
         raise KeyError("surprise")
-    ranks.barrier()
+    ranks.gathered(None)
 
 
 def one_is_killed(_: object) -> None:
     if ranks.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    ranks.barrier()
+    ranks.gathered(None)
 
 
 def wait_for_signal(path: str) -> None:
     """Until the process is stopped; `<path>-<rank>` says that it is ready, and holds its number."""
-    ranks.barrier()
+    ranks.gathered(None)
     Path(f"{path}-{ranks.rank()}").write_text(str(os.getpid()))
     time.sleep(120)
 
@@ -133,9 +133,25 @@ def poisoned_in_one(config: Any) -> None:
 def one_hangs(path: str) -> None:
     """Process 0 waits where no connection is; process 1 fails."""
     if ranks.rank() == 1:
+        while not Path(path).exists():
+            time.sleep(0.05)
         raise KeyError("surprise")
     Path(path).write_text(str(os.getpid()))
     time.sleep(120)
+
+
+def again_and_again(place: tuple[int, int]) -> list[list[int]]:
+    """In a process that torchrun has started: many runs, one after the other."""
+    from mu.launch import on_ranks
+
+    rank, port = place
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in own.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+    found = [on_ranks(ranks.gathered, 10 * turn + rank, "cpu,cpu") for turn in range(10)]
+    assert ranks.world_size() == 1
+    ranks.leave()
+    return found
 
 
 def in_the_callers_group(place: tuple[int, str]) -> list[int]:

@@ -175,7 +175,9 @@ class SaliencyUnlearningAlgorithm:
         compute = choose(
             config,
             model.ldm,
-            images=int(min(steps.batch_size, most) + min(steps.retain_batch_size, most)),
+            images=int(
+                sum(min(ranks.largest_share(n), most) for n in (steps.batch_size, steps.retain_batch_size))
+            ),
             latent_shape=model.ldm.latent_shape(data.image_size),
             reserved=(4 * model.counts["train_method"] + 12 * model.counts["selected"]) // parts_of(config),
         )

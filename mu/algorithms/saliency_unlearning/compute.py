@@ -75,7 +75,7 @@ def choose(
     left.
 
     Args:
-        images: that go through the UNet at once with gradient; in all processes together.
+        images: that go through the UNet at once with gradient, in one process.
         latent_shape: (C, h, w) of one of them.
         reserved: bytes that gradients and the optimizer's state are going to take.
     """
@@ -85,7 +85,7 @@ def choose(
         ldm.params.unet,
         ldm.device,
         moving=moving,
-        images=-(-images // ranks.world_size()),
+        images=images,
         latent_shape=latent_shape,
         left=free_bytes(ldm.device) - reserved,
     )

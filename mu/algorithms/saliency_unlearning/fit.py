@@ -87,6 +87,10 @@ def fit(
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
         )
+        if (
+            ranks.world_size() > 1
+        ):  # Lightning's own would meet the other processes, which may not know of a signal
+            loop._signal_connector._sigterm_notifier_fn = _end_at_once  # type: ignore[method-assign,assignment]
         at_ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             with boundary.taking_signals():
@@ -104,6 +108,11 @@ def fit(
     last = history.rows[-data.steps_per_epoch :]
     means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
     return dict(zip(("loss", "forget_loss", "retain_loss"), means, strict=True))
+
+
+def _end_at_once(*_: object) -> None:
+    """What SIGTERM does between Lightning's preparations and the first step."""
+    raise Terminated
 
 
 class LossHistory(pl.Callback):

@@ -75,7 +75,7 @@ def accumulate_within_memory(
     Raises:
         OutOfMemoryError: memory does not suffice for one image; or, on shards, for as many as are asked for.
     """
-    size = batch_size
+    size = ranks.largest_share(batch_size)
     while True:
         try:
             return accumulate_saliency(
@@ -198,7 +198,7 @@ def _pieces(batches: Iterable[MaskBatch], size: int | None) -> Iterator[tuple[in
         latents, timesteps, noise, context, uncond_context = batch
         uncond_context = uncond_context.expand(len(latents), -1, -1)  # (B, L', D)
         parts = (latents, timesteps, noise, context, uncond_context)
-        most = -(-len(latents) // step)
+        most = ranks.largest_share(len(latents))
         for first in range(0, most, size or most):
             mine = slice(ranks.rank() + first * step, ranks.rank() + (first + (size or most)) * step, step)
             count = len(latents[mine])

@@ -148,7 +148,7 @@ class MaskingAlgorithm:
         compute = choose(
             config,
             model,
-            images=config.batch_size * (2 if config.c_guidance else 1),
+            images=ranks.largest_share(config.batch_size) * (2 if config.c_guidance else 1),
             latent_shape=model.latent_shape(data.image_size),
             reserved=4 * sum(parameter.numel() for parameter in model.unet.parameters()) // parts_of(config),
         )

@@ -239,7 +239,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             # Only here is the error, which holds the tensors of the pass that failed, gone.
             for _, parameter in self.model.parameters_to_train():
                 parameter.grad = None
-            most = max(len(batch[part][0]) for part in ("forget", "retain"))
+            most = ranks.largest_share(max(len(batch[part][0]) for part in ("forget", "retain")))
             self.micro_batch_size = halved(min(most, self.micro_batch_size or most), reason=reason)
 
     def _gradients(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,7 +287,7 @@ def _pieces(
     parts = batch["forget"], batch["retain"]
     counts = [len(part[0]) if part else 0 for part in parts]
     step = ranks.world_size()
-    most = -(-max(counts) // step)
+    most = ranks.largest_share(max(counts))
     for first in range(0, most, size or most):
         pieces, shares = [], []
         for part, count in zip(parts, counts, strict=True):

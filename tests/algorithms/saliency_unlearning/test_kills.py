@@ -1,6 +1,6 @@
 """Every stage is killed at random moments, and comes to the same bits: images, latents, index, mask, training, samples.
 
-Downloads are killed in tests/commands/test_download.py.
+Downloads are killed in tests/commands/test_download_kills.py.
 """
 
 from __future__ import annotations

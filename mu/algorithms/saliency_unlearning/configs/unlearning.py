@@ -17,7 +17,7 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
 from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
 from mu.devices import device_names
-from mu.ranks import started_world_size
+from mu.ranks import is_grouped
 from mu.run_folder import space_problem, writable_problem
 
 MASKS = f"{OUTPUTS}/masks"
@@ -69,7 +69,7 @@ class ComputeKeys(ConceptKeys):
         yield from super().conflicts()
         if self.sharding == "none":
             return
-        if len(device_names(self.devices)) == 1 and started_world_size() == 1:
+        if len(device_names(self.devices)) == 1 and not is_grouped():
             yield (
                 ("sharding", "devices"),
                 f"sharding {self.sharding} splits the weights over several processes, devices {self.devices} is one; "
