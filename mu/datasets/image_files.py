@@ -21,7 +21,7 @@ MAX_PIXELS = 89_000_000
 MAX_BYTES = 256 * 2**20
 
 _sound: set[tuple[Path, int, int]] = set()
-"""Files whose head nothing was wrong with, by size and time of change: a run asks before and after it loads its model."""
+"""Files whose head nothing was wrong with, by size and time of change: a run asks more than once."""
 
 # What Pillow raises for files that are not whole images; a broken PNG chunk is a SyntaxError.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)

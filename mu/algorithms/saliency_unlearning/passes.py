@@ -50,7 +50,7 @@ class _Once(Generic[P]):
 
     def __init__(self, count: Callable[P, Pass]) -> None:
         self._signature = inspect.signature(count)
-        self._counted = lru_cache(maxsize=64)(lambda arguments: count(**dict(arguments)))
+        self._counted = lru_cache(maxsize=64)(lambda arguments: count(**dict(arguments)))  # type: ignore[call-arg]
         self.cache_info = self._counted.cache_info
         self.cache_clear = self._counted.cache_clear
         update_wrapper(self, count)

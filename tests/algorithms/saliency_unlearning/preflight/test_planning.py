@@ -258,7 +258,6 @@ def test_all_that_is_wrong_is_in_one_message(tiny_runs: Any, tmp_path: Path) -> 
     config = tiny_runs.train_config(
         ckpt_path=str(tmp_path / "x.ckpt"),
         masking="random",
-        image_size=23,
         train_method="xlayer",
         output_dir=str(tmp_path / "runs"),
     )
@@ -267,7 +266,6 @@ def test_all_that_is_wrong_is_in_one_message(tiny_runs: Any, tmp_path: Path) -> 
     told = "\n".join(raised.value.mistakes)
     assert "is not a checkpoint of this model" in told
     assert "xlayer" in told
-    assert "image_size = 23 px: this model needs a multiple of" in told
     assert not (tmp_path / "runs").exists()
 
 
@@ -303,9 +301,9 @@ def test_memory_is_shared_by_the_processes_of_this_machine_alone(
     tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_runs.train_config(output_dir=str(tmp_path), masking="none")
-    needed = planning.plan_training(config).examined().peak_memory_bytes
     monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(planning, "free_bytes", lambda _: 3 * needed)
+    needed = planning.plan_training(config).examined().peak_memory_bytes
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 5 * needed // 2)
     monkeypatch.setattr(ranks, "started_world_size", lambda: 8)
     for here, warned in ((1, False), (2, False), (4, True)):
         monkeypatch.setattr(ranks, "local_world_size", lambda here=here: here)
