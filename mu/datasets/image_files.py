@@ -20,6 +20,9 @@ MAX_PIXELS = 89_000_000
 """Just below the size from which Pillow warns of a decompression bomb."""
 MAX_BYTES = 256 * 2**20
 
+_sound: set[tuple[Path, int, int]] = set()
+"""Files whose head nothing was wrong with, by size and time of change: a run asks more than once."""
+
 # What Pillow raises for files that are not whole images; a broken PNG chunk is a SyntaxError.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -82,7 +85,10 @@ def check_folder(key: str, folder: Path, *, advice: str) -> None:
 
 def _problem(path: Path, *, decode: bool = False) -> str | None:
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        size, head = status.st_size, (path.absolute(), status.st_size, status.st_mtime_ns)
+        if head in _sound and not decode:
+            return None
         if size == 0:
             return "an empty file"
         if size > MAX_BYTES:
@@ -103,4 +109,5 @@ def _problem(path: Path, *, decode: bool = False) -> str | None:
         return f"{width} x {height} px is too small (at least {MIN_SIDE_PX} px a side)"
     if width * height > MAX_PIXELS:
         return f"{width} x {height} px is too large: more than {MAX_PIXELS / 1e6:.0f} million pixels"
+    _sound.add(head)
     return None

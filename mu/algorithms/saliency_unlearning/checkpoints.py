@@ -223,6 +223,20 @@ def run_of(state: Head, config: TrainConfig) -> Path | None:
     return Path(config.output_dir) / run.name if inside else None
 
 
+def run_checkpoint_bytes(config: TrainConfig) -> int:
+    """What lies in the folder of checkpoints that a resumed run goes on in, cut-off ones too; 0 for one that is new.
+
+    Raises:
+        ResumeError: `resume` leads to nothing, or to a finished run.
+    """
+    if config.resume is None or not (found := _candidates(config)):
+        return 0
+    folder = found[0].parent.resolve()
+    if Path(config.output_dir).resolve() not in folder.parents:
+        return 0
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
 def _candidates(config: TrainConfig) -> list[Path]:
     """The checkpoint files that `resume` may mean, newest first."""
     assert config.resume is not None

@@ -7,12 +7,13 @@ seen.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, update_wrapper
+from typing import Any, Generic, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from mu.ldm.autoencoder import AutoencoderKL
 from mu.ldm.params import AutoencoderParams, UNetParams
 from mu.ldm.unet import UNet
 
+P = ParamSpec("P")
 _TOKENS = 77
 """Length of a prompt's embedding."""
 
@@ -41,7 +43,25 @@ class Pass:
     """Of matrix products, convolutions and attention."""
 
 
-@lru_cache(maxsize=64)
+class _Once(Generic[P]):
+    """Remembers passes by what they are of: an argument that is left out is the same as its default, unlike in
+    `lru_cache`.
+    """
+
+    def __init__(self, count: Callable[P, Pass]) -> None:
+        self._signature = inspect.signature(count)
+        self._counted = lru_cache(maxsize=64)(lambda arguments: count(**dict(arguments)))  # type: ignore[call-arg]
+        self.cache_info = self._counted.cache_info
+        self.cache_clear = self._counted.cache_clear
+        update_wrapper(self, count)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Pass:
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return self._counted(tuple(bound.arguments.items()))
+
+
+@_Once
 def gradient_pass(
     params: UNetParams,
     images: int,
@@ -76,7 +96,7 @@ def gradient_pass(
         return Pass(kept=kept, peak=seen.peak, flops=seen.flops)
 
 
-@lru_cache(maxsize=64)
+@_Once
 def forward_pass(
     params: UNetParams,
     images: int,
@@ -92,7 +112,7 @@ def forward_pass(
         return _without_gradient(lambda: unet(*inputs), precision, device)
 
 
-@lru_cache(maxsize=64)
+@_Once
 def decoding_pass(
     params: AutoencoderParams,
     images: int,
@@ -108,7 +128,7 @@ def decoding_pass(
         return _without_gradient(lambda: autoencoder.decode(latents), precision, device)
 
 
-@lru_cache(maxsize=64)
+@_Once
 def encoding_pass(params: AutoencoderParams, image_size: int, *, device: str = "cpu") -> Pass:
     """From one image to the moments of its latents."""
     with FakeTensorMode(), torch.no_grad():

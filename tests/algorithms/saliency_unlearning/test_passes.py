@@ -68,6 +68,20 @@ def test_it_grows_with_images_and_falls_with_recomputation_and_fewer_moving_weig
     assert half.kept == pytest.approx(four.kept / 2, rel=0.1)
 
 
+def test_a_pass_is_counted_once_however_it_is_asked_for(tiny_model: LatentDiffusion) -> None:
+    forward_pass.cache_clear()
+    passes = [
+        forward_pass(tiny_model.params.unet, 1, LATENT),
+        forward_pass(tiny_model.params.unet, 1, LATENT, precision="fp32"),
+        forward_pass(tiny_model.params.unet, images=1, latent_shape=LATENT, device="cpu", precision="fp32"),
+    ]
+    found = forward_pass.cache_info()
+    assert (found.misses, found.hits) == (1, 2)
+    assert passes[0] is passes[1] is passes[2]
+    forward_pass(tiny_model.params.unet, 1, LATENT, precision="bf16-mixed")
+    assert forward_pass.cache_info().misses == 2
+
+
 def test_without_gradient_a_pass_keeps_nothing_but_its_output(tiny_model: LatentDiffusion) -> None:
     predicted = forward_pass(tiny_model.params.unet, 2, LATENT)
     assert predicted.kept == 4 * 2 * 4 * 8 * 8

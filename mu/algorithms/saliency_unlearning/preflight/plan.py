@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mu.config import ConfigError
@@ -30,6 +30,11 @@ class PlannedFiles:
     certain: bool = True
     """Whether all of it will be on the disk at once if the run goes as planned."""
 
+    @property
+    def needed(self) -> bool:
+        """Whether a run that lacks the room for this must fail: all of it will be there, and of just this size."""
+        return self.certain and self.how == "exactly"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -51,8 +56,11 @@ class Plan:
     files: Sequence[PlannedFiles]
     compute: str
     """Precision, and what is computed again."""
-    memory: Mapping[str, int]
-    """Phase of the run -> bytes of this machine's memory that the process holds at most in it."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Phase of the run -> bytes of this machine's memory that the process holds at most in it.
+
+    Empty before `examined`.
+    """
     device_memory: Mapping[str, int] = field(default_factory=dict)
     """The same of the GPU's memory; empty on the CPU."""
     memory_free: int = 0
@@ -60,9 +68,9 @@ class Plan:
     memory_held: int = 0
     device_memory_free: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Phase -> seconds; empty where no time was estimated, see `examined`."""
-    examine: Callable[[], tuple[Mapping[str, float], Sequence[MuError]]] | None = None
-    """Gives the seconds, and further problems."""
+    """Phase -> seconds; empty before `examined`."""
+    examine: Callable[[], Plan] | None = None
+    """Gives the plan with what no run needs to know."""
     problems: Sequence[MuError] = ()
     """What the run would fail of."""
     warnings: Sequence[str] = ()
@@ -82,11 +90,11 @@ class Plan:
         return not self.problems
 
     def examined(self) -> Plan:
-        """The plan with what takes a moment to find out: its time, and whether the mask is of this very checkpoint."""
-        if self.examine is None:
-            return self
-        seconds, problems = self.examine()
-        return replace(self, seconds=seconds, problems=(*self.problems, *problems), examine=None)
+        """The plan with what takes a moment to find out, and does not stop a run before its model loads.
+
+        That is its memory, its time, and whether the mask is of this very checkpoint.
+        """
+        return self if self.examine is None else self.examine()
 
     def require(self) -> Plan:
         """Raises the only problem, or a ConfigError with all of them; else gives the plan itself."""
@@ -114,6 +122,7 @@ def mistakes_of(problem: MuError) -> tuple[str, ...]:
 def disk_problems(files: Sequence[PlannedFiles]) -> tuple[list[str], list[str]]:
     """(what does not fit on its disk for certain, what may not fit), each beginning with the keys.
 
+    Only what is `needed` stops a run: of the rest, some may be there already, come out smaller, or never be written.
     Folders on one disk share what is free there.
     """
     problems, warnings = [], []
@@ -123,13 +132,13 @@ def disk_problems(files: Sequence[PlannedFiles]) -> tuple[list[str], list[str]]:
     for there in disks.values():
         free = shutil.disk_usage(_existing(there[0].folder)).free
         keys = ", ".join(dict.fromkeys(planned.key for planned in there))
-        certain = sum(planned.bytes for planned in there if planned.certain)
+        needed = sum(planned.bytes for planned in there if planned.needed)
         every = sum(planned.bytes for planned in there)
         room = f"{size(free)} are free there: make room, or choose folders on another disk"
-        if certain > free:
-            problems.append(f"{keys}: this run writes {size(certain)}; {room}")
+        if needed > free:
+            problems.append(f"{keys}: this run writes {size(needed)}; {room}")
         elif every > free:
-            optional = ", ".join(planned.what for planned in there if not planned.certain)
+            optional = ", ".join(planned.what for planned in there if not planned.needed)
             warnings.append(f"{keys}: with {optional}, {size(every)} may be needed; {room}")
     return problems, warnings
 
@@ -167,10 +176,11 @@ def _lines(plan: Plan) -> Iterator[str]:
     width = max((len(planned.what) for planned in plan.files), default=0)
     for planned in plan.files:
         many = f"{planned.count:,} files, " if planned.count > 1 else ""
-        some = "" if planned.certain else ", if the run takes so long"
+        some = "" if planned.certain else ", if it comes to that"
         yield f"  {planned.what:<{width}}  {many}{signs[planned.how]}{size(planned.bytes)} in {planned.folder}{some}"
     each = " of each process" if plan.processes > 1 else ""
-    yield from _table(f"memory{each}", plan.memory, plan.memory_held + plan.memory_free)
+    if plan.memory:
+        yield from _table(f"memory{each}", plan.memory, plan.memory_held + plan.memory_free)
     if plan.device_memory:
         yield from _table("memory of the GPU", plan.device_memory, plan.device_memory_free)
     if plan.seconds:

@@ -6,12 +6,16 @@ What is found wrong is not raised but noted, so that a plan names all of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from mu import ranks
+from mu.algorithms.saliency_unlearning.checkpoints import run_checkpoint_bytes
 from mu.algorithms.saliency_unlearning.compute import Compute, choose_for, free_bytes
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SAMPLE_BATCH
@@ -24,6 +28,7 @@ from mu.algorithms.saliency_unlearning.mask_file import (
 )
 from mu.algorithms.saliency_unlearning.model import names_of
 from mu.algorithms.saliency_unlearning.passes import (
+    Pass,
     decoding_pass,
     encoding_pass,
     forward_pass,
@@ -53,6 +58,8 @@ from mu.ldm.patch import base_fingerprint
 from mu.ldm.tensor_file import open_state_dict
 
 T = TypeVar("T")
+Memory = tuple[dict[str, int], dict[str, int]]
+"""Phase -> bytes of the process, beside what it holds before; and of the GPU."""
 _FLAGS = (
     "micro_batch_size, gradient_checkpointing, precision, optimizer, train_method, image_size or batch_size"
 )
@@ -99,29 +106,31 @@ def plan_mask(config: MaskConfig) -> Plan:
         latent_shape=subject.latent_shape,
         left=free_bytes(subject.device) - subject.model.whole - subject.model.unet,
     )
-    gradients = gradient_pass(
-        subject.params.unet,
-        at_once * (2 if config.c_guidance else 1),
-        subject.latent_shape,
-        moving=frozenset(subject.numel),
-        precision=compute.precision,
-        gradient_checkpointing=compute.gradient_checkpointing,
-        device=str(subject.device),
-    )
-    memory, device_memory = mask_memory(
-        subject.model,
-        passes=_passes(config, subject, pictures=False),
-        activations=gradients.peak,
-        precision=compute.precision,
-        thresholds=len(config.thresholds),
-        shards=subject.shards,
-        cuda=subject.cuda,
-    )
     return _plan(
         "mask",
+        config,
         subject,
         problems,
         compute=compute,
+        gradients=partial(
+            gradient_pass,
+            subject.params.unet,
+            at_once * (2 if config.c_guidance else 1),
+            subject.latent_shape,
+            moving=frozenset(subject.numel),
+            precision=compute.precision,
+            gradient_checkpointing=compute.gradient_checkpointing,
+            device=str(subject.device),
+        ),
+        memory=lambda activations, passes: mask_memory(
+            subject.model,
+            passes=passes,
+            activations=activations,
+            precision=compute.precision,
+            thresholds=len(config.thresholds),
+            shards=subject.shards,
+            cuda=subject.cuda,
+        ),
         steps=batches,
         weights={
             "total": subject.total,
@@ -129,9 +138,9 @@ def plan_mask(config: MaskConfig) -> Plan:
             "selected": int(max(config.thresholds) * ranked),
         },
         files=mask_files(config, subject),
-        memory=memory,
-        device_memory=device_memory,
-        work=lambda: mask_work(config, subject, compute, gradients, images / at_once / subject.processes),
+        work=lambda gradients: mask_work(
+            config, subject, compute, gradients, images / at_once / subject.processes
+        ),
     )
 
 
@@ -163,41 +172,44 @@ def plan_training(config: TrainConfig) -> Plan:
         latent_shape=subject.latent_shape,
         left=free_bytes(subject.device) - subject.model.whole - 4 * in_method - 12 * moving.entries,
     )
-    gradients = gradient_pass(
-        subject.params.unet,
-        at_once,
-        subject.latent_shape,
-        moving=moving_names,
-        precision=compute.precision,
-        gradient_checkpointing=compute.gradient_checkpointing,
-        device=str(subject.device),
-    )
-    memory, device_memory = training_memory(
-        subject.model,
-        moving,
-        passes=_passes(config, subject, pictures=config.sample_prompts != ()),
-        activations=gradients.peak,
-        precision=compute.precision,
-        optimizer=config.optimizer,
-        frozen=config.objective == "salun" and "frozen" in (config.target, config.retain_target),
-        channels_last=compute.channels_last,
-        patch=config.patch,
-        resumed=config.resume is not None,
-        file_dtype_bytes=subject.file_dtype_bytes,
-        shards=subject.shards,
-        cuda=subject.cuda,
-    )
+    there = problems.of(lambda: run_checkpoint_bytes(config)) or 0
     return _plan(
         "training",
+        config,
         subject,
         problems,
         compute=compute,
+        gradients=partial(
+            gradient_pass,
+            subject.params.unet,
+            at_once,
+            subject.latent_shape,
+            moving=moving_names,
+            precision=compute.precision,
+            gradient_checkpointing=compute.gradient_checkpointing,
+            device=str(subject.device),
+        ),
+        memory=lambda activations, passes: training_memory(
+            subject.model,
+            moving,
+            passes=passes,
+            activations=activations,
+            precision=compute.precision,
+            optimizer=config.optimizer,
+            frozen=config.objective == "salun" and "frozen" in (config.target, config.retain_target),
+            channels_last=compute.channels_last,
+            patch=config.patch,
+            resumed=config.resume is not None,
+            file_dtype_bytes=subject.file_dtype_bytes,
+            shards=subject.shards,
+            cuda=subject.cuda,
+        ),
         steps=steps,
         weights={"total": subject.total, "train_method": in_method, "selected": moving.entries},
-        files=training_files(config, subject, selected, steps=steps, precision=compute.precision),
-        memory=memory,
-        device_memory=device_memory,
-        work=lambda: training_work(
+        files=training_files(
+            config, subject, selected, steps=steps, precision=compute.precision, there=there
+        ),
+        work=lambda gradients: training_work(
             config,
             subject,
             compute,
@@ -224,42 +236,71 @@ def _of_this_checkpoint(config: TrainConfig, subject: Subject) -> None:
 
 def _plan(
     stage: str,
+    config: MaskConfig | TrainConfig,
     subject: Subject,
     problems: Problems,
     *,
     compute: Compute,
+    gradients: Callable[[], Pass],
+    memory: Callable[[int, Mapping[str, int]], Memory],
     steps: int,
     weights: dict[str, int],
     files: list[PlannedFiles],
-    memory: dict[str, int],
-    device_memory: dict[str, int],
-    work: Callable[[], Work],
+    work: Callable[[Pass], Work],
     check: Callable[[], object] = lambda: None,
 ) -> Plan:
+    """A plan with what a run must know before it begins; the rest is found when it is `examined`.
+
+    Args:
+        memory: of the bytes at the peak of a pass with gradient, and of other phases' passes -> their bytes.
+        work: of a pass with gradient.
+    """
     held = resident_bytes()
-    memory = {name: count + held for name, count in memory.items()}
     free = free_bytes(torch.device("cpu"))
     device_free = free_bytes(subject.device) if subject.cuda else 0
     lacking, warnings = disk_problems(files)
     problems.found += [ConfigError([message]) for message in lacking]
-    for where, needed, there in (
-        ("memory", subject.processes * max(memory.values()), held + free),
-        ("memory of the GPU", max(device_memory.values(), default=0), device_free),
-    ):
-        if needed > there:
-            warnings.append(
-                f"{where}: about {size(needed)} are needed and {size(there)} there. A pass that does not fit is "
-                f"halved; what saves memory: {_FLAGS}"
-            )
 
-    def examine() -> tuple[dict[str, float], list[MuError]]:
+    def phases(activations: int, passes: Mapping[str, int]) -> Memory:
+        host, device = memory(activations, passes)
+        return {name: count + held for name, count in host.items()}, device
+
+    def too_little(host: Mapping[str, int], device: Mapping[str, int]) -> list[str]:
+        return [
+            f"{where}: about {size(needed)} are needed and {size(there)} there. A pass that does not fit is "
+            f"halved; what saves memory: {_FLAGS}"
+            for where, needed, there in (
+                (
+                    "memory",
+                    subject.processes_here * max(host.values()),
+                    ranks.local_world_size() * held + free,
+                ),
+                ("memory of the GPU", max(device.values(), default=0), device_free),
+            )
+            if needed > there
+        ]
+
+    # Where `choose` decides for this pass it has counted it, and the run will ask it again; else it is left out.
+    counted = config.gradient_checkpointing is None and not compute.gradient_checkpointing
+    at_least = phases(gradients().peak if counted else 0, {})
+
+    def examine() -> Plan:
         further = Problems()
         if not problems.found:
             further.of(check)
-        return work().seconds(), further.found
+        host, device = phases(gradients().peak, _passes(config, subject))
+        return replace(
+            plan,
+            memory=host,
+            device_memory=device,
+            seconds=work(gradients()).seconds(),
+            problems=(*plan.problems, *further.found),
+            warnings=(*warnings, *too_little(host, device)),
+            examine=None,
+        )
 
     again = ", activations computed again" if compute.gradient_checkpointing else ""
-    return Plan(
+    plan = Plan(
         stage=stage,
         device=str(subject.device),
         processes=subject.processes,
@@ -269,20 +310,20 @@ def _plan(
         weights=weights,
         files=files,
         compute=f"{compute.precision}{again}",
-        memory=memory,
         memory_held=held,
         memory_free=free,
-        device_memory=device_memory,
         device_memory_free=device_free,
         problems=problems.found,
-        warnings=warnings,
+        warnings=(*warnings, *too_little(*at_least)),
         examine=examine,
     )
+    return plan
 
 
-def _passes(config: MaskConfig | TrainConfig, subject: Subject, *, pictures: bool) -> dict[str, int]:
+def _passes(config: MaskConfig | TrainConfig, subject: Subject) -> dict[str, int]:
     """Phase -> bytes at the peak of the passes before and beside the steps."""
     device, networks, shape = str(subject.device), subject.params, subject.latent_shape
+    pictures = isinstance(config, TrainConfig) and config.sample_prompts != ()
     half = "bf16-mixed" if config.sample_precision == "bf16" else "fp32"
     wanted = {
         "sample": (min(SAMPLE_BATCH, subject.images["to_sample"]), half),

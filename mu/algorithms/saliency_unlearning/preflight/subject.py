@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,8 @@ class Subject:
     """UNet-relative name -> entries, of every parameter."""
     processes: int
     """That share the work."""
+    processes_here: int
+    """Of them, those that share this machine's memory."""
     shards: int
     """Processes over which the UNet's weights are split, if they are."""
     device: torch.device
@@ -95,6 +98,8 @@ class Subject:
             ),
             numel=numel,
             processes=processes,
+            # Joined, there may be other machines, and a single device that each process finds for itself.
+            processes_here=max(ranks.local_world_size(), len(device_names(config.devices))),
             shards=processes if config.sharding == "full" else 1,
             device=_device(config.devices, noting),
             image_size=size,
@@ -151,9 +156,11 @@ def resident_bytes() -> int:
 
 def _device(devices: str, noting: Callable[[Callable[[], Any]], Any]) -> torch.device:
     # resolve_devices says once a process where there is no GPU: let that stand in the log of a run.
-    if devices == "cpu" or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device(noting(lambda: resolve_devices(devices)) or "cpu")
+    # Not this process' own alone: a run whose other processes fail at their start has failed too.
+    found = [noting(partial(resolve_devices, name)) for name in device_names(devices)]
+    return torch.device(resolve_devices(devices) if all(found) else "cpu")
 
 
 def _rows(config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image_size: int) -> ForgetRetain:

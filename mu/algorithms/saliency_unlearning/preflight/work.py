@@ -70,8 +70,9 @@ def _flops_before(config: MaskConfig | TrainConfig, subject: Subject) -> dict[st
     """Phase -> FLOPs of sampling and encoding what is not there yet. Latents are taken not to be."""
     device = str(subject.device)
     encoded = encoding_pass(subject.params.first_stage, subject.image_size, device=device).flops
+    to_sample = subject.images["to_sample"]
     return {
-        "sample": subject.images["to_sample"] * _sampling(config, subject),
+        "sample": to_sample * _sampling(config, subject) if to_sample else 0,
         "encode": encoded * (len(subject.rows.forget) + len(subject.rows.retain)),
     }
 

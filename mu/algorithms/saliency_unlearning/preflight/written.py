@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,7 +74,13 @@ def mask_files(config: MaskConfig, subject: Subject) -> list[PlannedFiles]:
 
 
 def training_files(
-    config: TrainConfig, subject: Subject, selected: Mapping[str, int], *, steps: int, precision: str
+    config: TrainConfig,
+    subject: Subject,
+    selected: Mapping[str, int],
+    *,
+    steps: int,
+    precision: str,
+    there: int = 0,
 ) -> list[PlannedFiles]:
     """The unlearned checkpoint, its patch, checkpoints of the run, pictures, and what is sampled and encoded before.
 
@@ -81,6 +88,7 @@ def training_files(
         selected: UNet-relative name -> entries that will move.
         steps: of the whole run.
         precision: of the weights while they are trained.
+        there: bytes of checkpoints of the run that it goes on from.
     """
     output = Path(config.output_dir)
     suffix = config.output_format
@@ -91,32 +99,38 @@ def training_files(
         tensors |= copies
     spec = model_spec(subject.params, title=f"{concept_label(config.concepts)} unlearned")
     sizes = [(name, checkpoint_bytes(tensors, suffix, subject.params, spec), "exactly")]
-    if config.patch:
-        how = "about" if config.masking == "random" else "exactly"
+    if config.patch:  # weights that come out as they were, as halves often do, are not in it
+        how = "about" if config.masking == "random" else "at most"
         sizes.append((PATCH_NAME, _patch_bytes(config, subject, selected), how))
     files = [
         PlannedFiles(what=what, folder=output, key="output_dir", count=1, bytes=size, how=how)
         for what, size, how in sizes
     ]
     state = run_state_bytes(selected, precision=precision, optimizer=config.optimizer)
-    every = config.checkpoint_every_steps
-    due = steps // every if every is not None else 0
-    count = min(config.keep_checkpoints, due) if due else config.keep_checkpoints
-    if due or config.checkpoint_every_minutes is not None:
-        files.append(
-            PlannedFiles(
-                what="checkpoints/step-*.safetensors",
-                folder=output,
-                key="keep_checkpoints",
-                count=count + 1,  # while one is written, the last ones are still there
-                bytes=(count + 1) * state,
-                certain=bool(due),
-            )
-        )
+    files += _run_checkpoints(config, steps, state, there=there)
     files += _processed(config, subject)
     if (pictures := _pictures(config, subject, steps)) is not None:
         files.append(pictures)
     return [*files, _texts(output, _TEXT_BYTES + _ROW_BYTES * steps + _REPORT_BYTES * config.report)]
+
+
+def _run_checkpoints(config: TrainConfig, steps: int, state: int, *, there: int) -> Iterator[PlannedFiles]:
+    """Of `state` bytes each: those that are there when the unlearned checkpoint is written, and one more."""
+    every, keep = config.checkpoint_every_steps, config.keep_checkpoints
+    due = steps // every if every is not None else 0
+    if not due and config.checkpoint_every_minutes is None:
+        return
+    count = min(keep, due) if due else keep
+    planned = partial(PlannedFiles, folder=Path(config.output_dir), key="keep_checkpoints")
+    yield planned(
+        what="checkpoints/step-*.safetensors",
+        count=count,
+        bytes=max(0, count * state - there),
+        how="exactly" if config.resume is None else "at most",
+        certain=bool(due),
+    )
+    if due > keep or not due:  # while one is written, as many as are kept are still there
+        yield planned(what="checkpoints/.step-*.tmp", count=1, bytes=state, certain=False)
 
 
 def _patch_bytes(config: TrainConfig, subject: Subject, selected: Mapping[str, int]) -> int:

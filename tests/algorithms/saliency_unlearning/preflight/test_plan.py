@@ -79,13 +79,12 @@ def test_problems_stop_a_run_together_or_one_by_itself() -> None:
 
 
 def test_what_is_examined_later_is_added() -> None:
-    plan = a_plan(seconds={}, examine=lambda: ({"train": 2.0}, [DataError("of another")]))
+    examined = a_plan(problems=[DataError("of another")])
+    plan = a_plan(seconds={}, memory={}, examine=lambda: examined)
     assert plan.can_run
-    examined = plan.examined()
-    assert (examined.seconds, [str(problem) for problem in examined.problems]) == (
-        {"train": 2.0},
-        ["of another"],
-    )
+    assert "this plan can be carried out" in str(plan)
+    assert plan.examined() is examined
+    assert examined.examined() is examined
 
 
 def test_folders_on_one_disk_share_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +99,21 @@ def test_folders_on_one_disk_share_what_is_free(tmp_path: Path, monkeypatch: pyt
     assert warnings[0].startswith(
         "output_dir, keep_checkpoints: with checkpoints, 120 B may be needed; 100 B"
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "stops"),
+    [({}, True), ({"how": "about"}, False), ({"how": "at most"}, False), ({"certain": False}, False)],
+)
+def test_only_what_is_written_for_certain_at_a_known_size_stops_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], stops: bool
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    files = [planned(tmp_path, 60), planned(tmp_path, 60, what="latents", **more)]
+    problems, warnings = disk_problems(files)
+    assert (len(problems), len(warnings)) == ((1, 0) if stops else (0, 1))
+    if not stops:
+        assert warnings[0].startswith("output_dir: with latents, 120 B may be needed; 100 B are free there")
 
 
 def test_sizes_and_durations_are_readable() -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from mu import ranks
+from mu.algorithms.saliency_unlearning import passes
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.data_handler import rows_of
 from mu.algorithms.saliency_unlearning.mask_file import MaskError, load_mask, save_mask
-from mu.algorithms.saliency_unlearning.preflight import planning
-from mu.algorithms.saliency_unlearning.preflight.plan import Plan
+from mu.algorithms.saliency_unlearning.preflight import planning, subject
+from mu.algorithms.saliency_unlearning.preflight.plan import Plan, disk_problems
 from mu.algorithms.saliency_unlearning.scripts import generate_mask, train
 from mu.config import ConfigError, as_dict, as_text, keys_of
 from mu.datasets.index import DataError
@@ -134,8 +139,9 @@ def test_a_checkpoint_of_the_run_has_the_planned_size(
         output_dir=str(tmp_path), masking="random", checkpoint_every_steps=1, keep_checkpoints=1
     )
     plan = planning.plan_training(config)
-    (planned,) = [planned for planned in plan.files if planned.what.startswith("checkpoints/")]
-    assert (planned.count, planned.certain) == (2, True)
+    planned, one_more = (planned for planned in plan.files if planned.what.startswith("checkpoints/"))
+    assert (planned.count, planned.needed) == (1, True)
+    assert (one_more.count, one_more.needed, one_more.bytes) == (1, False, planned.bytes)
     SaliencyUnlearningAlgorithm(config).run()
     assert planned.bytes / planned.count == pytest.approx(max(sizes), rel=0.05)
 
@@ -167,12 +173,43 @@ def test_promise_17_too_little_disk_stops_a_run_before_the_model_loads(
         SaliencyUnlearningAlgorithm(config).run_here()
     assert not list(tmp_path.iterdir())
     # Of checkpoints that may never be written, it is said.
-    Usage.free = 2 * sum(planned.bytes for planned in planning.plan_training(config).files if planned.certain)
+    Usage.free = sum(planned.bytes for planned in planning.plan_training(config).files if planned.needed)
     plan = planning.plan_training(config)
     assert plan.can_run
     assert "checkpoints/step-*.safetensors" in plan.warnings[0]
     every = tiny_runs.train_config(output_dir=str(tmp_path), masking="none", checkpoint_every_steps=1)
     assert not planning.plan_training(every).can_run
+
+
+def test_what_is_there_already_does_not_stop_a_run(
+    made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ("latents/*.safetensors", "latents/prompts-*.safetensors")
+    cached = sum(bytes_of(made["plan"], what) for what in folders)
+    free = bytes_of(made["plan"], "mask_*.safetensors") + cached // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    problems, warnings = disk_problems(made["plan"].files)
+    assert problems == []
+    assert "latents/*.safetensors" in warnings[0]
+
+
+def test_checkpoints_of_the_run_that_goes_on_are_not_counted_again(tiny_runs: Any, tmp_path: Path) -> None:
+    keys = {"masking": "none", "checkpoint_every_steps": 1, "output_dir": str(tmp_path)}
+    new = planning.plan_training(tiny_runs.train_config(**keys)).files
+    (size,) = [planned.bytes for planned in new if planned.what == "checkpoints/step-*.safetensors"]
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step-00000002.safetensors").write_bytes(bytes(size // 2))
+    (folder / ".step-00000003.safetensors.x.tmp").write_bytes(bytes(1000))
+    for resume in ("newest", str(folder.parent)):
+        plan = planning.plan_training(tiny_runs.train_config(resume=resume, **keys))
+        assert bytes_of(plan, "checkpoints/step-*.safetensors") == size - size // 2 - 1000
+        needed = [sum(planned.bytes for planned in files if planned.needed) for files in (new, plan.files)]
+        assert needed[1] <= needed[0]
+    # One that lies elsewhere goes on in a new folder, with checkpoints of its own.
+    elsewhere = {**keys, "output_dir": str(tmp_path / "others"), "resume": str(folder.parent)}
+    plan = planning.plan_training(tiny_runs.train_config(**elsewhere))
+    assert bytes_of(plan, "checkpoints/step-*.safetensors") == size
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
@@ -221,7 +258,6 @@ def test_all_that_is_wrong_is_in_one_message(tiny_runs: Any, tmp_path: Path) -> 
     config = tiny_runs.train_config(
         ckpt_path=str(tmp_path / "x.ckpt"),
         masking="random",
-        image_size=24,
         train_method="xlayer",
         output_dir=str(tmp_path / "runs"),
     )
@@ -235,8 +271,6 @@ def test_all_that_is_wrong_is_in_one_message(tiny_runs: Any, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
 def test_images_are_looked_at_before_the_model_loads(tiny_runs: Any, tmp_path: Path) -> None:
-    from PIL import Image
-
     for style in ("Noto", "Blob"):
         folder = tmp_path / "raw" / style / "Cats"
         folder.mkdir(parents=True)
@@ -261,6 +295,76 @@ def test_too_little_memory_is_a_warning(
     assert plan.can_run
     assert plan.warnings[0].startswith("memory: about ")
     assert "micro_batch_size" in plan.warnings[0]
+
+
+def test_memory_is_shared_by_the_processes_of_this_machine_alone(
+    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs.train_config(output_dir=str(tmp_path), masking="none")
+    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
+    needed = planning.plan_training(config).examined().peak_memory_bytes
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 5 * needed // 2)
+    monkeypatch.setattr(ranks, "started_world_size", lambda: 8)
+    for here, warned in ((1, False), (2, False), (4, True)):
+        monkeypatch.setattr(ranks, "local_world_size", lambda here=here: here)
+        plan = planning.plan_training(config)
+        assert plan.processes == 8
+        assert any(warning.startswith("memory: ") for warning in plan.warnings) is warned
+    monkeypatch.setattr(ranks, "local_world_size", lambda: 1)
+    several = tiny_runs.train_config(output_dir=str(tmp_path), masking="none", devices="cpu,cpu,cpu,cpu")
+    assert planning.plan_training(several).warnings[0].startswith("memory: ")
+
+
+def test_every_gpu_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    problems = planning.Problems()
+    assert str(subject._device("0,1", problems.of)) == "cuda:0"
+    assert problems.found == []
+    subject._device("1,2,0,3", problems.of)
+    assert [str(problem).partition(";")[0] for problem in problems.found] == [
+        "devices: there is no CUDA device 2",
+        "devices: there is no CUDA device 3",
+    ]
+
+
+# ---- what it costs
+
+PASSES = (passes.gradient_pass, passes.forward_pass, passes.decoding_pass, passes.encoding_pass)
+
+
+def test_a_run_counts_the_one_pass_that_decides_how_it_computes(tiny_runs: Any, tmp_path: Path) -> None:
+    for counted in PASSES:
+        counted.cache_clear()
+    config = tiny_runs.mask_config(output_dir=str(tmp_path), batch_size=2)
+    MaskingAlgorithm(config).run_here()
+    assert [counted.cache_info().misses for counted in PASSES] == [1, 0, 0, 0]
+    asked = tiny_runs.mask_config(output_dir=str(tmp_path), batch_size=2, gradient_checkpointing=True)
+    plan = planning.plan_mask(asked)
+    assert [counted.cache_info().misses for counted in PASSES] == [1, 0, 0, 0], "nothing is left to decide"
+    assert plan.examined().memory["gradients"] > 0
+    assert [counted.cache_info().misses for counted in PASSES] == [2, 0, 0, 1]
+
+
+def test_heads_of_images_are_read_once_by_a_run(
+    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for style in ("Noto", "Blob"):
+        (tmp_path / "raw" / style / "Cats").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "raw" / style / "Cats" / "1.jpg")
+    keys = {"dataset_type": "unlearncanvas", "styles": None, "objects": None}
+    config = tiny_runs.mask_config(**keys, raw_dataset_dir=str(tmp_path / "raw"))
+    assert planning.plan_mask(config).can_run
+
+    opened = []
+    really = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or really(path))
+    assert len(rows_of(config, None).forget) == 1  # as the data handler asks for them
+    assert opened == []
+    path = tmp_path / "raw" / "Noto" / "Cats" / "1.jpg"
+    path.write_bytes(b"no image any more")
+    with pytest.raises(DataError, match=r"1.jpg: unreadable"):
+        rows_of(config, None)
 
 
 # ---- the flag
