@@ -83,6 +83,12 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[_place.rank :: _place.world_size]
 
 
+def within_share(first: int, size: int) -> slice:
+    """Where in all items those from the `first` on of this process' share are, at most `size` of them."""
+    start = _place.rank + first * _place.world_size
+    return slice(start, start + size * _place.world_size, _place.world_size)
+
+
 def largest_share(count: int) -> int:
     """How many of so many items are in the largest of the processes' shares."""
     return -(-count // _place.world_size)

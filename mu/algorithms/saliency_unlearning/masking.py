@@ -193,14 +193,13 @@ def _pieces(batches: Iterable[MaskBatch], size: int | None) -> Iterator[tuple[in
     There are as many pieces in every process. One that has no image left for a piece takes the batch's first, and it
     counts as 0 images.
     """
-    step = ranks.world_size()
     for index, batch in enumerate(batches):
         latents, timesteps, noise, context, uncond_context = batch
         uncond_context = uncond_context.expand(len(latents), -1, -1)  # (B, L', D)
         parts = (latents, timesteps, noise, context, uncond_context)
         most = ranks.largest_share(len(latents))
         for first in range(0, most, size or most):
-            mine = slice(ranks.rank() + first * step, ranks.rank() + (first + (size or most)) * step, step)
+            mine = ranks.within_share(first, size or most)
             count = len(latents[mine])
             yield index, tuple(part[mine if count else slice(0, 1)] for part in parts), count  # type: ignore[misc]
 

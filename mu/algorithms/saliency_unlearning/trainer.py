@@ -286,13 +286,12 @@ def _pieces(
     """
     parts = batch["forget"], batch["retain"]
     counts = [len(part[0]) if part else 0 for part in parts]
-    step = ranks.world_size()
     most = ranks.largest_share(max(counts))
     for first in range(0, most, size or most):
         pieces, shares = [], []
         for part, count in zip(parts, counts, strict=True):
-            mine = slice(ranks.rank() + first * step, ranks.rank() + (first + (size or most)) * step, step)
+            mine = ranks.within_share(first, size or most)
             found = len(range(count)[mine])
             pieces.append(tuple(tensor[mine if found else slice(0, 1)] for tensor in part))
-            shares.append(found / count if count else 1.0 / step)
+            shares.append(found / count if count else 1.0 / ranks.world_size())
         yield pieces[0], pieces[1], shares[0], shares[1]

@@ -97,12 +97,13 @@ def plan_mask(config: MaskConfig) -> Plan:
     for threshold in config.thresholds:
         if not int(threshold * ranked):
             problems.found.append(ConfigError([f"threshold: {threshold} keeps none of {ranked:,} weights"]))
+    images = at_once * (2 if config.c_guidance else 1)
     compute = choose_for(
         config,
         subject.params.unet,
         subject.device,
         moving=subject.numel,
-        images=at_once * (2 if config.c_guidance else 1),
+        images=images,
         latent_shape=subject.latent_shape,
         left=free_bytes(subject.device) - subject.model.whole - subject.model.unet,
     )
@@ -115,7 +116,7 @@ def plan_mask(config: MaskConfig) -> Plan:
         gradients=partial(
             gradient_pass,
             subject.params.unet,
-            at_once * (2 if config.c_guidance else 1),
+            images,
             subject.latent_shape,
             moving=frozenset(subject.numel),
             precision=compute.precision,
