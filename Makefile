@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # Empty (`make test CONSTRAINTS=`) installs the newest versions instead of the tested ones.
 CONSTRAINTS ?= constraints.txt
+# Processes that run the tests, each with one thread: those of torch would be in one another's way. 0: none but pytest's own.
+WORKERS ?= logical
 
 BIN  := $(VENV)/bin
 DOOR := $(BIN)/python -m mu.algorithms.saliency_unlearning.scripts
@@ -41,7 +43,7 @@ table: $(VENV)/.installed            ## the results table of README.md: every st
 	$(DOOR).benchmark_unlearning --config_path emoji_canvas/benchmark.yaml
 
 test: $(VENV)/.installed-dev         ## the tests; ARGS="-k mask -x" is handed to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-dev    ## the tests that take long
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)

@@ -107,8 +107,9 @@ def test_a_signal_before_the_processes_have_begun_is_no_failure(tmp_path, number
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_in_a_group_of_the_callers_the_run_is_one_of_it(tmp_path):
-    places = [(rank, str(tmp_path / "rendezvous")) for rank in (0, 1)]
+def test_in_a_group_of_the_callers_the_run_is_one_of_it():
+    port = launch._free_port()
+    places = [(rank, port) for rank in (0, 1)]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert list(pool.map(rank_work.in_the_callers_group, places)) == [[0, 1], [0, 1]]
 
