@@ -214,8 +214,9 @@ class SaliencyUnlearningAlgorithm:
             mask = random_mask(parameters, config.threshold, seed=config.mask_seed, pool=pool)
         else:
             return None
-        place = "cpu" if config.sharding == "full" else ldm.device  # there, only a part of it is to be
-        return {name: marked.to(place) for name, marked in mask.items()}
+        # In main memory: on the device, a byte a weight would lie there for the whole run. The optimizer takes it over
+        # tensor by tensor.
+        return {name: marked.cpu() for name, marked in mask.items()}
 
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm

@@ -28,7 +28,12 @@ from tests.algorithms.saliency_unlearning.test_trainer import tiny_batch
 
 LATENT = (4, 8, 8)
 AUTO = SimpleNamespace(
-    precision="auto", channels_last=None, gradient_checkpointing=None, compile=False, sharding="none"
+    AUTO_PRECISION="bf16-mixed",
+    precision="auto",
+    channels_last=None,
+    gradient_checkpointing=None,
+    compile=False,
+    sharding="none",
 )
 
 
