@@ -291,15 +291,17 @@ def random_mask(
     """Mark a uniformly random subset, exactly as many weights as `threshold_mask` would: the control for saliency.
 
     Args:
-        like: name -> tensor whose shape and device count; the draw is on the CPU, hence the same for every device.
+        like: name -> tensor whose shape counts.
         threshold: fraction to keep, 0 < threshold <= 1.
         seed: the same seed, names and shapes give the same mask; the global random state is not touched.
         pool: as in `threshold_masks`.
+
+    Returns:
+        name -> bool tensor, on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.rand(tensor.shape, generator=generator) for name, tensor in like.items()}
-    mask = threshold_masks(noise, [threshold], pool=pool)[0]
-    return {name: marked.to(like[name].device) for name, marked in mask.items()}
+    return threshold_masks(noise, [threshold], pool=pool)[0]
 
 
 def _ranked(saliency: Mapping[str, Tensor], pool: Collection[str] | None) -> dict[str, Tensor]:

@@ -205,6 +205,39 @@ def test_fp32_gradients_sum_in_place_and_become_the_saliency_without_a_copy(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_promise_29_a_tensor_without_a_gradient_is_named_instead_of_ranked_last(
+    linear_model: Any, make_batch: Any, dtype: torch.dtype
+) -> None:
+    linear_model.unet.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    linear_model.unet.to(dtype)
+    with pytest.raises(MaskError, match=r"1 of 3 tensors of the UNet have no gradient \(unused\)"):
+        accumulate_saliency(linear_model, [make_batch(2, (3, 3))], c_guidance=7.5)
+    assert all(p.grad is None for p in linear_model.parameters())
+
+
+@pytest.mark.parametrize("w", [7.5, 0.0])
+def test_of_a_network_that_predicts_v_the_loss_is_on_v(
+    make_tiny_model: Callable[..., LatentDiffusion], w: float
+) -> None:
+    """Against v = sqrt(abar) eps - sqrt(1 - abar) z, written out; one image a timestep, up to the noisiest."""
+    model = make_tiny_model(parameterization="v", unconditional=True)
+    generator = torch.Generator().manual_seed(5)
+    latents, noise = torch.randn(2, 5, 4, 8, 8, generator=generator)
+    context, uncond = torch.randn(2, 5, 7, 32, generator=generator)
+    timesteps = torch.tensor([50, 500, 800, 950, 999])
+    abar = model.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)
+    noisy = (abar.sqrt() * latents + (1 - abar).sqrt() * noise).float()
+    guided = (1 + w) * model.unet(noisy, timesteps, context) - w * model.unet(noisy, timesteps, uncond)
+    target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
+    named = dict(model.unet.named_parameters())
+    gradients = torch.autograd.grad((guided - target).square().mean(), list(named.values()))
+    saliency = accumulate_saliency(model, [(latents, timesteps, noise, context, uncond)], c_guidance=w)
+    found = torch.cat([saliency[name].reshape(-1) for name in named])
+    expected = torch.cat([gradient.abs().reshape(-1) for gradient in gradients])
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(
     linear_model: Any, make_batch: Any, dtype: torch.dtype
 ) -> None:
