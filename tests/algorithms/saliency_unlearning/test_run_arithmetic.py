@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mu.algorithms.saliency_unlearning import sampling
+from mu.algorithms.saliency_unlearning import progress, sampling
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.algorithms.saliency_unlearning.eval_technique import SaliencyUnlearningTechnique
@@ -28,11 +28,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """(network, whether gradients are taken, whether TF32 is allowed anywhere) of every pass."""
     found: Seen = set()
 
+    def allowed_somewhere() -> bool:
+        return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+
     def watch(owner: type[nn.Module], method: str) -> None:
         whole = getattr(owner, method)
 
         def watched(self: Any, *args: Tensor) -> Any:
-            allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+            allowed = allowed_somewhere()
             if not isinstance(args[0], FakeTensor):  # those of an estimate, in which nothing is computed
                 found.add((f"{owner.__name__}.{method}", torch.is_grad_enabled(), allowed))
             return whole(self, *args)
@@ -41,6 +44,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     for owner, method in ((UNet, "forward"), (AutoencoderKL, "encode"), (AutoencoderKL, "decode")):
         watch(owner, method)
+    validation_losses = progress.validation_losses
+
+    def validated(*args: Any) -> Any:
+        found.add(("validation", False, allowed_somewhere()))
+        return validation_losses(*args)
+
+    monkeypatch.setattr(progress, "validation_losses", validated)
     return found
 
 
@@ -70,7 +80,8 @@ def test_all_but_the_gradients_is_in_real_fp32(
     result = SaliencyUnlearningAlgorithm(config).run()
     # Without gradient: the targets of training with the rest of its step; pictures and validation in fp32.
     training = {("UNet.forward", True, rounded), ("UNet.forward", False, rounded)}
-    assert seen == {*exact, ("AutoencoderKL.encode", False, False), *training}
+    encoded = {("AutoencoderKL.encode", False, False)}  # those to retain
+    assert seen == {*exact, *encoded, *training, ("validation", False, False)}
     assert torch.backends.cudnn.allow_tf32
 
     seen.clear()

@@ -109,7 +109,10 @@ class MaskConfig(ComputeKeys):
         choices=_PRECISIONS,
     )
     c_guidance: float = setting(
-        7.5, "Guidance w of the forget loss, (1+w) eps(prompt) - w eps(''); 0: the plain loss.", ge=0, le=100
+        7.5,
+        "Guidance w of the forget loss, (1+w) prediction(prompt) - w prediction(''); 0: the plain loss.",
+        ge=0,
+        le=100,
     )
     batch_size: int = setting(
         4,
