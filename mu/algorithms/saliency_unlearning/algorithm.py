@@ -14,10 +14,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, find_run_state
 from mu.algorithms.saliency_unlearning.compute import choose, computing
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.configs.patching import PATCH_NAME
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
 from mu.algorithms.saliency_unlearning.fit import fit
 from mu.algorithms.saliency_unlearning.masking import (
@@ -33,12 +36,16 @@ from mu.algorithms.saliency_unlearning.preflight import Plan, plan_training, say
 from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.algorithms.saliency_unlearning.run_state import RunState, read_run_state
-from mu.algorithms.saliency_unlearning.runs import Result, open_run, parts_of, save_result
+from mu.algorithms.saliency_unlearning.runs import Result, decorating, open_run, parts_of, save_result
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
+    check_save_dtype,
+    count_moved,
     find_mask,
+    load_written_,
     model_of,
     read_both,
+    rounding_warning,
     unet_fingerprint,
     verify_tensors,
     write_patch,
@@ -48,7 +55,8 @@ from mu.config import config_of, require_paths
 from mu.devices import peak_memory_bytes
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
-from mu.run_folder import RunFolder
+from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
+from mu.run_folder import RESULT, RunFolder
 
 __all__ = ["MaskingAlgorithm", "SaliencyUnlearnAlgorithm", "SaliencyUnlearningAlgorithm"]
 
@@ -84,9 +92,10 @@ class SaliencyUnlearningAlgorithm:
 
         Returns:
             `run`, the run's folder; `checkpoint`; `patch`, its path (None without); `pictures`, before and after (None
-            without); `mask`, its path (None without); `weights_selected`, `weights_changed` (in the file),
-            `weights_total`; `steps`; `loss`, `forget_loss` and `retain_loss` of the last epoch; `seconds`;
-            `peak_memory_bytes`, of the process so far.
+            without); `mask`, its path (None without); `weights_selected`; `weights_changed`, that differ from the
+            original in the file; `weights_moved`, that did so before they were rounded to the file's dtype, and
+            `weights_rounded_back`, the others of them; `weights_total`; `steps`; `loss`, `forget_loss` and
+            `retain_loss` of the last epoch; `seconds`; `peak_memory_bytes`, of the process so far.
 
         Raises:
             ConfigError: a path is missing; names the command that makes what is missing. Or `resume` leads to a run
@@ -114,6 +123,7 @@ class SaliencyUnlearningAlgorithm:
             mask_path = ranks.on_main(lambda: find_mask(config)) if config.masking == "saliency" else None
             source = ranks.on_main(config.checkpoint)
             ldm = model_of(config)
+            check_save_dtype(ldm, config.save_dtype)
             mask = self._mask(ldm, mask_path)
             data = SaliencyUnlearnDataHandler(config, ldm)
             model = SaliencyUnlearnModel(ldm, config.train_method, mask)
@@ -121,7 +131,7 @@ class SaliencyUnlearningAlgorithm:
             checkpoints.identify(model, data.rows, resumed)
 
             pictures = ProgressPictures(config, ldm, data.rows)
-            ranks.on_main(lambda: pictures.take("before"))
+            ranks.on_main(lambda: _draw(pictures, "before"))
             losses = self._train(model, data, folder, pictures, checkpoints=checkpoints, resumed=resumed)
             gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
             with ranks.in_step():
@@ -129,12 +139,16 @@ class SaliencyUnlearningAlgorithm:
             model.verify_same_everywhere()
 
             def finish() -> Result:
-                pictures.take("after")
-                written = self._write(folder, model, source)
+                written, old, new = self._write(folder, model, source)
+                # What was trained is on disk. All that follows tells of it.
+                patch = self._patch(folder, old, new, source)
+                load_written_(ldm, new)
+                _draw(pictures, "after")
                 result = {
                     "run": folder.path,
                     **written,
-                    "pictures": pictures.save(folder.path / "pictures" / "before_after.png"),
+                    "patch": patch,
+                    "pictures": _saved(pictures, folder.path / "pictures" / "before_after.png"),
                     "mask": mask_path,
                     "weights_selected": model.counts["selected"],
                     "weights_total": model.counts["total"],
@@ -143,20 +157,46 @@ class SaliencyUnlearningAlgorithm:
                     "seconds": time.monotonic() - started,
                     "peak_memory_bytes": peak_memory_bytes(),
                 }
-                save_result(folder, result)
+                with decorating(RESULT):
+                    save_result(folder, result)
                 return result
 
             return ranks.on_main(finish)
 
-    def _write(self, folder: RunFolder, model: SaliencyUnlearnModel, source: Path) -> Result:
-        """Write the checkpoint and the patch, compared with the original; `checkpoint`, `patch`, `weights_changed`."""
+    def _write(
+        self, folder: RunFolder, model: SaliencyUnlearnModel, source: Path
+    ) -> tuple[Result, Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Write the checkpoint, and compare it with the original.
+
+        Returns:
+            `checkpoint` and the counts of weights; and the tensors of both files, each in its own dtypes.
+        """
         config, ldm = self.config, model.ldm
         checkpoint = write_unlearned(ldm, config, folder.path, source=source)
         old, new = read_both(source, checkpoint, params=ldm.params, use_ema=config.use_ema)
-        changed = verify_tensors(old, new, model.selected, before=source, after=checkpoint)
+        cast = WithUNetDtype(old, SAVE_DTYPES[config.save_dtype])
+        changed = verify_tensors(cast, new, model.selected, before=source, after=checkpoint)
+        moved = count_moved(ldm, old, model.selected)
         folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
-        patch = write_patch(old, new, config, folder.path, source=source) if config.patch else None
-        return {"checkpoint": checkpoint, "patch": patch, "weights_changed": changed}
+        if warning := rounding_warning(moved=moved, changed=changed, lr=config.lr):
+            folder.logger.warning("%s", warning)
+        written = {
+            "checkpoint": checkpoint,
+            "weights_changed": changed,
+            "weights_moved": moved,
+            "weights_rounded_back": moved - changed,
+        }
+        return written, old, new
+
+    def _patch(
+        self, folder: RunFolder, old: Mapping[str, Tensor], new: Mapping[str, Tensor], source: Path
+    ) -> Path | None:
+        """Write the patch, where one is wanted."""
+        patch = None
+        if self.config.patch:
+            with decorating(PATCH_NAME):
+                patch = write_patch(old, new, self.config, folder.path, source=source)
+        return patch
 
     def _train(
         self,
@@ -220,6 +260,18 @@ class SaliencyUnlearningAlgorithm:
 
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
+
+
+def _draw(pictures: ProgressPictures, moment: str) -> None:
+    with decorating(f"pictures {moment}"):
+        pictures.take(moment)
+
+
+def _saved(pictures: ProgressPictures, path: Path) -> Path | None:
+    saved = None
+    with decorating(path.name):
+        saved = pictures.save(path)
+    return saved
 
 
 def _unlearning(config: TrainConfig) -> Result:

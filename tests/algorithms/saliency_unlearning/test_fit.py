@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
+import resource
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +23,9 @@ from mu.algorithms.saliency_unlearning import trainer as trainer_module
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.fit import fit, wandb_logger
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.run_state import read_run_state
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
+from mu.atomic import WriteError
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 
@@ -99,7 +105,106 @@ def test_ctrl_c_ends_the_run_as_ctrl_c_and_stays_switched_on(
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_promise_27_losses_that_cannot_be_written_stop_the_run_with_a_checkpoint_that_has_them(
+    train: Callable[..., dict[str, float]], tiny_runs: Any, folder: RunFolder
+) -> None:
+    """The disk is full from the third row on: /dev/full says so for real."""
+    path, steps = folder.path / "metrics.csv", 0
+
+    def fill_up(_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            path.unlink()
+            path.symlink_to("/dev/full")
+
+    with pytest.raises(
+        WriteError, match=r"metrics\.csv: the row of a step could not be written \(No space left"
+    ):
+        train(tiny_runs.train_config(), fill_up)
+    (left,) = (folder.path / "checkpoints").iterdir()
+    assert left.name == "step-00000003.safetensors"
+    table = read_run_state(left).content["tables"]["metrics.csv"].numpy().tobytes()
+    path.unlink()
+    for step, (loss, forget, retain) in enumerate(TERMS[:3], start=1):
+        folder.metrics_csv.append(step, loss=loss, forget=forget, retain=retain)
+    assert table.partition(b"\n")[2] == path.read_bytes()  # the columns were written already
+    assert table.partition(b"\n")[0] == b"step,loss,forget,retain\r"
+
+
+def test_promise_27_a_full_disk_names_the_losses_and_the_checkpoint_and_keeps_the_last_one(
+    train: Callable[..., dict[str, float]], tiny_runs: Any, folder: RunFolder
+) -> None:
+    steps, limits = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill_up(_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (90, limits[1]))
+
+    try:
+        with pytest.raises(WriteError, match=r"metrics\.csv: .*\. Nor could a checkpoint: .*step-00000003"):
+            train(tiny_runs.train_config(checkpoint_every_steps=2), fill_up)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in (folder.path / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
+    assert read_run_state(folder.path / "checkpoints" / "step-00000002.safetensors").step == 2
+    rows = (folder.path / "metrics.csv").read_bytes().split(b"\r\n")
+    assert rows == [b"step,loss,forget,retain", b"1,3.0,1.0,4.0", b"2,5.0,2.0,6.0", b""]  # none is cut off
+
+
 # ---- Weights & Biases
+
+
+def test_promise_27_a_logger_that_cannot_write_does_not_end_the_run(
+    train: Callable[..., dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_runs: Any,
+    folder: RunFolder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A file lies where Weights & Biases would make its folder; it is told once, not at every step."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    (folder.path / "wandb").write_text("")
+    assert train(tiny_runs.train_config(wandb="offline"))["loss"] == 8.5
+    (told,) = [message for message in caplog.messages if "WandbLogger failed" in message]
+    assert "Not a directory" in told
+
+
+@pytest.mark.slow
+def test_promise_27_a_logger_that_dies_does_not_end_the_run(
+    train: Callable[..., dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_runs: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The process of Weights & Biases is killed after the second step."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    steps = 0
+
+    def kill(_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            mine = subprocess.run(
+                ["pgrep", "-P", str(os.getpid()), "-f", "wandb-core"],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            (service,) = map(int, mine.stdout.split())
+            os.kill(service, signal.SIGKILL)
+            time.sleep(1)
+
+    assert train(tiny_runs.train_config(wandb="offline"), kill)["loss"] == 8.5
+    assert sum("WandbLogger failed" in message for message in caplog.messages) == 1
 
 
 @pytest.fixture
