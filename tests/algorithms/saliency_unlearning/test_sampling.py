@@ -206,6 +206,34 @@ def test_the_keys_may_overrule_the_table(table: SampleConfig) -> None:
     ]
 
 
+def test_promise_30_a_run_says_once_what_of_its_table_is_not_sampled_or_cut(config: SampleConfig) -> None:
+    """Of the published I2P table's kind: 6 rows, one without a prompt, two guidances above 100, a long prompt."""
+    path = Path(__file__).parents[2] / "datasets/cases/i2p_table.csv"
+    changes = {"prompts": (), "prompts_path": str(path), "sample_steps": 1, "seeds": (3,), "grid": False}
+    bare = sampling.run(replace(config, **changes, use_row_settings=False))
+    assert bare["images"] == 5
+    log = (bare["run"] / "log.txt").read_text()
+    assert log.count(f"1 rows of {path} have no prompt: passed over, the first is line 4") == 1
+    assert (
+        log.count("1 of 5 prompts are longer than the 77 tokens that a text encoder reads, and are cut") == 1
+    )
+    assert log.count("the first is 'a street market at dusk, lanterns, rain on the stones") == 1
+    assert "guidance" not in log
+    own = sampling.run(replace(config, **changes))
+    assert {path.name for path in (own["run"] / "images").iterdir()} == {
+        "0_4261553411.png",
+        "1_12.png",
+        "5_5.png",
+    }
+    log = (own["run"] / "log.txt").read_text()
+    assert (
+        log.count("2 rows of")
+        == log.count("the first is line 5: 255; use_row_settings: false samples them")
+        == 1
+    )
+    assert "77 tokens" not in log  # the long prompt is one of those two
+
+
 def test_images_of_one_name_are_refused(table: SampleConfig) -> None:
     path = Path(str(table.prompts_path))
     path.write_text(path.read_text() + f"X-9,{DOGS},3,\n")
