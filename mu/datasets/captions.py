@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mu.datasets.index import DataError, passed_over, raise_problems, suggestion
-from mu.datasets.tables import read_table, read_text, text_or_problem
+from mu.datasets.tables import QUOTING, read_table, read_text, text_or_problem
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 _FILE, _TEXT = "file_name", "text"
@@ -93,8 +93,8 @@ def _from_table(table: Path, folder: Path, images: Sequence[Path]) -> dict[Path,
     raise_problems(
         problems,
         what=f"entries of {table} are wrong or missing",
-        advice="Every image of the folder needs one line with its name and its text. In a .csv a text with commas "
-        'stands in double quotes, right after the comma: 0.jpg,"a dog, sitting".',
+        advice="Every image of the folder needs one line with its name and its text."
+        + (f" {QUOTING}" if unread and table.suffix == ".csv" else ""),
     )
     return texts
 

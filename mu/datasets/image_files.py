@@ -17,7 +17,7 @@ from mu.datasets.index import DataError, natural_key, passed_over
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 """Of the files that are read as images, in every data set and in every folder to measure; of animations the first
 picture."""
-_BESIDE_IMAGES = (".txt", ".csv", ".json", ".jsonl")
+_BESIDE_IMAGES = (".txt", ".csv", ".json", ".jsonl", ".md")
 _OF_FILE_MANAGERS = ("thumbs.db", "desktop.ini")
 MIN_SIDE_PX = 8
 MAX_PIXELS = 89_000_000

@@ -98,7 +98,8 @@ def _read_cases(
             empty.append(where)
             continue
         number = row.cells[numbering] if numbering is not None else str(place)
-        number = re.sub(r"(?<=^\d)(\d*)\.0*$", r"\1", number)  # of a column of floating point numbers
+        if whole := re.fullmatch(r"([0-9]+)\.0*", number):  # of a column of floating point numbers
+            number = whole[1]
         if not _CASE.fullmatch(number):
             problems.append(
                 f"{where}: {numbering or 'index'} {number!r} cannot begin a file's name; take letters, digits, . and -"

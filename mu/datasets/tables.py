@@ -18,7 +18,7 @@ INDEX = ""
 NUMBERS = ("case_number", "image_id", INDEX)
 """Columns that number the rows of a table; the first that is there counts. `image_id` is COCO's."""
 _SHOWN = 60
-_QUOTING = 'A text with commas stands in double quotes, without a blank before them: 0.jpg,"a dog, sitting".'
+QUOTING = 'A text with commas stands in double quotes, without a blank before them: 0.jpg,"a dog, sitting".'
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Table:
         raise_problems(
             [*self.misfits, *problems],
             what=f"lines of {self.path} cannot be used",
-            advice=f"{_QUOTING} {advice}" if self.misfits else advice,
+            advice=f"{QUOTING} {advice}" if self.misfits else advice,
         )
 
 
@@ -75,7 +75,7 @@ def read_table(
                 lines.append((begins, cells))
             begins = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path} is not a CSV file (line {begins}: {error}). {_QUOTING}") from error
+        raise DataError(f"{path} is not a CSV file (line {begins}: {error}). {QUOTING}") from error
     columns = _column_names(lines[0][1]) if lines else ()
     wanted = (*required, *optional)
     for name in required:

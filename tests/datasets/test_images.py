@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.datasets.image_files import SUFFIXES, image_problems, is_image
+from mu.datasets.image_files import image_problems, is_image
 from mu.datasets.images import load_image, save_png, to_uint8
 from mu.datasets.index import DataError
 
@@ -71,7 +71,9 @@ def test_values_are_rounded_and_clamped() -> None:
     assert to_uint8(values)[0, :, 0].tolist() == [0, 0, 128, 255, 255, 255]
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "suffix", [".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"]
+)
 def test_promise_30_every_kind_of_image_is_read(tmp_path: Path, suffix: str) -> None:
     picture = Image.new("RGB", (16, 16), (255, 0, 51))
     path = tmp_path / f"A{suffix.upper()}"

@@ -30,7 +30,7 @@ def test_the_columns_of_a_benchmark(tmp_path: Path) -> None:
 def test_the_columns_of_i2p(tmp_path: Path) -> None:
     found = table(
         tmp_path,
-        '\ufeff,prompt,categories,sd_seed,sd_guidance_scale\n3,a,hate,1500.0,7\n9,b,"hate, violence",,0\n',
+        '\ufeff,prompt,categories,sd_seed,sd_guidance_scale\n3,a,hate,1500.0,7\n9.0,b,"hate, violence",,0\n',
     )
     assert found == (Case("3", "a", 1500, 7.0), Case("9", "b", None, 0.0))
 

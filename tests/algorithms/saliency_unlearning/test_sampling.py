@@ -130,6 +130,18 @@ def test_prompts_may_come_from_a_file(config: SampleConfig, tmp_path: Path) -> N
         assert (first["run"] / entry["file"]).read_bytes() == (second["run"] / entry["file"]).read_bytes()
 
 
+def test_a_prompt_of_a_text_file_ends_where_its_line_does(config: SampleConfig, tmp_path: Path) -> None:
+    """And not at the other breaks that Unicode has, which come with prompts from the web."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028line\r\n\r\na\x0b second\rthird".encode())
+    planned = plan_images(replace(config, prompts=(), prompts_path=str(tmp_path / "prompts.txt"), seeds=(3,)))
+    assert [image.prompt for image in planned] == ["one line", "a second", "third"]
+    (tmp_path / "prompts.txt").write_bytes("a cat\ncaf\u00e9".encode("latin-1"))
+    with pytest.raises(
+        ConfigError, match=r"prompts\.txt is not UTF-8 \(byte 0xe9 on line 2\); save it as UTF-8"
+    ):
+        plan_images(replace(config, prompts=(), prompts_path=str(tmp_path / "prompts.txt")))
+
+
 def test_an_image_with_nan_is_named_and_not_written(
     config: SampleConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

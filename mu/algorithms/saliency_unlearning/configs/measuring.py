@@ -110,7 +110,7 @@ class SampleConfig(ModelKeys):
             lines = re.split(r"\r\n?|\n", read_text(path))
         except DataError as error:
             raise ConfigError([f"prompts_path: {error}"]) from error
-        prompts = tuple(line.strip() for line in lines if line.strip())
+        prompts = tuple(" ".join(line.split()) for line in lines if line.strip())
         if not prompts:
             raise ConfigError([f"prompts_path: {path} has no prompt; write one a line"])
         return PromptTable(_numbered(prompts))
