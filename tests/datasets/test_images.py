@@ -71,8 +71,17 @@ def test_values_are_rounded_and_clamped() -> None:
     assert to_uint8(values)[0, :, 0].tolist() == [0, 0, 128, 255, 255, 255]
 
 
+OLD_PILLOW = pytest.mark.skipif(
+    ".avif" not in Image.registered_extensions(), reason="this Pillow was built without AVIF"
+)
+
+
 @pytest.mark.parametrize(
-    "suffix", [".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"]
+    "suffix",
+    [
+        *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+        pytest.param(".avif", marks=OLD_PILLOW),
+    ],
 )
 def test_promise_30_every_kind_of_image_is_read(tmp_path: Path, suffix: str) -> None:
     picture = Image.new("RGB", (16, 16), (255, 0, 51))
@@ -100,9 +109,9 @@ def test_a_kind_of_image_that_pillow_was_built_without_is_told(
 ) -> None:
     """As Pillow before 11.3 is, which knows no AVIF."""
     path = tmp_path / "a.avif"
-    Image.new("RGB", (16, 16)).save(path)
-    monkeypatch.delitem(Image.EXTENSION, ".avif")
-    monkeypatch.delitem(Image.OPEN, "AVIF")
+    Image.new("RGB", (16, 16)).save(path, "AVIF" if ".avif" in Image.registered_extensions() else "PNG")
+    monkeypatch.delitem(Image.EXTENSION, ".avif", raising=False)
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "AVIF"])
     expected = (
         "this installation of Pillow does not read .avif; install pillow 11.3 or newer, or save it as .png"
