@@ -30,7 +30,7 @@ def captions(
 
     Args:
         key: the config's key that gives `prompt`, for messages.
-        notes: what is said of text files that belong to no image is added to it.
+        notes: what is said of text files that are not read is added to it.
 
     Raises:
         DataError: images without a prompt or lines that are wrong (all of them), or files that are no UTF-8 text (all
@@ -41,10 +41,13 @@ def captions(
     tables = [path for name in METADATA if (path := folder / name).is_file() and not path.is_symlink()]
     if len(tables) > 1:
         raise DataError(f"{folder} has both {' and '.join(METADATA)}; keep one.")
-    if tables:
-        return _from_table(tables[0], folder, images)
     beside = {image: image.with_suffix(".txt") for image in images}
     written = {image: path for image, path in beside.items() if path.is_file() and not path.is_symlink()}
+    if tables:
+        if notes is not None:
+            unread = [str(path) for path in written.values()]
+            notes += passed_over(unread, f"text files beside images, for {tables[0]} has the texts")
+        return _from_table(tables[0], folder, images)
     if not written and default is not None:
         return dict.fromkeys(images, default)
     problems = [

@@ -133,7 +133,12 @@ def rows_of_categories(
     notes += passed_over(spare, f"images of {' and '.join(targets)} below {root} belong to no row of {table}")
     if retain_set == "seed_images":
         retain = _seed_rows(
-            root, inside, problems, retain_prompt, default=substitutes[targets[0]], others=others
+            root,
+            prompt=retain_prompt,
+            default=substitutes[targets[0]],
+            problems=problems,
+            others=others,
+            notes=notes,
         )
     notes += not_read(root, others)
     problems += image_problems((row.image for row in (*forget, *retain)), others=problems)
@@ -190,7 +195,13 @@ def _by_stem(found: Sequence[Path]) -> dict[str, Path]:
 
 
 def _seed_rows(
-    root: Path, inside: Path, problems: list[str], prompt: str | None, *, default: str, others: list[Path]
+    root: Path,
+    *,
+    prompt: str | None,
+    default: str,
+    problems: list[str],
+    others: list[Path],
+    notes: list[str],
 ) -> list[Row]:
     folder = root / "images" / SEED_STYLE
     check_folder(
@@ -198,8 +209,8 @@ def _seed_rows(
         folder,
         advice="Images to retain lie in it; or set retain_set: generated, and they are sampled from the model.",
     )
-    images = find_images(folder, inside, problems, others)
-    texts = captions(folder, images, prompt=prompt, key="retain_prompts", default=default)
+    images = find_images(folder, root.resolve(), problems, others)
+    texts = captions(folder, images, prompt=prompt, key="retain_prompts", default=default, notes=notes)
     return [
         Row(image, image.relative_to(root).as_posix(), texts[image], "", "", concept=SEED_STYLE)
         for image in images

@@ -142,10 +142,15 @@ def test_a_table_of_names_and_texts_is_read(folders: tuple[Path, Path], kind: st
         write_table(path, lines)
     else:
         path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    assert {row.relative: row.prompt for row in read(folders, forget_prompt=None).forget} == {
+    (folders[0] / "2.txt").write_text("four")
+    rows = read(folders, forget_prompt=None)
+    assert {row.relative: row.prompt for row in rows.forget} == {
         "forget/2.jpg": "three",
         "forget/sub/a b.PNG": "one, two",
     }
+    assert rows.notes == (
+        f"1 text files beside images, for {path} has the texts: passed over, the first is {folders[0] / '2.txt'}",
+    )
 
 
 def test_all_that_is_wrong_in_a_table_is_listed(folders: tuple[Path, Path]) -> None:
