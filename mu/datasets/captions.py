@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mu.datasets.index import DataError, raise_problems, suggestion
+from mu.datasets.index import DataError, passed_over, raise_problems, suggestion
+from mu.datasets.tables import QUOTING, read_table, read_text, text_or_problem
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 _FILE, _TEXT = "file_name", "text"
 
 
 def captions(
-    folder: Path, images: Sequence[Path], *, prompt: str | None, key: str, default: str | None = None
+    folder: Path,
+    images: Sequence[Path],
+    *,
+    prompt: str | None,
+    key: str,
+    default: str | None = None,
+    notes: list[str] | None = None,
 ) -> dict[Path, str]:
     """The prompt of each image of a folder.
 
@@ -25,19 +30,24 @@ def captions(
 
     Args:
         key: the config's key that gives `prompt`, for messages.
+        notes: what is said of text files that are not read is added to it.
 
     Raises:
-        DataError: images without a prompt or lines that are wrong (all of them), or a file that cannot be read.
+        DataError: images without a prompt or lines that are wrong (all of them), or files that are no UTF-8 text (all
+            of them).
     """
     if prompt is not None:
         return dict.fromkeys(images, prompt)
     tables = [path for name in METADATA if (path := folder / name).is_file() and not path.is_symlink()]
     if len(tables) > 1:
         raise DataError(f"{folder} has both {' and '.join(METADATA)}; keep one.")
-    if tables:
-        return _from_table(tables[0], folder, images)
     beside = {image: image.with_suffix(".txt") for image in images}
     written = {image: path for image, path in beside.items() if path.is_file() and not path.is_symlink()}
+    if tables:
+        if notes is not None:
+            unread = [str(path) for path in written.values()]
+            notes += passed_over(unread, f"text files beside images, for {tables[0]} has the texts")
+        return _from_table(tables[0], folder, images)
     if not written and default is not None:
         return dict.fromkeys(images, default)
     problems = [
@@ -45,24 +55,34 @@ def captions(
     ]
     texts: dict[Path, str] = {}
     for image, path in written.items():
-        text = _words(_read(path))
-        if text:
-            texts[image] = text
+        text, problem = text_or_problem(path)
+        if text is None:
+            problems.append(f"{path}: {problem}")
+        elif words := _words(text):
+            texts[image] = words
         else:
             problems.append(f"{path}: empty")
     raise_problems(
         problems,
         what=f"images of {folder} have no prompt",
-        advice=f"Write a text file beside each, or a {METADATA[0]} ({_FILE},{_TEXT}), or set {key}: one for all.",
+        advice=f"Write a UTF-8 text file beside each, or a {METADATA[0]} ({_FILE},{_TEXT}), or set {key}: one for all.",
     )
+    if notes is not None:
+        alone = sorted(
+            {path for image in images for path in image.parent.glob("*.txt")} - set(beside.values())
+        )
+        notes += passed_over(
+            [str(path) for path in alone], f"text files of {folder} have no image beside them"
+        )
     return texts
 
 
 def _from_table(table: Path, folder: Path, images: Sequence[Path]) -> dict[Path, str]:
     by_name = {image.relative_to(folder).as_posix(): image for image in images}
     texts: dict[Path, str] = {}
-    problems = []
-    lines = _csv_lines(table) if table.suffix == ".csv" else _json_lines(table)
+    problems: list[str] = []
+    lines = list(_csv_lines(table, problems) if table.suffix == ".csv" else _json_lines(table, problems))
+    unread = bool(problems)  # the images of these lines are not missing in the table
     for line, name, text in lines:
         image = by_name.get(name.removeprefix("./"))
         if image is None:
@@ -71,30 +91,27 @@ def _from_table(table: Path, folder: Path, images: Sequence[Path]) -> dict[Path,
             problems.append(f"line {line}: {name} has no text")
         elif texts.setdefault(image, text) != text:
             problems.append(f"line {line}: {name} has another text already")
-    missing = [name for name, image in by_name.items() if image not in texts]
-    problems += [f"{name}: not in the table" for name in missing]
+    if not unread:
+        problems += [f"{name}: not in the table" for name, image in by_name.items() if image not in texts]
     raise_problems(
         problems,
         what=f"entries of {table} are wrong or missing",
-        advice="Every image of the folder needs one line with its name and its text.",
+        advice="Every image of the folder needs one line with its name and its text."
+        + (f" {QUOTING}" if unread and table.suffix == ".csv" else ""),
     )
     return texts
 
 
-def _csv_lines(table: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, file name, text) of each row."""
-    reader = csv.DictReader(io.StringIO(_read(table), newline=""))
-    columns = {(name or "").strip(): name for name in reader.fieldnames or ()}
-    absent = [name for name in (_FILE, _TEXT) if name not in columns]
-    if absent:
-        found = ", ".join(columns) or "none"
-        raise DataError(f"{table} has no column {absent[0]!r}; its columns are: {found}.")
-    for cells in reader:
-        yield reader.line_num, (cells[columns[_FILE]] or "").strip(), _words(cells[columns[_TEXT]] or "")
+def _csv_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str, str]]:
+    """(line, file name, text) of each row; what is wrong with the others is added to `problems`."""
+    table = read_table(path, required=(_FILE, _TEXT))
+    problems += table.misfits
+    for row in table.rows:
+        yield row.line, row.cells[_FILE], _words(row.cells[_TEXT])
 
 
-def _json_lines(table: Path) -> Iterator[tuple[int, str, str]]:
-    for number, line in enumerate(_read(table).split("\n"), start=1):
+def _json_lines(table: Path, problems: list[str]) -> Iterator[tuple[int, str, str]]:
+    for number, line in enumerate(read_text(table).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -102,18 +119,10 @@ def _json_lines(table: Path) -> Iterator[tuple[int, str, str]]:
             name, text = entry[_FILE], entry[_TEXT]
             if not isinstance(name, str) or not isinstance(text, str):
                 raise TypeError
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f'{table} line {number} is not like {{"{_FILE}": "1.jpg", "{_TEXT}": "a photo"}}.'
-            ) from error
-        yield number, name.strip(), _words(text)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text ({error}).") from error
+        except (ValueError, TypeError, KeyError):
+            problems.append(f'line {number} is not like {{"{_FILE}": "1.jpg", "{_TEXT}": "a photo"}}')
+        else:
+            yield number, name.strip(), _words(text)
 
 
 def _words(text: str) -> str:

@@ -6,13 +6,19 @@ under the forgotten categories first.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mu.datasets.captions import captions
-from mu.datasets.category_table import PromptRow, categories_of
-from mu.datasets.image_files import check_folder, entries, find_images, image_problems, is_image
+from mu.datasets.category_table import PromptRow, categories_of, plain_number
+from mu.datasets.image_files import (
+    check_folder,
+    entries,
+    find_images,
+    image_problems,
+    is_image,
+    not_read,
+)
 from mu.datasets.index import (
     DataError,
     ForgetRetain,
@@ -21,14 +27,13 @@ from mu.datasets.index import (
     check_substitutes,
     check_whole_prompt,
     concept_names,
+    passed_over,
     raise_problems,
     same_name,
     same_words,
     suggestion,
 )
 from mu.datasets.prompts import SEED_STYLE
-
-_log = logging.getLogger(__name__)
 
 Stems = Mapping[tuple[int, str], str]
 """(a row's place in the table, one of its categories) -> its image's name there, without the suffix."""
@@ -71,17 +76,19 @@ def rows_of_categories(
     inside = root.resolve()
     entries(root, inside, problems)  # for links among the folders themselves
     folders = _folders(root, prompts, inside, problems)
-    images = {
-        category: {path.stem: path for path in reversed(entries(folder, inside, problems)) if is_image(path)}
-        for category, folder in folders.items()
-    }
+    others: list[Path] = []
+    found = {category: entries(folder, inside, problems) for category, folder in folders.items()}
+    others += (path for paths in found.values() for path in paths if not is_image(path))
+    images = {category: _by_stem(paths) for category, paths in found.items()}
     names = stems(folders)
     forgotten = {same_words(row.prompt) for row in prompts if not set(targets).isdisjoint(row.categories)}
 
     forget: list[Row] = []
     retain: list[Row] = []
-    without_image = 0
+    without_image: list[str] = []
     for place, row in enumerate(prompts):
+        if not row.prompt:
+            continue
         own = [target for target in targets if target in row.categories]
         if not own and (retain_set != "others" or same_words(row.prompt) in forgotten):
             continue
@@ -95,9 +102,10 @@ def rows_of_categories(
             None,
         )
         if file is None:
-            without_image += 1
+            lacking = f"{root / 'images' / order[0] / names[place, order[0]]}.jpg"
+            without_image.append(lacking)
             if not use_sample:
-                problems.append(f"{root / 'images' / order[0] / names[place, order[0]]}.jpg: missing")
+                problems.append(f"{lacking}: missing")
             continue
         (forget if own else retain).append(
             Row(
@@ -110,10 +118,29 @@ def rows_of_categories(
                 substitute_prompt=substitutes[own[0]] if own else None,
             )
         )
-    if without_image and use_sample:
-        _log.info("use_sample: %d rows of %s have no image and are passed over", without_image, table)
+    notes = passed_over(
+        [f"line {row.line}" for row in prompts if not row.prompt], f"rows of {table} have no prompt"
+    )
+    if use_sample:
+        notes += passed_over(without_image, f"rows of {table} have no image (use_sample)")
+    used = {row.image for row in forget}
+    spare = [
+        str(path)
+        for target in targets
+        for path in found.get(target, ())
+        if is_image(path) and path not in used
+    ]
+    notes += passed_over(spare, f"images of {' and '.join(targets)} below {root} belong to no row of {table}")
     if retain_set == "seed_images":
-        retain = _seed_rows(root, inside, problems, retain_prompt, default=substitutes[targets[0]])
+        retain = _seed_rows(
+            root,
+            prompt=retain_prompt,
+            default=substitutes[targets[0]],
+            problems=problems,
+            others=others,
+            notes=notes,
+        )
+    notes += not_read(root, others)
     problems += image_problems((row.image for row in (*forget, *retain)), others=problems)
     raise_problems(
         problems,
@@ -131,7 +158,7 @@ def rows_of_categories(
             "generated samples images of retain_prompts from the model."
         )
     check_substitutes(forget)
-    rows = ForgetRetain(tuple(forget), tuple(retain))
+    rows = ForgetRetain(tuple(forget), tuple(retain), tuple(notes))
     check_apart(rows)
     return rows
 
@@ -161,8 +188,20 @@ def _folders(
     return folders
 
 
+def _by_stem(found: Sequence[Path]) -> dict[str, Path]:
+    """The images by name, also as the plain number that it may be; of several the first."""
+    images = [path for path in reversed(found) if is_image(path)]
+    return {plain_number(path.stem): path for path in images} | {path.stem: path for path in images}
+
+
 def _seed_rows(
-    root: Path, inside: Path, problems: list[str], prompt: str | None, *, default: str
+    root: Path,
+    *,
+    prompt: str | None,
+    default: str,
+    problems: list[str],
+    others: list[Path],
+    notes: list[str],
 ) -> list[Row]:
     folder = root / "images" / SEED_STYLE
     check_folder(
@@ -170,8 +209,8 @@ def _seed_rows(
         folder,
         advice="Images to retain lie in it; or set retain_set: generated, and they are sampled from the model.",
     )
-    images = find_images(folder, inside, problems)
-    texts = captions(folder, images, prompt=prompt, key="retain_prompts", default=default)
+    images = find_images(folder, root.resolve(), problems, others)
+    texts = captions(folder, images, prompt=prompt, key="retain_prompts", default=default, notes=notes)
     return [
         Row(image, image.relative_to(root).as_posix(), texts[image], "", "", concept=SEED_STYLE)
         for image in images

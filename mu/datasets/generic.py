@@ -1,17 +1,19 @@
 """Any prompts with categories: the first `prompts/*.csv`, and images at `images/<category>/<running number>.jpg`.
 
 The running number counts a category's rows in the table's order: from 0 where the folder has a `0.jpg`, else from 1.
+Where the table has a column `case_number` (or `image_id`), that number names the image instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mu.datasets.categories import Stems, rows_of_categories
-from mu.datasets.category_table import read_category_table
+from mu.datasets.category_table import CASE_NUMBERS, read_category_table
 from mu.datasets.image_files import check_folder, entries, is_image
-from mu.datasets.index import DataError, ForgetRetain, concept_names, raise_problems
+from mu.datasets.index import DataError, ForgetRetain, concept_names, passed_over, raise_problems
 
 
 def index(
@@ -41,7 +43,7 @@ def index(
     if not tables:
         raise DataError(f"raw_dataset_dir: there is no prompts/*.csv in {root}. {advice}")
     table = tables[0]
-    prompts = read_category_table(table)
+    prompts = read_category_table(table, numbers=CASE_NUMBERS)
 
     def stems(folders: Mapping[str, Path]) -> Stems:
         count = {
@@ -52,11 +54,11 @@ def index(
         for place, row in enumerate(prompts):
             for category in row.categories:
                 number = count.get(category, 1)
-                named[place, category] = str(number)
+                named[place, category] = str(number) if row.number is None else row.number
                 count[category] = number + 1
         return named
 
-    return rows_of_categories(
+    rows = rows_of_categories(
         root,
         table,
         prompts,
@@ -67,3 +69,5 @@ def index(
         retain_set=retain_set,
         retain_prompt=retain_prompt,
     )
+    more = passed_over([str(path) for path in tables[1:]], f"tables beside {table}")
+    return replace(rows, notes=(*rows.notes, *more))

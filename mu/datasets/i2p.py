@@ -41,8 +41,8 @@ def index(
 ) -> ForgetRetain:
     """The rows of a folder: those with the label `template_name` to forget, with the table's prompts.
 
-    `<index>` is the table's unnamed first column, or the row's place from 0 where there is none. See
-    `rows_of_categories` for the arguments and errors.
+    `<index>` is the table's column `case_number`, else `image_id`, else its unnamed first column, else the row's place
+    from 0. See `rows_of_categories` for the arguments and errors.
 
     Args:
         template_name: a category of the table, e.g. "self-harm", or several.
@@ -62,7 +62,7 @@ def index(
 
     def stems(_: Mapping[str, Path]) -> Stems:
         return {
-            (place, category): str(row.number)
+            (place, category): str(place) if row.number is None else row.number
             for place, row in enumerate(prompts)
             for category in row.categories
         }

@@ -12,9 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from mu.datasets.index import DataError, natural_key
+from mu.datasets.index import DataError, natural_key, passed_over
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+"""Of the files that are read as images, in every data set and in every folder to measure; of animations the first
+picture."""
+_BESIDE_IMAGES = (".txt", ".csv", ".json", ".jsonl", ".md")
+_OF_FILE_MANAGERS = ("thumbs.db", "desktop.ini")
 MIN_SIDE_PX = 8
 MAX_PIXELS = 89_000_000
 """Just below the size from which Pillow warns of a decompression bomb."""
@@ -52,15 +56,56 @@ def entries(folder: Path, inside: Path, problems: list[str]) -> list[Path]:
     return kept
 
 
-def find_images(folder: Path, inside: Path, problems: list[str]) -> list[Path]:
-    """All images of a folder and of the folders in it, by name; links as in `entries`."""
+def find_images(folder: Path, inside: Path, problems: list[str], others: list[Path]) -> list[Path]:
+    """All images of a folder and of the folders in it, by name; links as in `entries`.
+
+    Args:
+        others: files that are no images are added to it, see `not_read`.
+    """
     found: list[Path] = []
     for path in entries(folder, inside, problems):
         if path.is_dir():
-            found += find_images(path, inside, problems)
+            found += find_images(path, inside, problems, others)
         elif is_image(path) and path.is_file():
             found.append(path)
+        else:
+            others.append(path)
     return found
+
+
+def not_read(folder: Path, others: Iterable[Path]) -> list[str]:
+    """One sentence on the files of a folder that are not read; none on texts and tables, which lie beside images."""
+    left_out = [
+        str(path)
+        for path in others
+        if path.suffix.lower() not in _BESIDE_IMAGES and path.name.lower() not in _OF_FILE_MANAGERS
+    ]
+    return passed_over(
+        left_out, f"files of {folder} are not where images are read, or no {', '.join(SUFFIXES)}"
+    )
+
+
+def no_images(key: str, folder: Path, others: Sequence[Path] = (), *, layout: str = "") -> str:
+    """What is said of a folder without images, and of the files that it has instead."""
+    notes = not_read(folder, others)
+    return f"{key}: {folder} holds no images ({', '.join(SUFFIXES)}){layout}.{''.join(f' {note}.' for note in notes)}"
+
+
+def unsupported(path: Path) -> str | None:
+    """Why this installation of Pillow cannot read images with such a name; None: it can."""
+    suffix = path.suffix.lower()
+    Image.preinit()  # the common kinds; the others take longer to load
+    if suffix not in SUFFIXES or suffix in Image.EXTENSION or suffix in Image.registered_extensions():
+        return None
+    advice = "install pillow 11.3 or newer, or " if suffix == ".avif" else ""
+    return f"this installation of Pillow does not read {suffix}; {advice}save it as .png"
+
+
+def deep_pixels(picture: Image.Image) -> str | None:
+    """What is wrong with pixels of more than 8 bits; None: they have no more."""
+    if picture.mode.startswith(("I", "F")):
+        return f"{picture.mode} pixels (more than 8 bits) are not read; save it as 8-bit RGB"
+    return None
 
 
 def image_problems(paths: Iterable[Path], *, others: Sequence[str] = ()) -> list[str]:
@@ -91,12 +136,15 @@ def _problem(path: Path, *, decode: bool = False) -> str | None:
             return None
         if size == 0:
             return "an empty file"
+        if (problem := unsupported(path)) is not None:
+            return problem
         if size > MAX_BYTES:
             return f"{size / 2**20:.0f} MiB is too large for an image (at most {MAX_BYTES // 2**20} MiB)"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as opened:  # reads the header alone
                 width, height = opened.size
+                deep = deep_pixels(opened)
                 if decode:
                     opened.load()
     except FileNotFoundError:
@@ -109,5 +157,7 @@ def _problem(path: Path, *, decode: bool = False) -> str | None:
         return f"{width} x {height} px is too small (at least {MIN_SIDE_PX} px a side)"
     if width * height > MAX_PIXELS:
         return f"{width} x {height} px is too large: more than {MAX_PIXELS / 1e6:.0f} million pixels"
+    if deep is not None:
+        return deep
     _sound.add(head)
     return None

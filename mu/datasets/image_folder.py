@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mu.datasets.captions import captions
-from mu.datasets.image_files import SUFFIXES, check_folder, find_images, image_problems
+from mu.datasets.image_files import check_folder, find_images, image_problems, no_images, not_read
 from mu.datasets.index import (
     DataError,
     ForgetRetain,
@@ -51,44 +51,60 @@ def index(
 
     images: dict[str, list[Path]] = {}
     problems: list[str] = []
+    notes: list[str] = []
     for key, root in roots.items():
         links: list[str] = []
-        images[key] = find_images(root, root.resolve(), links)
+        others: list[Path] = []
+        images[key] = find_images(root, root.resolve(), links, others)
         problems += links
         if not images[key] and not links:
-            raise DataError(f"{key}: {root} holds no images ({', '.join(SUFFIXES)}).")
+            raise DataError(no_images(key, root, others))
+        notes += not_read(root, others)
     problems += image_problems((image for found in images.values() for image in found), others=problems)
     raise_problems(
         problems,
         what="files cannot be used",
         advice="Replace or delete them; copy the files that links lead to.",
     )
-    forget_texts = captions(
-        roots["raw_dataset_dir"], images["raw_dataset_dir"], prompt=forget_prompt, key="forget_prompts"
-    )
+    texts: dict[Path, str] = {}
+    wrong: list[DataError] = []
+    prompts = {
+        "raw_dataset_dir": ("forget_prompts", forget_prompt),
+        "retain_dataset_dir": ("retain_prompts", retain_prompt),
+    }
+    for name, root in roots.items():
+        key, prompt = prompts[name]
+        try:
+            texts |= captions(root, images[name], prompt=prompt, key=key, notes=notes)
+        except DataError as error:
+            wrong.append(error)
+    if wrong:
+        raise DataError("\n".join(map(str, wrong)))
     forget = [
         Row(
             image,
             f"forget/{image.relative_to(forget_root).as_posix()}",
-            text,
+            texts[image],
             style="",
             object="",
             concept=concept,
             substitute_prompt=substitute,
         )
-        for image, text in forget_texts.items()
+        for image in images["raw_dataset_dir"]
     ]
-    retain: list[Row] = []
-    if retain_root is not None:
-        texts = captions(
-            Path(retain_root), images["retain_dataset_dir"], prompt=retain_prompt, key="retain_prompts"
+    retain = [
+        Row(
+            image,
+            f"retain/{image.relative_to(roots['retain_dataset_dir']).as_posix()}",
+            texts[image],
+            "",
+            "",
+            concept="retain",
         )
-        retain = [
-            Row(image, f"retain/{image.relative_to(retain_root).as_posix()}", text, "", "", concept="retain")
-            for image, text in texts.items()
-        ]
+        for image in images.get("retain_dataset_dir", ())
+    ]
     check_substitutes(forget)
-    rows = ForgetRetain(tuple(forget), tuple(retain))
+    rows = ForgetRetain(tuple(forget), tuple(retain), tuple(notes))
     check_apart(rows)
     return rows
 

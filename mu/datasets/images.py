@@ -11,14 +11,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mu.atomic import write_atomically
-from mu.datasets.image_files import UNREADABLE
+from mu.datasets.image_files import UNREADABLE, deep_pixels, unsupported
 from mu.datasets.index import DataError
 
 
 def load_image(path: Path | str, size: int, *, interpolation: str = "bicubic") -> Tensor:
     """Reads an image: centre square crop, resize, RGB; (3, size, size) float32 in [-1, 1].
 
-    A rotation noted by a camera is applied; transparency is laid on white. Raises DataError for a file that is
+    A rotation noted by a camera is applied; transparency is laid on white; of an animation the first picture is taken.
+    Raises DataError for a file that is
     missing, is no whole image, has deep grey levels, or is smaller than an eighth of `size` on its short side.
     """
     return to_unit_range(load_pixels(path, size, interpolation=interpolation))
@@ -26,12 +27,12 @@ def load_image(path: Path | str, size: int, *, interpolation: str = "bicubic") -
 
 def load_pixels(path: Path | str, size: int | None = None, *, interpolation: str = "bicubic") -> Tensor:
     """As `load_image`, but the 8-bit values themselves, uint8 (3, H, W); with size None the whole image as saved."""
+    if (problem := unsupported(Path(path))) is not None:
+        raise DataError(f"{path}: {problem}")
     try:
         with Image.open(path) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"{path}: {opened.mode} pixels (more than 8 bits) are not read; save it as 8-bit RGB"
-                )
+            if (problem := deep_pixels(opened)) is not None:
+                raise DataError(f"{path}: {problem}")
             picture = _on_white(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None

@@ -51,10 +51,14 @@ class Row:
 
 @dataclass(frozen=True)
 class ForgetRetain:
-    """The rows to forget (each with its substitute prompt) and those to retain."""
+    """The rows to forget (each with its substitute prompt) and those to retain.
+
+    `notes` say what of the input is no row: how much of it, and the first. A run logs them once.
+    """
 
     forget: tuple[Row, ...]
     retain: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
 
 def concept_names(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -232,6 +236,13 @@ def raise_problems(problems: Sequence[str], *, what: str, advice: str) -> None:
     more = len(problems) - LISTED_PROBLEMS
     rest = f"\n  and {more} more" if more > 0 else ""
     raise DataError(f"{len(problems)} {what}:{listed}{rest}\n{advice}")
+
+
+def passed_over(found: Sequence[str], what: str, *, advice: str = "") -> list[str]:
+    """One sentence on all that is left out, with the first of it; none when nothing is."""
+    if not found:
+        return []
+    return [f"{len(found)} {what}: passed over, the first is {found[0]}{f'; {advice}' if advice else ''}"]
 
 
 def write_index_files(rows: Sequence[Row], folder: Path) -> None:

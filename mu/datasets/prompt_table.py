@@ -1,27 +1,26 @@
 """Prompts with a seed and a guidance of their own, from a CSV file, as benchmarks of concept removal publish them.
 
-Columns, of which only `prompt` must be there: `case_number`; `evaluation_seed` (I2P: `sd_seed`); `evaluation_guidance`
-(I2P: `sd_guidance_scale`). Any others are not looked at. Nothing here imports torch.
+Columns, of which only `prompt` must be there: `case_number` (COCO: `image_id`); `evaluation_seed` (I2P: `sd_seed`);
+`evaluation_guidance` (I2P: `sd_guidance_scale`). Any others are not looked at. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mu.datasets.index import DataError, raise_problems, suggestion
+from mu.datasets.index import DataError, passed_over
+from mu.datasets.tables import NUMBERS, Table, read_table
 
 SEED_COLUMNS = ("evaluation_seed", "sd_seed", "seed")
 GUIDANCE_COLUMNS = ("evaluation_guidance", "sd_guidance_scale", "guidance_scale")
 SEED_LIMIT = 2**32
 GUIDANCE_LIMIT = 100.0
 _CASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
+_ADVICE = " The first line of a .csv names its columns; one prompt a line without columns is a .txt file."
 
 
 @dataclass(frozen=True)
@@ -34,67 +33,105 @@ class Case:
     guidance_scale: float | None = None
 
 
-def read_prompt_table(path: Path) -> tuple[Case, ...]:
+@dataclass(frozen=True)
+class PromptTable:
+    """The cases of a table, and what is said of the rows that are passed over."""
+
+    cases: tuple[Case, ...]
+    notes: tuple[str, ...] = ()
+
+
+class _OutOfRange(Exception):
+    """A guidance that is a number, and none that can be used."""
+
+
+def read_prompt_table(path: Path, *, use_row_settings: bool = True) -> PromptTable:
     """The rows of a CSV file (UTF-8, with a header), in order.
 
-    Where there is no column `case_number`, rows are numbered by the unnamed first column that pandas writes, else from
-    0. A case may have several rows, each with another seed. A blank cell of seed or guidance says nothing.
+    Rows are numbered by `case_number`, else `image_id`, else the unnamed first column that pandas writes, else from 0.
+    A case may have several rows with the same prompt, each with another seed. A blank cell of seed or guidance says
+    nothing. Rows without a prompt, and those whose guidance is out of range, are passed over.
+
+    Args:
+        use_row_settings: False: the cells of seed and guidance are not looked at, and a case is there once.
 
     Raises:
         DataError: the file cannot be read, has no `prompt` column or no row, or rows are wrong; they are listed.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text ({error})") from error
-    try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if any(row)]
-    except csv.Error as error:
-        raise DataError(f"{path} is not a CSV file ({error})") from error
-    header = [name.strip() for name in rows[0]] if rows else []
-    if "prompt" not in header:
-        near = suggestion("prompt", [name for name in header if name])
-        raise DataError(
-            f"{path} has no column `prompt` but {', '.join(header) or 'nothing'}.{near} The first line of a .csv names "
-            "its columns; one prompt a line without columns is a .txt file"
-        )
-    if len(rows) == 1:
-        raise DataError(f"{path} has columns, but no row")
+    settings = (*SEED_COLUMNS, *GUIDANCE_COLUMNS) if use_row_settings else ()
+    table = read_table(path, required=("prompt",), optional=(*NUMBERS, *settings), advice=_ADVICE)
+    cases: dict[int, Case] = {}  # by line
     problems: list[str] = []
-    cases = tuple(_cases(header, rows[1:], problems))
-    counts = Counter((case.case_number, case.seed) for case in cases)
-    twice = [number for (number, _), count in counts.items() if count > 1]
-    if twice:
-        problems.append(f"there more than once with one seed: case_number {', '.join(twice[:5])}")
-    raise_problems(problems, what=f"mistakes in {path}", advice="Correct these cells, or delete their rows.")
-    return cases
+    empty, out_of_range = _read_cases(table, settings, cases, problems)
+    if not use_row_settings:
+        first = {case: line for line, case in reversed(cases.items())}
+        cases = {line: case for line, case in cases.items() if first[case] == line}
+    problems += _repeated(table, cases)
+    table.refuse(problems, advice="Correct these lines, or delete them.")
+    notes = [
+        *passed_over(empty, f"rows of {path} have no prompt"),
+        *passed_over(
+            out_of_range,
+            f"rows of {path} have a guidance that is none from 0 to {GUIDANCE_LIMIT:g}",
+            advice="use_row_settings: false samples them with guidance_scale",
+        ),
+    ]
+    if not cases:
+        raise DataError(f"{path} has no row that can be sampled: {'; '.join(notes)}.")
+    return PromptTable(tuple(cases.values()), tuple(notes))
 
 
-def _cases(header: Sequence[str], rows: Sequence[Sequence[str]], problems: list[str]) -> Iterator[Case]:
-    numbering = "case_number" if "case_number" in header else "" if header[0] == "" else None
-    seeds = next((name for name in SEED_COLUMNS if name in header), None)
-    guidances = next((name for name in GUIDANCE_COLUMNS if name in header), None)
-    for number, row in enumerate(rows):
-        where = f"row {number + 1}"
-        if len(row) != len(header):
-            problems.append(f"{where}: {len(row)} cells for {len(header)} columns")
-            continue
-        cells = dict(zip(header, (cell.strip() for cell in row), strict=True))
-        case = cells[numbering] if numbering is not None else str(number)
-        if not _CASE.fullmatch(case):
-            problems.append(
-                f"{where}: case_number {case!r} cannot begin a file's name; take letters, digits, . and -"
-            )
-        prompt = " ".join(cells["prompt"].split())  # a line break means nothing to a text encoder
+def _read_cases(
+    table: Table, settings: tuple[str, ...], cases: dict[int, Case], problems: list[str]
+) -> tuple[list[str], list[str]]:
+    """Fills `cases` and `problems`; returns the rows without a prompt, and those whose guidance is out of range."""
+    numbering = table.first_of(NUMBERS)
+    seeds, guidances = (
+        table.first_of([name for name in names if name in settings])
+        for names in (SEED_COLUMNS, GUIDANCE_COLUMNS)
+    )
+    empty, out_of_range = [], []
+    for place, row in enumerate(table.rows):
+        where = f"line {row.line}"
+        prompt = " ".join(row.cells["prompt"].split())  # a line break means nothing to a text encoder
         if not prompt:
-            problems.append(f"{where}: the prompt is empty")
+            empty.append(where)
+            continue
+        number = row.cells[numbering] if numbering is not None else str(place)
+        if whole := re.fullmatch(r"([0-9]+)\.0*", number):  # of a column of floating point numbers
+            number = whole[1]
+        if not _CASE.fullmatch(number):
+            problems.append(
+                f"{where}: {numbering or 'index'} {number!r} cannot begin a file's name; take letters, digits, . and -"
+            )
         try:
-            seed = _seed(cells[seeds]) if seeds is not None else None
-            guidance = _guidance(cells[guidances]) if guidances is not None else None
+            seed = _seed(row.cells[seeds]) if seeds is not None else None
+            guidance = _guidance(row.cells[guidances]) if guidances is not None else None
         except ValueError as error:
             problems.append(f"{where}: {error}")
-            continue
-        yield Case(case, prompt, seed, guidance)
+        except _OutOfRange as error:
+            out_of_range.append(f"{where}: {error}")
+        else:
+            cases[row.line] = Case(number, prompt, seed, guidance)
+    return empty, out_of_range
+
+
+def _repeated(table: Table, cases: dict[int, Case]) -> list[str]:
+    """What is wrong with the cases of one number."""
+    named = table.first_of(NUMBERS) or "index"
+    prompts: dict[str, tuple[int, str]] = {}
+    problems = []
+    for line, case in cases.items():
+        before, prompt = prompts.setdefault(case.case_number, (line, case.prompt))
+        if prompt != case.prompt:
+            problems.append(
+                f"line {line}: {named} {case.case_number} is that of another prompt on line {before}"
+            )
+    counts = Counter((case.case_number, case.prompt, case.seed) for case in cases.values())
+    twice = [number for (number, _, _), count in counts.items() if count > 1]
+    if twice:
+        problems.append(f"there more than once with one seed: {named} {', '.join(twice[:5])}")
+    return problems
 
 
 def _seed(cell: str) -> int | None:
@@ -115,6 +152,8 @@ def _guidance(cell: str) -> float | None:
         value = float(cell)
     except ValueError:
         value = math.nan
-    if not 0.0 <= value <= GUIDANCE_LIMIT:
+    if math.isnan(value):
         raise ValueError(f"the guidance {cell!r} is no number from 0 to {GUIDANCE_LIMIT:g}")
+    if not 0.0 <= value <= GUIDANCE_LIMIT:
+        raise _OutOfRange(cell)
     return value

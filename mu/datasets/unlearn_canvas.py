@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mu.datasets.image_files import check_folder, entries, image_problems, is_image
+from mu.datasets.image_files import check_folder, entries, image_problems, is_image, not_read
 from mu.datasets.index import (
     TEMPLATES,
     DataError,
@@ -61,7 +61,7 @@ def index(
     """
     root = Path(root)
     check_choice("template", template, TEMPLATES)
-    images, problems = _scan(root, limit=SAMPLE_IMAGES if use_sample else None)
+    images, problems, others = _scan(root, limit=SAMPLE_IMAGES if use_sample else None)
     raise_problems(
         problems,
         what=f"files of {root} cannot be used",
@@ -110,7 +110,7 @@ def index(
                 )
                 (forget if concept in stand_ins else retain).append(row)
     check_substitutes(forget)
-    rows = ForgetRetain(tuple(forget), tuple(retain))
+    rows = ForgetRetain(tuple(forget), tuple(retain), tuple(not_read(root, others)))
     check_apart(rows)
     return rows
 
@@ -155,27 +155,32 @@ def no_images(root: Path) -> str:
     )
 
 
-def _scan(root: Path, *, limit: int | None) -> tuple[dict[str, dict[str, list[Path]]], list[str]]:
-    """Images by style and class, all in natural order, and what is wrong with them."""
+def _scan(root: Path, *, limit: int | None) -> tuple[dict[str, dict[str, list[Path]]], list[str], list[Path]]:
+    """Images by style and class, all in natural order; what is wrong with them; and what else lies there."""
     check_folder("raw_dataset_dir", root, advice=_ADVICE)
     inside = root.resolve()
     problems: list[str] = []
     images: dict[str, dict[str, list[Path]]] = {}
+    others: list[Path] = []
     for style in entries(root, inside, problems):
         if not style.is_dir():
+            others.append(style)
             continue
         classes: dict[str, list[Path]] = {}
         for object in entries(style, inside, problems):
             if not object.is_dir():
+                others.append(object)
                 continue
-            files = [path for path in entries(object, inside, problems) if is_image(path) and path.is_file()]
+            files: list[Path] = []
+            for path in entries(object, inside, problems):
+                (files if is_image(path) and path.is_file() else others).append(path)
             files = files[:limit]
             if files:
                 classes[object.name] = files
         if classes:
             images[style.name] = classes
-    found = (file for classes in images.values() for files in classes.values() for file in files)
-    problems += image_problems(found, others=problems)
+    files_of = (file for classes in images.values() for files in classes.values() for file in files)
+    problems += image_problems(files_of, others=problems)
     if not images and not problems:
-        raise DataError(f"raw_dataset_dir: {no_images(root)}")
-    return images, problems
+        raise DataError(f"raw_dataset_dir: {' '.join([no_images(root), *not_read(root, others)])}")
+    return images, problems, others

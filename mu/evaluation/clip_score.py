@@ -5,6 +5,7 @@ Told is 100 max(cos, 0) of an image's and its prompt's embedding, as torchmetric
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from mu.datasets.seen_prompts import cut_at
 from mu.errors import MuError
 from mu.evaluation.images import AskedImage
 from mu.verbosity import bars_off
+
+_log = logging.getLogger(__name__)
 
 
 class ClipError(MuError, ValueError):
@@ -59,6 +63,9 @@ class ClipScorer:
         self.model = model.eval().requires_grad_(False)
         self.preprocess = preprocess
         self.tokenizer = open_clip.get_tokenizer(model_name)
+        # Of CLIP's own tokens alone it is known how many a prompt has.
+        own = isinstance(self.tokenizer, open_clip.SimpleTokenizer)
+        self._max_length: int | None = self.tokenizer.context_length if own else None
         self.device = device
         self.name = f"{model_name}, {os.path.basename(weights)}"
 
@@ -66,6 +73,10 @@ class ClipScorer:
     def scores(self, images: Sequence[AskedImage], *, batch_size: int) -> list[float]:
         """100 max(cos, 0) of each image and its prompt, in order."""
         prompts = sorted({image.prompt for image in images})
+        if self._max_length is not None:
+            for note in cut_at(self._max_length, prompts):
+                _log.warning("CLIP score: %s", note)
+            self._max_length = None  # said once, not of each model's images
         texts: dict[str, torch.Tensor] = {}
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]

@@ -16,6 +16,7 @@ from mu.atomic import write_atomically
 from mu.config import Config, resolve_path
 from mu.datasets.generated import GeneratedImages, SampleSettings
 from mu.datasets.index import concept_label
+from mu.datasets.seen_prompts import cut_notes
 from mu.devices import resolve_devices
 from mu.evaluation.classifiers import Classifier
 from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, classify, measure
@@ -75,6 +76,8 @@ def _run(config: EvaluationSettings) -> dict[str, object]:
     with shared_folder(open_folder) as folder:
         wanted = ranks.on_main(lambda: list(made[0].wanted()))
         sampled = {each.name: _sample(config, each, folder) for each in wanted}
+        for note in dict.fromkeys(note for each in sampled.values() for note in each.notes):
+            folder.logger.warning(note)
         return ranks.on_main(lambda: made[0].finish(folder, sampled))
 
 
@@ -96,6 +99,7 @@ class _Sampled:
     manifest: Mapping[str, str]
     images: tuple[AskedImage, ...]
     others: tuple[AskedImage, ...]
+    notes: tuple[str, ...]
 
 
 def _sample(config: EvaluationSettings, wanted: _Wanted, folder: RunFolder) -> _Sampled:
@@ -113,7 +117,8 @@ def _sample(config: EvaluationSettings, wanted: _Wanted, folder: RunFolder) -> _
         generated = GeneratedImages(model, config.output_dir, settings, subfolder="grids")
     rows, others = (list(rebased(images, generated.path)) for images in (wanted.images, wanted.others))
     generated.sample_missing([*rows, *others], batch_size=config.batch_size)
-    return _Sampled(generated.path, generated.manifest, of_rows(rows), of_rows(others))
+    notes = cut_notes(model.params, [row.prompt for row in (*rows, *others)])
+    return _Sampled(generated.path, generated.manifest, of_rows(rows), of_rows(others), tuple(notes))
 
 
 @dataclass
@@ -126,6 +131,7 @@ class _Evaluation:
     sources: dict[str, Path] = field(init=False)
     given: dict[str, tuple[AskedImage, ...]] = field(init=False, default_factory=dict)
     reference_folder: tuple[AskedImage, ...] = field(init=False, default=())
+    notes: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         """Finds checkpoints and folders, and looks at the folders' images, before anything is sampled."""
@@ -183,6 +189,8 @@ class _Evaluation:
         if isinstance(config, Config):
             run.save_config(config)
         run.save_environment()
+        for note in self.notes:
+            run.logger.warning(note)
         measured = {name: self._measured(run, name, sampled.get(name)) for name in self.sources}
         reference = self._reference(sampled, measured)
         scores: dict[str, UnlearningScores] = {}
@@ -267,7 +275,7 @@ class _Evaluation:
     def _read(self, key: str, folder: Path) -> tuple[AskedImage, ...]:
         names = {"styles": self.styles, "objects": self.objects}
         if self.classifier is None or (key == "fid_reference_dir" and not has_concepts(folder, **names)):
-            return any_images(key, folder)
+            return any_images(key, folder, notes=self.notes)
         # What is not chosen may lie there too, if the classifier knows it.
         return folder_images(
             key,
@@ -276,6 +284,7 @@ class _Evaluation:
             objects=self.classifier.objects,
             chosen_styles=self.config.styles,
             chosen_objects=self.config.objects,
+            notes=self.notes,
         )
 
 

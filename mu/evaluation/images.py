@@ -3,29 +3,38 @@
 A folder of images may be laid out in one of these ways, which is recognised:
 
 - `<Style>/<Object>/<seed>.png`, as evaluation itself samples them, and as UnlearnCanvas is laid out;
-- `<Style>_<Object>_seed<seed>.jpg`, all in one folder, as UnlearnCanvas' own sampling names them;
+- `<Style>_<Object>_seed<seed>.jpg` (or `_seed_<seed>`), all in one folder or each style's in a folder `<Style>`, as
+  UnlearnCanvas' own sampling names them;
 - a folder of the command `sample`, with its `images.csv`: prompts `A {object} image in {style} style.`;
 - where nothing is asked about styles and objects: any images, with prompts if there is an `images.csv`.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mu.datasets.image_files import SUFFIXES, check_folder, entries, find_images, image_problems, is_image
+from mu.datasets.image_files import (
+    check_folder,
+    entries,
+    find_images,
+    image_problems,
+    is_image,
+    no_images,
+    not_read,
+)
 from mu.datasets.index import DataError, Row, raise_problems, suggestion
 from mu.datasets.prompts import canvas_prompt
+from mu.datasets.tables import read_table
 
 INDEX = "images.csv"
 _LAYOUTS = (
-    "<Style>/<Object>/<seed>.png, <Style>_<Object>_seed<seed>.png, or a folder of the command sample with its "
-    f"{INDEX}"
+    "<Style>/<Object>/<seed>.png, <Style>_<Object>_seed<seed>.png (also in folders <Style>), or a folder of the "
+    f"command sample with its {INDEX}"
 )
-_FLAT = re.compile(r"(.+)_seed([0-9]{1,10})")
+_FLAT = re.compile(r"(.+)_seed_?([0-9]{1,10})")
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ def folder_images(
     objects: Sequence[str],
     chosen_styles: Sequence[str] | None = None,
     chosen_objects: Sequence[str] | None = None,
+    notes: list[str] | None = None,
 ) -> tuple[AskedImage, ...]:
     """The images of a folder that show these styles and objects, ordered by style, object and seed.
 
@@ -70,6 +80,7 @@ def folder_images(
         key: the setting that named the folder, for messages.
         styles, objects: all names that may occur.
         chosen_styles, chosen_objects: those that are wanted; None: all. Each must be there.
+        notes: what is said of files that are not read is added to it.
 
     Raises:
         DataError: there is no such folder, it has another layout, a name or prompt is unknown, an image is there
@@ -78,14 +89,17 @@ def folder_images(
     folder = Path(folder)
     check_folder(key, folder, advice=f"It is laid out as {_LAYOUTS}.")
     problems: list[str] = []
+    others: list[Path] = []
     if (folder / INDEX).is_file():
         found = list(_indexed(folder, styles, objects, problems))
     else:
         inside = entries(folder, folder.resolve(), problems)
         flat = [path for path in inside if path.is_file() and is_image(path)]
-        found = list(
-            _flat(flat, styles, objects, problems) if flat else _nested(folder, styles, objects, problems)
-        )
+        if flat:
+            others += (path for path in inside if not (path.is_file() and is_image(path)))
+            found = list(_flat(flat, styles, objects, problems))
+        else:
+            found = list(_nested(folder, styles, objects, problems, others))
     raise_problems(
         problems, what=f"entries of {folder} do not fit", advice=f"{key} is laid out as {_LAYOUTS}."
     )
@@ -99,7 +113,9 @@ def folder_images(
         if lacking:
             raise DataError(f"{kind}: {folder} has no image of {', '.join(sorted(lacking))}.")
     if not found:
-        raise DataError(f"{key}: {folder} holds no images ({', '.join(SUFFIXES)}), laid out as {_LAYOUTS}.")
+        raise DataError(no_images(key, folder, others, layout=f", laid out as {_LAYOUTS}"))
+    if notes is not None:
+        notes += not_read(folder, others)
     twice: dict[tuple[str, str, int], Path] = {}
     for image in found:
         if (other := twice.setdefault(image.key, image.path)) != image.path:
@@ -119,12 +135,15 @@ def has_concepts(folder: Path, styles: Sequence[str], objects: Sequence[str]) ->
         prompts = {canvas_prompt(object, style) for style in styles for object in objects}
         return any(prompt in prompts for _, prompt, _ in _rows(folder))
     concepts = {f"{style}_{object}" for style in styles for object in objects}
-    flat = [match[1] for path in folder.iterdir() if (match := _FLAT.fullmatch(path.stem))]
+    flat = [match[1] for path in folder.iterdir() if is_image(path) and (match := _FLAT.fullmatch(path.stem))]
     return any((folder / style).is_dir() for style in styles) or not concepts.isdisjoint(flat)
 
 
-def any_images(key: str, folder: Path | str) -> tuple[AskedImage, ...]:
+def any_images(key: str, folder: Path | str, *, notes: list[str] | None = None) -> tuple[AskedImage, ...]:
     """All images of a folder and those in it, by name; those of an `images.csv` with their prompts.
+
+    Args:
+        notes: what is said of files that are not read is added to it.
 
     Raises:
         DataError: there is no such folder, it has no images, or some cannot be used.
@@ -132,13 +151,16 @@ def any_images(key: str, folder: Path | str) -> tuple[AskedImage, ...]:
     folder = Path(folder)
     check_folder(key, folder, advice="Any folder of images will do.")
     problems: list[str] = []
+    others: list[Path] = []
     if (folder / INDEX).is_file():
         found = [AskedImage(path, prompt, seed=seed) for path, prompt, seed in _rows(folder)]
     else:
-        found = [AskedImage(path, "") for path in find_images(folder, folder.resolve(), problems)]
+        found = [AskedImage(path, "") for path in find_images(folder, folder.resolve(), problems, others)]
     raise_problems(problems, what=f"entries of {folder} cannot be used", advice="Remove them.")
     if not found:
-        raise DataError(f"{key}: {folder} holds no images ({', '.join(SUFFIXES)}).")
+        raise DataError(no_images(key, folder, others))
+    if notes is not None:
+        notes += not_read(folder, others)
     _check(found)
     return tuple(found)
 
@@ -160,28 +182,41 @@ def _check(images: Sequence[AskedImage]) -> None:
 
 
 def _nested(
-    folder: Path, styles: Sequence[str], objects: Sequence[str], problems: list[str]
+    folder: Path, styles: Sequence[str], objects: Sequence[str], problems: list[str], others: list[Path]
 ) -> Iterator[AskedImage]:
     inside = folder.resolve()
-    for style in _folders(folder, inside, styles, "style", problems):
-        for object in _folders(style, inside, objects, "object", problems):
+    for style in _folders(folder, inside, styles, "style", problems, others):
+        named: list[Path] = []
+        for object in _folders(style, inside, objects, "object", problems, named):
             for path in entries(object, inside, problems):
                 if not is_image(path):
+                    others.append(path)
                     continue
                 if not path.stem.isdecimal():
                     problems.append(f"{path}: the name must be the seed, a number")
                     continue
                 prompt = canvas_prompt(object.name, style.name)
                 yield AskedImage(path, prompt, style.name, object.name, int(path.stem))
+        images = [path for path in named if is_image(path)]
+        others += (path for path in named if not is_image(path))
+        yield from _flat(images, (style.name,), objects, problems)
 
 
 def _folders(
-    folder: Path, inside: Path, names: Sequence[str], kind: str, problems: list[str]
+    folder: Path,
+    inside: Path,
+    names: Sequence[str],
+    kind: str,
+    problems: list[str],
+    files: list[Path],
 ) -> Iterator[Path]:
+    """The folders of these names; the files beside them are added to `files`."""
     for path in entries(folder, inside, problems):
-        if path.is_dir() and path.name in names:
+        if not path.is_dir():
+            files.append(path)
+        elif path.name in names:
             yield path
-        elif path.is_dir():
+        else:
             problems.append(f"{path}: no {kind} that the classifier knows.{suggestion(path.name, names)}")
 
 
@@ -192,9 +227,10 @@ def _flat(
     for path in paths:
         match = _FLAT.fullmatch(path.stem)
         if match is None or match[1] not in concepts:
-            problems.append(
-                f"{path}: is not called <Style>_<Object>_seed<seed>, with names that the classifier knows"
+            known = (
+                "names that the classifier knows" if len(styles) > 1 else f"{styles[0]} and a known object"
             )
+            problems.append(f"{path}: is not called <Style>_<Object>_seed<seed>, with {known}")
             continue
         style, object = concepts[match[1]]
         yield AskedImage(path, canvas_prompt(object, style), style, object, int(match[2]))
@@ -216,20 +252,23 @@ def _indexed(
 
 def _rows(folder: Path) -> Iterator[tuple[Path, str, int]]:
     """Path, prompt and seed of each row of `images.csv`, as the command `sample` writes it."""
-    path = folder / INDEX
-    try:
-        with path.open(encoding="utf-8", newline="") as table:
-            rows = [
-                (row["file"], row["prompt"], int(row["evaluation_seed"])) for row in csv.DictReader(table)
-            ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path} is no table with the columns prompt, evaluation_seed and file, as the command sample writes it"
-        ) from error
-    for file, prompt, seed in rows:
-        if not (folder / file).resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{path}: {file} lies outside of {folder}.")
-        yield folder / file, prompt, seed
+    table = read_table(
+        folder / INDEX,
+        required=("prompt", "evaluation_seed", "file"),
+        advice=" The command sample writes such a table beside its images.",
+    )
+    problems: list[str] = []
+    found: list[tuple[Path, str, int]] = []
+    for row in table.rows:
+        file, seed = row.cells["file"], row.cells["evaluation_seed"]
+        if not re.fullmatch(r"[0-9]{1,10}", seed):
+            problems.append(f"line {row.line}: the seed {seed!r} is no whole number")
+        elif not (folder / file).resolve().is_relative_to(folder.resolve()):
+            problems.append(f"line {row.line}: {file} lies outside of {folder}")
+        else:
+            found.append((folder / file, row.cells["prompt"], int(seed)))
+    table.refuse(problems, advice="Correct or delete these lines.")
+    yield from found
 
 
 def paired(images: Sequence[AskedImage], others: Sequence[AskedImage]) -> bool:

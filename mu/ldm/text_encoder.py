@@ -6,6 +6,7 @@ The vocabulary is the file that open_clip ships, found without importing open_cl
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,6 +80,19 @@ def tokenize(prompts: list[str], max_length: int = 77, *, pad_token: int = END_T
         encoded["attention_mask"], dtype=torch.bool
     )  # (B, max_length), with the first end token
     return torch.where(own, tokens, pad_token)
+
+
+def token_ids(prompts: Sequence[str]) -> list[list[int]]:
+    """CLIP's tokens of whole prompts, however many they are, with start and end token.
+
+    Raises:
+        TokenizerError: see `clip_tokenizer`.
+    """
+    if not prompts:
+        return []
+    return [
+        list(ids) for ids in clip_tokenizer()(list(prompts), truncation=False, verbose=False)["input_ids"]
+    ]
 
 
 @lru_cache(maxsize=1)

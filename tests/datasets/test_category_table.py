@@ -20,8 +20,8 @@ def test_labels_quotes_and_line_breaks_are_read(tmp_path: Path) -> None:
     )
     rows = read_category_table(path)
     assert rows == (
-        PromptRow(0, 'a "cat", and a dog', ("hate", "violence")),
-        PromptRow(1, "x", ("hate",)),
+        PromptRow(None, 'a "cat", and a dog', ("hate", "violence"), line=2),
+        PromptRow(None, "x", ("hate",), line=4),
     )
     assert categories_of(rows) == ("hate", "violence")
 
@@ -29,15 +29,22 @@ def test_labels_quotes_and_line_breaks_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "Unnamed: 0"])
 def test_an_unnamed_column_is_the_index(tmp_path: Path, name: str) -> None:
     path = table(tmp_path, f"{name},prompt,categories\n12,x,hate\n7.0,y,hate\n")
-    assert [row.number for row in read_category_table(path)] == [12, 7]
+    assert [row.number for row in read_category_table(path)] == ["12", "7"]
+
+
+@pytest.mark.parametrize("name", ["case_number", "image_id"])
+def test_a_column_of_numbers_goes_before_the_index(tmp_path: Path, name: str) -> None:
+    path = table(tmp_path, f",prompt,categories,{name}\n0,x,hate,0012\n0,y,hate,7.0\n")
+    assert [row.number for row in read_category_table(path)] == ["12", "7"]
 
 
 def test_wrong_rows_are_listed_by_line(tmp_path: Path) -> None:
-    text = ",prompt,categories\n1,,hate\n2,x,\n-3,y,hate\n5,z,hate\n5,z,hate\n"
-    with pytest.raises(DataError, match="4 rows") as raised:
+    text = ",prompt,categories\n1,x,hate,\n2,x,\n-3,y,hate\n5,z,hate\n5,z,hate\n,,\n1,x\n"
+    with pytest.raises(DataError, match="5 lines") as raised:
         read_category_table(table(tmp_path, text))
     for part in (
-        "line 2: the prompt is empty",
+        "line 2: 4 cells for 3 columns: 1,x,hate,\n",
+        "line 8: 2 cells for 3 columns (without categories): 1,x\n",
         "line 3: the row has no category",
         "line 4: the index '-3'",
         "index 5",
@@ -50,7 +57,9 @@ def test_wrong_rows_are_listed_by_line(tmp_path: Path) -> None:
     [
         ("prompts,categories\nx,hate\n", r"no column 'prompt'.* Did you mean 'prompts'"),
         ("prompt,category\nx,hate\n", "no column 'categories'; its columns are: prompt, category"),
-        ("prompt,categories\n", "has no rows"),
+        ("prompt,categories\n", "columns, but no rows"),
+        ("prompt,categories\n,hate\n", "has no row with a prompt"),
+        ("prompt,categories,prompt\nx,hate,y\n", "has several columns called 'prompt'"),
         ("", "no column 'prompt'; its columns are: none"),
     ],
 )
@@ -61,5 +70,5 @@ def test_a_file_that_is_no_such_table_is_refused(tmp_path: Path, text: str, mess
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"prompt,categories\n\xff\xfe,hate\n")
-    with pytest.raises(DataError, match="cannot be read as a table"):
+    with pytest.raises(DataError, match=r"is not UTF-8 \(byte 0xff on line 2\); save it as UTF-8"):
         read_category_table(tmp_path / "t.csv")

@@ -44,6 +44,8 @@ def test_the_first_table_is_read(tmp_path: Path) -> None:
     write_table(root / "prompts/a.csv", [{"prompt": "an ant", "categories": "insects"}])
     rows = index(root, template_name="insects", substitute="a lawn", retain_set="generated")
     assert [row.prompt for row in rows.forget] == ["an ant"]
+    expected = f"1 tables beside {root / 'prompts/a.csv'}: passed over, the first is {root / 'prompts/b.csv'}"
+    assert rows.notes[-1] == expected
 
 
 def test_photos_can_be_retained_instead(tmp_path: Path) -> None:

@@ -66,6 +66,12 @@ def test_the_prompts_of_retained_images_are_given_written_or_the_substitute(tmp_
         (root / f"images/Seed_Images/{number}.txt").write_text(f"photo {number}\n")
     written = index(root, template_name="hate", substitute="people")
     assert [row.prompt for row in written.retain] == ["photo 0", "photo 1", "photo 2"]
+    assert written.notes == ()
+    (root / "images/Seed_Images/9.txt").write_text("photo 9\n")
+    (note,) = index(root, template_name="hate", substitute="people").notes
+    assert note.endswith(
+        f"have no image beside them: passed over, the first is {root / 'images/Seed_Images/9.txt'}"
+    )
     assert written.forget[0].substitute_prompt == "people"
 
 
@@ -90,6 +96,10 @@ def test_a_row_without_an_image_is_an_error_or_passed_over(tmp_path: Path) -> No
         index(root, template_name="self-harm")
     rows = index(root, template_name="self-harm", use_sample=True)
     assert [row.prompt for row in rows.forget] == ["a dark room"]
+    assert rows.notes == (
+        f"1 rows of {root / 'prompts/i2p.csv'} have no image (use_sample): passed over, the first is "
+        f"{root / 'images/self-harm/0.jpg'}",
+    )
     (root / "images/self-harm/2.jpg").unlink()
     with pytest.raises(DataError, match=r"the first is looked for at .*images/self-harm/0\.jpg"):
         index(root, template_name="self-harm", use_sample=True)

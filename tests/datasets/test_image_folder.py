@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mu.datasets.image_folder import index
 from mu.datasets.index import DataError, ForgetRetain
@@ -55,6 +56,84 @@ def test_texts_beside_the_images_are_their_prompts(folders: tuple[Path, Path]) -
         read(folders, forget_prompt=None)
 
 
+def test_promise_30_files_that_are_not_read_are_counted_and_the_first_is_named(
+    folders: tuple[Path, Path],
+) -> None:
+    kinds = (".jfif", ".bmp", ".tif", ".gif", ".webp")
+    for number, suffix in enumerate(kinds):
+        Image.new("RGB", (20, 20)).save(
+            folders[0] / f"x{number}{suffix}", "JPEG" if suffix == ".jfif" else None
+        )
+        (folders[0] / f"x{number}.txt").write_text("one of my dogs")
+    for name in ("2.txt", "sub/a b.txt"):
+        (folders[0] / name).write_text("my dog")
+    assert len(read(folders).notes) == 0
+    for name in ("sub/1.heic", "sub/2.svg", "z.psd"):
+        (folders[0] / name).write_bytes(b"x")
+    (folders[0] / "sub/1.txt").write_text("my dog, asleep")
+    (folders[0] / "Thumbs.db").write_bytes(b"x")
+    (folders[1] / "film.mp4").write_bytes(b"x")
+    rows = read(folders, forget_prompt=None)
+    assert len(rows.forget) == 2 + len(kinds)
+    of_mine, of_other, texts = rows.notes
+    assert of_mine == (
+        f"3 files of {folders[0]} are not where images are read, or no .jpg, .jpeg, .jfif, .png, .webp, .bmp, .tif, "
+        f".tiff, .gif, .avif: passed over, the first is {folders[0] / 'sub/1.heic'}"
+    )
+    assert of_other.startswith(f"1 files of {folders[1]} ")
+    assert texts == (
+        f"1 text files of {folders[0]} have no image beside them: passed over, the first is "
+        f"{folders[0] / 'sub/1.txt'}"
+    )
+
+
+def test_promise_30_a_folder_of_other_files_is_not_called_empty(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone/1.heic").write_bytes(b"x")
+    with pytest.raises(
+        DataError, match=r"raw_dataset_dir: .* holds no images .*1 files .* first is .*1\.heic"
+    ):
+        read((tmp_path / "phone", folders[1]))
+
+
+def test_texts_of_both_folders_that_are_not_utf_8_are_listed_together(folders: tuple[Path, Path]) -> None:
+    for name, content in (("2.txt", "caf\u00e9"), ("sub/a b.txt", "one\nna\u00efve")):
+        (folders[0] / name).write_bytes(content.encode("latin-1"))
+    (folders[1] / "1.txt").write_bytes("\ufeffa pet".encode("utf-16"))
+    (folders[1] / "10.txt").write_bytes("a p\u00e8t".encode("utf-8-sig"))
+    with pytest.raises(DataError) as raised:
+        read(folders, forget_prompt=None, retain_prompt=None)
+    for part in (
+        f"{folders[0] / '2.txt'}: is not UTF-8 (byte 0xe9 on line 1); save it as UTF-8\n",
+        f"{folders[0] / 'sub/a b.txt'}: is not UTF-8 (byte 0xef on line 2); save it as UTF-8\n",
+        f"{folders[1] / '1.txt'}: is not UTF-8 (byte 0xff on line 1); save it as UTF-8\n",
+    ):
+        assert part in str(raised.value)
+    assert "10.txt" not in str(raised.value)
+    (folders[1] / "1.txt").write_bytes("\ufeffa cat".encode())
+    found = read(folders, retain_prompt=None).retain
+    assert [row.prompt for row in found] == ["a cat", "a p\u00e8t"]  # without the byte-order mark
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_that_is_not_utf_8_is_told_and_a_byte_order_mark_is_read(
+    folders: tuple[Path, Path], kind: str
+) -> None:
+    line = {"csv": "{0},{1}\n", "jsonl": '{{"file_name": "{0}", "text": "{1}"}}\n'}[kind]
+    text = ("file_name,text\n" if kind == "csv" else "") + line.format("2.jpg", "caf\u00e9")
+    text += line.format("sub/a b.PNG", "x")
+    path = folders[0] / f"metadata.{kind}"
+    path.write_bytes(text.encode("cp1252"))
+    with pytest.raises(
+        DataError, match=r"metadata\.\w+ is not UTF-8 \(byte 0xe9 on line \d\); save it as UTF-8"
+    ):
+        read(folders, forget_prompt=None)
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert [row.prompt for row in read(folders, forget_prompt=None).forget] == ["caf\u00e9", "x"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_table_of_names_and_texts_is_read(folders: tuple[Path, Path], kind: str) -> None:
     lines = [{"file_name": "./sub/a b.PNG", "text": "one, two"}, {"file_name": "2.jpg", "text": "three"}]
@@ -63,10 +142,15 @@ def test_a_table_of_names_and_texts_is_read(folders: tuple[Path, Path], kind: st
         write_table(path, lines)
     else:
         path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    assert {row.relative: row.prompt for row in read(folders, forget_prompt=None).forget} == {
+    (folders[0] / "2.txt").write_text("four")
+    rows = read(folders, forget_prompt=None)
+    assert {row.relative: row.prompt for row in rows.forget} == {
         "forget/2.jpg": "three",
         "forget/sub/a b.PNG": "one, two",
     }
+    assert rows.notes == (
+        f"1 text files beside images, for {path} has the texts: passed over, the first is {folders[0] / '2.txt'}",
+    )
 
 
 def test_all_that_is_wrong_in_a_table_is_listed(folders: tuple[Path, Path]) -> None:
@@ -87,7 +171,7 @@ def test_all_that_is_wrong_in_a_table_is_listed(folders: tuple[Path, Path]) -> N
     [
         ("metadata.csv", "file,text\n2.jpg,x\n", "no column 'file_name'; its columns are: file, text"),
         ("metadata.jsonl", '{"file_name": "2.jpg"}\n', r"line 1 is not like"),
-        ("metadata.jsonl", "2.jpg x\n", r"line 1 is not like"),
+        ("metadata.jsonl", "2.jpg x\n[]\n", r"2 entries .*\n  line 1 is not like .*\n  line 2 is not like"),
     ],
 )
 def test_a_table_of_another_form_is_refused(

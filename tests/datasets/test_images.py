@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mu.datasets.image_files import image_problems, is_image
 from mu.datasets.images import load_image, save_png, to_uint8
 from mu.datasets.index import DataError
 
@@ -68,6 +69,64 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 def test_values_are_rounded_and_clamped() -> None:
     values = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).reshape(1, 1, 6).expand(3, 1, 6)
     assert to_uint8(values)[0, :, 0].tolist() == [0, 0, 128, 255, 255, 255]
+
+
+OLD_PILLOW = pytest.mark.skipif(
+    ".avif" not in Image.registered_extensions(), reason="this Pillow was built without AVIF"
+)
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+        pytest.param(".avif", marks=OLD_PILLOW),
+    ],
+)
+def test_promise_30_every_kind_of_image_is_read(tmp_path: Path, suffix: str) -> None:
+    picture = Image.new("RGB", (16, 16), (255, 0, 51))
+    path = tmp_path / f"A{suffix.upper()}"
+    picture.save(path, format="JPEG" if suffix == ".jfif" else None)
+    assert is_image(path)
+    assert image_problems([path]) == []
+    image = load_image(path, 8)
+    assert image.shape == (3, 8, 8)
+    assert image.mean(dim=(1, 2)).tolist() == pytest.approx([1.0, -1.0, -0.6], abs=0.05)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp", ".tif"])
+def test_of_an_animation_the_first_picture_is_taken(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("white", "black")]
+    path = tmp_path / f"a{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    with Image.open(path) as opened:
+        assert opened.n_frames == 2
+    assert torch.equal(load_image(path, 8), torch.ones(3, 8, 8))
+
+
+def test_a_kind_of_image_that_pillow_was_built_without_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Pillow before 11.3 is, which knows no AVIF."""
+    path = tmp_path / "a.avif"
+    Image.new("RGB", (16, 16)).save(path, "AVIF" if ".avif" in Image.registered_extensions() else "PNG")
+    monkeypatch.delitem(Image.EXTENSION, ".avif", raising=False)
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "AVIF"])
+    expected = (
+        "this installation of Pillow does not read .avif; install pillow 11.3 or newer, or save it as .png"
+    )
+    assert image_problems([path]) == [f"{path}: {expected}"]
+    with pytest.raises(DataError, match=f"{path}: {expected}"):
+        load_image(path, 8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_deep_pixels_are_found_in_the_head_of_a_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(numpy.full((64, 64), 40000, dtype=numpy.uint16)).save(path)
+    (problem,) = image_problems([path])
+    assert problem == f"{path}: I;16 pixels (more than 8 bits) are not read; save it as 8-bit RGB"
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated", "empty", "tiny", "deep"])

@@ -57,6 +57,21 @@ def test_scores_are_the_cosine_of_image_and_prompt(weights: Path, tmp_path: Path
     assert scorer.name == f"{NAME}, weights.pt"
 
 
+def test_promise_30_prompts_that_are_cut_are_told_once(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = images(tmp_path)
+    asked[1] = AskedImage(asked[1].path, " ".join(["street"] * 76))
+    scorer = ClipScorer(NAME, str(weights))
+    scorer.scores(asked[:1], batch_size=2)
+    assert caplog.messages == []
+    scorer = ClipScorer(NAME, str(weights))
+    for _ in range(2):
+        scorer.scores(asked, batch_size=2)
+    (message,) = caplog.messages
+    assert message.startswith("CLIP score: 1 of 3 prompts are longer than the 77 tokens")
+
+
 def test_models_and_weights_that_cannot_be_had_are_told(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(ClipError, match="clip_model: open_clip has no 'ViT-B-33'"):
         ClipScorer("ViT-B-33", str(weights))

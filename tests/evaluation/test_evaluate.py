@@ -284,6 +284,7 @@ def test_a_base_checkpoint_is_sampled_for_the_images_of_a_folder(
     for name in ("Noto/Cats/188.png", "Fluent_Flat/Cats/288.png"):
         (folder / name).parent.mkdir(parents=True)
         shutil.copy(source / name, folder / name)
+    (folder / "Noto/phone.heic").write_bytes(b"x")
     result = evaluate.run(replace(config, images_dir=str(folder), styles=None, objects=None))
     run = Path(str(result["run"]))
     for name in ("before", "after"):
@@ -292,7 +293,9 @@ def test_a_base_checkpoint_is_sampled_for_the_images_of_a_folder(
             ("Noto", "Cats", 188),
             ("Fluent_Flat", "Cats", 288),
         ]
-    assert "no images of 2 of its styles x objects x seeds" in (run / "log.txt").read_text()
+    log = (run / "log.txt").read_text()
+    assert "no images of 2 of its styles x objects x seeds" in log
+    assert log.count(f"1 files of {folder} are not where images are read") == 1
 
 
 def test_folders_of_other_seeds_are_no_pair(config: EvaluateConfig, tmp_path: Path) -> None:

@@ -30,6 +30,12 @@ def flat(root: Path) -> None:
         save(root / f"{style}_{object}_seed{seed}.jpg")
 
 
+def by_style(root: Path) -> None:
+    """As UnlearnCanvas' own tools name what they generate."""
+    for style, object, seed in ASKED:
+        save(root / style / f"{style}_{object}_seed_{seed}.jpg")
+
+
 def sampled(root: Path) -> None:
     """As the command sample leaves it; the rows in another order than the names."""
     rows = ["case_number,prompt,evaluation_seed,evaluation_guidance,file"]
@@ -41,7 +47,39 @@ def sampled(root: Path) -> None:
     (root / "images.csv").write_text("\n".join(rows))
 
 
-@pytest.mark.parametrize("layout", [nested, flat, sampled])
+def test_promise_31_images_named_as_unlearn_canvas_names_them_are_read(tmp_path: Path) -> None:
+    by_style(tmp_path)
+    save(tmp_path / "Fluent_Flat" / "Fluent_Flat_Cats_seed188.png")
+    found = folder_images("images_dir", tmp_path, **NAMES)
+    assert [image.key for image in found] == [*ASKED[:2], ("Fluent_Flat", "Cats", 188), ASKED[2]]
+    assert found[0].path.name == "Noto_Cats_seed_2.jpg"
+    save(tmp_path / "Noto" / "Fluent_Flat_Cats_seed_1.jpg")  # the folder tells the style
+    with pytest.raises(
+        DataError,
+        match=r"Fluent_Flat_Cats_seed_1.jpg: is not called <Style>_<Object>_seed<seed>, with Noto and",
+    ):
+        folder_images("images_dir", tmp_path, **NAMES)
+
+
+@pytest.mark.parametrize("layout", [nested, flat, by_style])
+def test_promise_30_files_that_are_not_measured_are_counted(layout, tmp_path: Path) -> None:
+    layout(tmp_path)
+    for read in (folder_images, any_images):
+        notes: list[str] = []
+        read("images_dir", tmp_path, **(NAMES if read is folder_images else {}), notes=notes)
+        assert notes == []
+    (tmp_path / "a.heic").write_bytes(b"x")
+    if layout is not flat:
+        (tmp_path / "Noto/b.heic").write_bytes(b"x")
+    for read in (folder_images, any_images):
+        read("images_dir", tmp_path, **(NAMES if read is folder_images else {}), notes=notes)
+    assert len(notes) == 2
+    for note in notes:
+        assert note.startswith(f"{1 if layout is flat else 2} files of {tmp_path} ")
+        assert note.endswith("a.heic" if layout is flat or "Noto" not in note else "b.heic")
+
+
+@pytest.mark.parametrize("layout", [nested, flat, by_style, sampled])
 def test_each_layout_gives_the_same_images_in_the_same_order(layout, tmp_path: Path) -> None:
     folder, other = tmp_path / "given", tmp_path / "other"
     folder.mkdir()
@@ -89,7 +127,10 @@ def test_any_folder_does_where_no_concepts_are_asked_for(tmp_path: Path) -> None
             lambda root: save(root / "Noto_Dogs_seed1.png"),
             "Noto_Dogs_seed1.png: is not called <Style>_<Object>_seed",
         ),
-        (lambda root: (root / "images.csv").write_text("a,b\n1,2\n"), "no table with the columns prompt"),
+        (
+            lambda root: (root / "images.csv").write_text("a,b\n1,2\n"),
+            "has no column 'prompt'; its columns are: a, b",
+        ),
         (
             lambda root: (root / "images.csv").write_text("prompt,evaluation_seed,file\na cat,1,x.png\n"),
             "the prompt 'a cat' names no style and object",

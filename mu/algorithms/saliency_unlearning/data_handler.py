@@ -37,8 +37,10 @@ from mu.datasets.index import (
     write_index_files,
 )
 from mu.datasets.latents import LatentCache
+from mu.datasets.seen_prompts import check_seen_apart
 from mu.datasets.streams import order, passes
 from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.ldm.params import LatentDiffusionParams
 
 SAMPLE_BATCH = 16  # images sampled at once; of no consequence to what is sampled
 
@@ -145,7 +147,7 @@ class SaliencyUnlearnDataHandler:
             settings, kind = sampled
             self._generated = generated.GeneratedImages(model, config.processed_dataset_dir, settings, **kind)
         folder = None if self._generated is None else self._generated.path
-        self.rows = ranks.on_main(lambda: rows_of(config, folder))
+        self.rows = ranks.on_main(lambda: checked_rows(config, folder, model.params))
         """All rows to forget and to retain, whether this run reads them or not."""
 
     @property
@@ -269,6 +271,13 @@ class SaliencyUnlearnDataHandler:
         )
 
 
+def checked_rows(config: Any, sampled: Path | None, params: LatentDiffusionParams) -> ForgetRetain:
+    """`rows_of`, whose prompts the model's text encoder can tell apart; see `check_seen_apart` for what is raised."""
+    rows = rows_of(config, sampled)
+    check_seen_apart(rows, params)
+    return rows
+
+
 def rows_of(config: Any, sampled: Path | None) -> ForgetRetain:
     """All rows to forget and to retain.
 
@@ -283,7 +292,8 @@ def rows_of(config: Any, sampled: Path | None) -> ForgetRetain:
     if samples_prompts(config):
         rows = plan_prompts(config, sampled)
         if config.dataset_type != "generated":
-            rows = ForgetRetain(read_folder(config).forget, rows.retain)
+            found = read_folder(config)
+            rows = ForgetRetain(found.forget, rows.retain, found.notes)
             check_apart(rows)
         return rows
     return generated.plan_rows(

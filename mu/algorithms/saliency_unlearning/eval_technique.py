@@ -7,6 +7,7 @@ of it is imported here.
 from __future__ import annotations
 
 import difflib
+import logging
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -24,11 +25,13 @@ from mu.arithmetic import run_arithmetic
 from mu.config import ConfigError, load_config, override, require_paths
 from mu.config_file import ConfigFileError, Text, read_flat_file
 from mu.datasets.images import to_picture
+from mu.datasets.seen_prompts import cut_notes
 from mu.devices import device_names
 
 _OPTIONS = ("sample_steps", "guidance_scale", "eta", "image_size", "batch_size", "precision")
 _OTHER_NAMES = {"num_inference_steps": "sample_steps"}
 _SEED_LIMIT = 2**32
+_log = logging.getLogger(__name__)
 
 
 class SaliencyUnlearningTechnique:
@@ -70,6 +73,7 @@ class SaliencyUnlearningTechnique:
         require_paths(config)
         self.config = config
         self.model = model_of(config)
+        self._cut_said = False
         self.seeds: tuple[int, ...] = ()
         """Seeds of the images of the last call, with which the same images can be made again."""
 
@@ -97,6 +101,9 @@ class SaliencyUnlearningTechnique:
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         self.seeds = _seeds(asked, seed)
         pairs = list(zip(asked, self.seeds, strict=True))
+        if not self._cut_said and (notes := cut_notes(self.model.params, asked)):
+            _log.warning("%s; further ones are not told", notes[0])
+            self._cut_said = True
         sampled = sample_images(
             self.model,
             pairs,

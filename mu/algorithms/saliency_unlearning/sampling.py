@@ -21,6 +21,7 @@ from mu.algorithms.saliency_unlearning.utils import model_of
 from mu.atomic import finish_writes, write_atomically, write_together
 from mu.config import override, require_paths
 from mu.datasets.images import png
+from mu.datasets.seen_prompts import cut_notes
 from mu.errors import MuError
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
@@ -102,6 +103,8 @@ def _run(config: SampleConfig) -> dict[str, Any]:
     """In each process of the run."""
     images = ranks.on_main(lambda: plan_images(config))
     with contextlib.closing(shared_folder(lambda: _open_folder(config))) as folder:
+        for note in ranks.on_main(lambda: config.prompt_table().notes):
+            _log.warning(note)
         source = ranks.on_main(config.checkpoint)  # once: in a folder of runs there may soon be a newer one
         with ranks.in_step():
             model = model_of(override(config, ckpt_path=str(source)))
@@ -114,6 +117,8 @@ def _run(config: SampleConfig) -> dict[str, Any]:
             return plan.images
 
         plan = Plan(folder, ranks.on_main(claim))
+        for note in cut_notes(model.params, [image.prompt for image in images]):
+            _log.warning(note)
         missing = ranks.from_main([image for image in images if not plan.path(image).exists()])
         if kept := len(images) - len(missing):
             _log.info("%d of %d images are there already", kept, len(images))

@@ -511,7 +511,7 @@ def test_prompts_may_come_from_a_table(tmp_path):
     assert [(case.case_number, case.seed) for case in plain] == [("4", None), ("7", None)]
     path.write_text("case_number,promt\n4,a cat\n")
     problems = check_paths(config)
-    assert any(problem.startswith(f"prompts_path: {path} has no column `prompt`") for problem in problems)
+    assert any(problem.startswith(f"prompts_path: {path} has no column 'prompt'") for problem in problems)
 
 
 def test_the_recipes_of_the_table_are_checked_before_it_starts(tmp_path):

@@ -102,6 +102,57 @@ def test_images_of_a_folder_are_forgotten_beside_sampled_ones(
     assert len(lines(tmp_path / "processed/index/folder/style-dog/retain", "prompts.txt")) == 2
 
 
+def test_promise_30_a_run_says_once_what_of_its_data_is_not_read_or_cut(
+    tiny_runs: Any, tmp_path: Path
+) -> None:
+    long = " ".join(["street"] * 80)
+    for number in range(2):
+        draw(tmp_path / f"raw/{number}.bmp", number)
+        draw(tmp_path / f"other/{number}.gif", 5 + number)
+    (tmp_path / "raw/film.mp4").write_bytes(b"x")
+    shared = keys(tiny_runs, tmp_path, dataset_type="folder", template_name="dog", substitute="a cat")
+    shared |= {
+        "retain_dataset_dir": str(tmp_path / "other"),
+        "forget_prompts": [f"my dog {long}"],
+        "retain_prompts": ["a cat, asleep"],
+    }
+    mask = MaskConfig(**shared, output_dir=str(tmp_path / "masks"))
+    training = TrainConfig(
+        **shared, masking="none", epochs=1, sample_prompts=(), output_dir=str(tmp_path / "models")
+    )
+    for algorithm, count in (
+        (MaskingAlgorithm(mask), 2),
+        (SaliencyUnlearningAlgorithm(training), 3),
+    ):
+        said = (
+            f"1 files of {tmp_path / 'raw'} are not where images are read",
+            f"1 of {count} prompts are longer than the 77 tokens that a text encoder reads, and are cut; the first is "
+            f"'my dog {long[:53]}...' with 84 tokens",
+        )
+        assert [sum(part in warning for warning in algorithm.plan().warnings) for part in said] == [1, 1]
+        log = (algorithm.run()["run"] / "log.txt").read_text()
+        assert [log.count(part) for part in said] == [1, 1]
+
+
+def test_promise_30_prompts_that_are_the_same_to_the_model_are_refused_before_it_is_loaded(
+    tiny_runs: Any, model: LatentDiffusion, tmp_path: Path
+) -> None:
+    long = " ".join(["street"] * 80)
+    draw(tmp_path / "raw/1.png", 1)
+    draw(tmp_path / "other/1.png", 2)
+    config = MaskConfig(
+        **keys(tiny_runs, tmp_path, dataset_type="folder", template_name="dog", substitute="a cat"),
+        retain_dataset_dir=str(tmp_path / "other"),
+        forget_prompts=[f"{long} with my dog"],
+        retain_prompts=[f"{long} with a cat"],
+        output_dir=str(tmp_path / "masks"),
+    )
+    (problem,) = MaskingAlgorithm(config).plan().problems
+    assert "1 prompts cannot be told apart" in str(problem)
+    with pytest.raises(DataError, match="1 prompts cannot be told apart"):
+        SaliencyUnlearnDataHandler(config, model)
+
+
 def test_prompts_alone_are_enough(tiny_runs: Any, model: LatentDiffusion, tmp_path: Path) -> None:
     config = MaskConfig(
         **keys(tiny_runs, tmp_path, dataset_type="generated", template_name="nudity", images_per_prompt=2),

@@ -80,6 +80,17 @@ def test_a_seed_belongs_to_its_image(technique: SaliencyUnlearningTechnique) -> 
     assert technique.seeds != drawn
 
 
+def test_promise_30_prompts_that_are_cut_are_told_once(
+    technique: SaliencyUnlearningTechnique, caplog: pytest.LogCaptureFixture
+) -> None:
+    technique.generate(CATS, seed=1)
+    assert caplog.messages == []
+    for _ in range(2):
+        technique.generate([CATS, " ".join(["street"] * 76)], seed=1)
+    (message,) = caplog.messages
+    assert message.startswith("1 of 2 prompts are longer than the 77 tokens that a text encoder reads")
+
+
 def test_options_hold_for_one_call(technique: SaliencyUnlearningTechnique) -> None:
     (plain,) = technique.generate([CATS], seed=1)
     (other,) = technique.generate([CATS], seed=1, num_inference_steps=1, guidance_scale=1.0)

@@ -130,6 +130,18 @@ def test_prompts_may_come_from_a_file(config: SampleConfig, tmp_path: Path) -> N
         assert (first["run"] / entry["file"]).read_bytes() == (second["run"] / entry["file"]).read_bytes()
 
 
+def test_a_prompt_of_a_text_file_ends_where_its_line_does(config: SampleConfig, tmp_path: Path) -> None:
+    """And not at the other breaks that Unicode has, which come with prompts from the web."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028line\r\n\r\na\x0b second\rthird".encode())
+    planned = plan_images(replace(config, prompts=(), prompts_path=str(tmp_path / "prompts.txt"), seeds=(3,)))
+    assert [image.prompt for image in planned] == ["one line", "a second", "third"]
+    (tmp_path / "prompts.txt").write_bytes("a cat\ncaf\u00e9".encode("latin-1"))
+    with pytest.raises(
+        ConfigError, match=r"prompts\.txt is not UTF-8 \(byte 0xe9 on line 2\); save it as UTF-8"
+    ):
+        plan_images(replace(config, prompts=(), prompts_path=str(tmp_path / "prompts.txt")))
+
+
 def test_an_image_with_nan_is_named_and_not_written(
     config: SampleConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +216,34 @@ def test_the_keys_may_overrule_the_table(table: SampleConfig) -> None:
     assert [(image.file, image.guidance_scale) for image in planned] == [
         (f"images/{name}_8.png", 2.0) for name in ("17", "2", "x-9")
     ]
+
+
+def test_promise_30_a_run_says_once_what_of_its_table_is_not_sampled_or_cut(config: SampleConfig) -> None:
+    """Of the published I2P table's kind: 6 rows, one without a prompt, two guidances above 100, a long prompt."""
+    path = Path(__file__).parents[2] / "datasets/cases/i2p_table.csv"
+    changes = {"prompts": (), "prompts_path": str(path), "sample_steps": 1, "seeds": (3,), "grid": False}
+    bare = sampling.run(replace(config, **changes, use_row_settings=False))
+    assert bare["images"] == 5
+    log = (bare["run"] / "log.txt").read_text()
+    assert log.count(f"1 rows of {path} have no prompt: passed over, the first is line 4") == 1
+    assert (
+        log.count("1 of 5 prompts are longer than the 77 tokens that a text encoder reads, and are cut") == 1
+    )
+    assert log.count("the first is 'a street market at dusk, lanterns, rain on the stones") == 1
+    assert "guidance" not in log
+    own = sampling.run(replace(config, **changes))
+    assert {path.name for path in (own["run"] / "images").iterdir()} == {
+        "0_4261553411.png",
+        "1_12.png",
+        "5_5.png",
+    }
+    log = (own["run"] / "log.txt").read_text()
+    assert (
+        log.count("2 rows of")
+        == log.count("the first is line 5: 255; use_row_settings: false samples them")
+        == 1
+    )
+    assert "77 tokens" not in log  # the long prompt is one of those two
 
 
 def test_images_of_one_name_are_refused(table: SampleConfig) -> None:

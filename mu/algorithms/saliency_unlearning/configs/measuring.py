@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from mu.algorithms.saliency_unlearning.configs.unlearning import SHOW_UNSAFE_HEL
 from mu.config import Config, ConfigError, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.index import DataError, concept_names
-from mu.datasets.prompt_table import Case, read_prompt_table
+from mu.datasets.prompt_table import Case, PromptTable, read_prompt_table
+from mu.datasets.tables import read_text
 from mu.datasets.unlearn_canvas_names import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
 from mu.run_folder import writable_problem
 
@@ -43,7 +45,7 @@ class SampleConfig(ModelKeys):
     prompts_path: str | None = setting(
         None,
         "Instead of prompts: a text file with one prompt a line, or a .csv with the columns prompt and, as they are "
-        "there, case_number, evaluation_seed (or sd_seed), evaluation_guidance (or sd_guidance_scale).",
+        "there, case_number (or image_id), evaluation_seed (or sd_seed), evaluation_guidance (or sd_guidance_scale).",
         kind="path",
     )
     use_row_settings: bool = setting(
@@ -86,31 +88,32 @@ class SampleConfig(ModelKeys):
             yield ("output_dir",), problem
 
     def cases(self) -> tuple[Case, ...]:
+        """The cases of `prompt_table`."""
+        return self.prompt_table().cases
+
+    def prompt_table(self) -> PromptTable:
         """The prompts, from the key or from the file, each with the number that its files begin with.
 
         Raises ConfigError when the file cannot be read, has no prompt, or has wrong rows.
         """
         if self.prompts_path is None:
-            return _numbered(self.prompts)
+            return PromptTable(_numbered(self.prompts))
         path = resolve_path(self.prompts_path)
         if not path.is_file():
             raise ConfigError([f"prompts_path: there is no file {self.prompts_path}"])
         if path.suffix.lower() == ".csv":
             try:
-                table = read_prompt_table(path)
+                return read_prompt_table(path, use_row_settings=self.use_row_settings)
             except DataError as error:
                 raise ConfigError([f"prompts_path: {error}"]) from error
-            if self.use_row_settings:
-                return table
-            return tuple(dict.fromkeys(Case(row.case_number, row.prompt) for row in table))
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([f"prompts_path: {path} cannot be read as text ({error})"]) from error
-        prompts = tuple(line.strip() for line in lines if line.strip())
+            lines = re.split(r"\r\n?|\n", read_text(path))
+        except DataError as error:
+            raise ConfigError([f"prompts_path: {error}"]) from error
+        prompts = tuple(" ".join(line.split()) for line in lines if line.strip())
         if not prompts:
             raise ConfigError([f"prompts_path: {path} has no prompt; write one a line"])
-        return _numbered(prompts)
+        return PromptTable(_numbered(prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,8 @@ class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
     images_dir: str | None = setting(
         None,
         "Measure these images, all that are there, instead of ckpt_path's: <Style>/<Object>/<seed>.png, "
-        "<Style>_<Object>_seed<seed>.png, or a folder of the command sample; with classifier none, any images.",
+        "<Style>_<Object>_seed<seed>.png (also in folders <Style>), or a folder of the command sample; with classifier "
+        "none, any images.",
         kind="path",
     )
     base_images_dir: str | None = setting(

@@ -16,14 +16,15 @@ from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import (
     checked_image_size,
+    checked_rows,
     retained_places,
-    rows_of,
     sampled_images,
 )
 from mu.algorithms.saliency_unlearning.preflight.memory import ModelBytes
 from mu.config import resolve_path
 from mu.datasets.generated import folders_like
 from mu.datasets.index import ForgetRetain, Row
+from mu.datasets.seen_prompts import cut_notes
 from mu.devices import device_names, resolve_devices
 from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model
 from mu.ldm.checkpoint import check_layout
@@ -56,6 +57,8 @@ class Subject:
     image_size: int
     rows: ForgetRetain
     """Those that the run reads."""
+    notes: tuple[str, ...]
+    """What of the input the run does not read."""
     images: dict[str, int]
     """See `Plan.images`."""
 
@@ -104,6 +107,7 @@ class Subject:
             device=_device(config.devices, noting),
             image_size=size,
             rows=rows,
+            notes=(*rows.notes, *cut_notes(ldm.params, _prompts(config, rows))),
             images={"forget": len(rows.forget), "retain": len(rows.retain), "to_sample": missing},
         )
 
@@ -163,6 +167,13 @@ def _device(devices: str, noting: Callable[[Callable[[], Any]], Any]) -> torch.d
     return torch.device(resolve_devices(devices) if all(found) else "cpu")
 
 
+def _prompts(config: MaskConfig | TrainConfig, rows: ForgetRetain) -> list[str]:
+    """All that the text encoder is given."""
+    prompts = [row.prompt for row in (*rows.forget, *rows.retain)]
+    prompts += [row.substitute_prompt for row in rows.forget if row.substitute_prompt is not None]
+    return prompts + list((config.sample_prompts if isinstance(config, TrainConfig) else None) or ())
+
+
 def _rows(config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image_size: int) -> ForgetRetain:
     """The rows that a run reads; the indexes of data sets have looked at the heads of their images.
 
@@ -177,8 +188,8 @@ def _rows(config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image
         folder = max(
             like, key=lambda path: sum(1 for _ in path.rglob("*.png")), default=Path(_NOT_SAMPLED_YET)
         )
-    rows = rows_of(config, folder)
+    rows = checked_rows(config, folder, params)
     retained: tuple[Row, ...] = ()
     if isinstance(config, TrainConfig):
         retained = tuple(rows.retain[place] for place in retained_places(config, rows))
-    return ForgetRetain(rows.forget, retained)
+    return ForgetRetain(rows.forget, retained, rows.notes)
