@@ -18,6 +18,7 @@ from torch import Tensor
 from mu.ldm.diffusers_configs import compare_configs, diffusers_configs
 from mu.ldm.diffusers_tensors import COMPONENTS, to_diffusers
 from mu.ldm.params import LatentDiffusionParams, OpenClipParams
+from mu.ldm.recognise import other_pipeline
 from mu.ldm.tensor_file import CheckpointError, Reader, read_state_dict, write_state_dict
 
 _log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def read_diffusers_folder(
     folder = Path(folder)
     if not is_diffusers_folder(folder):
         raise CheckpointError(f"{folder} is no diffusers folder: it has no {INDEX}")
+    if (other := other_pipeline(_read_json(folder / INDEX))) is not None:
+        raise CheckpointError(f"{folder} is {other.name}, not a model that is read here: {other.advice}")
     if params is not None and params.cond_stage is not None:
         configs = {
             name: _read_json(folder / name / file)
