@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mu.ldm.diffusers_folder import is_diffusers_folder, write_diffusers_folder
 from mu.ldm.ema import EMA_PREFIX, has_ema, updated_ema, with_ema_weights
-from mu.ldm.formats import COMPVIS, kind_of, read_checkpoint, refuse_other_kinds
+from mu.ldm.formats import COMPVIS, FILE, UNKNOWN, kind_of, read_checkpoint, refuse_other_kinds
 from mu.ldm.model_config import load_model_config
 from mu.ldm.patch import Patch, PatchError, apply_patch, bits_of, listed, make_patch, remove_patch
 from mu.ldm.patch_file import SUFFIX, load_patch, save_patch
@@ -71,9 +71,12 @@ def patch_checkpoint(
         tensors, metadata = read_state_dict(source)
         refuse_other_kinds(tensors, metadata, source=source)
         if (kind := kind_of(tensors)) != COMPVIS:
+            advice = {
+                UNKNOWN: "give the checkpoint that the patches were made from",
+                FILE: "convert makes one from it",
+            }.get(kind, "convert with --base_ckpt_path makes one from it")
             raise PatchError(
-                f"{source} is a {kind}: a patch is applied to a CompVis checkpoint or a diffusers folder; convert "
-                "makes one from it"
+                f"{source} is a {kind}: a patch is applied to a CompVis checkpoint or a diffusers folder; {advice}"
             )
     if use_ema:
         tensors = with_ema_weights(tensors, source=source)

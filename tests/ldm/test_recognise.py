@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import ConvertConfig
 from mu.algorithms.saliency_unlearning.mask_file import save_mask
-from mu.config import ConfigError, check_paths
+from mu.config import check_paths
 from mu.ldm import CheckpointError, LatentDiffusion, describe_checkpoint, load_model, save_checkpoint
 from mu.ldm.checkpoint import read_state_dict, write_state_dict
 from mu.ldm.convert import convert_checkpoint
 from mu.ldm.diffusers_tensors import to_diffusers
 from mu.ldm.ema import ema_name
+from mu.ldm.patch import PatchError
 from mu.ldm.patching import patch_checkpoint
 from mu.ldm.recognise import READ_HERE, other_kind
 
@@ -171,6 +172,17 @@ def test_files_of_this_package_are_called_what_they_are(
     }.items():
         with pytest.raises(CheckpointError, match=says):
             load_model(tiny_yaml, tmp_path / name)
+
+
+def test_a_patch_is_applied_to_whole_checkpoints(tmp_path: Path, tiny_model: LatentDiffusion) -> None:
+    write_state_dict(named("backbone.layer.weight"), tmp_path / "x.safetensors")
+    write_part(parts_of(tiny_model)["attn2.pt"], tmp_path / "attn2.pt")
+    for name, advice in (
+        ("x.safetensors", "of no known kind: .*; give the checkpoint that the patches were made from"),
+        ("attn2.pt", "is a UNet in diffusers' names: .*; convert with --base_ckpt_path"),
+    ):
+        with pytest.raises(PatchError, match=advice):
+            patch_checkpoint(tmp_path / name, tmp_path / "y.safetensors", [])
 
 
 def test_an_embedding_of_the_web_interface_is_called_so(tmp_path: Path, tiny_yaml: Path) -> None:
@@ -351,9 +363,8 @@ def test_other_pipelines_of_the_same_networks_are_read(
 
 def test_a_folder_that_is_a_part_is_called_so_before_torch(tmp_path: Path) -> None:
     def says(folder: Path) -> str:
-        with pytest.raises(ConfigError) as raised:
-            check_paths(ConvertConfig(input_path=str(folder), output_path=str(tmp_path / "out")))
-        return str(raised.value)
+        [problem] = check_paths(ConvertConfig(input_path=str(folder), output_path=str(tmp_path / "out")))
+        return problem
 
     for name, network in (("unet", "UNet2DConditionModel"), ("control", "ControlNetModel")):
         (tmp_path / name).mkdir()
