@@ -51,6 +51,7 @@ SCHEDULE_KEYS = frozenset(
 )
 _TEXT = "cond_stage_model.transformer."
 _SHOWN = 5
+_PACKAGED = "package:algorithms/saliency_unlearning/configs/"
 
 
 def load_state_dict(model: LatentDiffusion, state_dict: Mapping[str, Tensor], *, source: str | Path) -> None:
@@ -210,7 +211,15 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
     if any(key.startswith(("down_blocks.", "encoder.down_blocks.", "text_model.")) for key in unexpected):
         return "The names are those of a part of a diffusers model; give the whole folder, or a CompVis checkpoint"
     if any(key.startswith("cond_stage_model.model.") for key in unexpected):
-        return "The text encoder is OpenCLIP's: an SD v2 checkpoint, which needs a model YAML of SD v2"
+        return (
+            "The text encoder is OpenCLIP's: an SD v2 checkpoint, which needs a model YAML of SD v2 (model_config_path "
+            f"{_PACKAGED}sd_v2_base.yaml for 512 px, {_PACKAGED}sd_v2_v.yaml for 768 px)"
+        )
+    if any(key.startswith(_TEXT) for key in unexpected):
+        return (
+            "The text encoder is CLIP's: an SD v1 checkpoint, which needs a model YAML of SD v1 (model_config_path "
+            f"{_PACKAGED}model_config.yaml)"
+        )
     if len(missing) == sum(not _may_be_ignored(key) for key in own):
         return (
             "None of its names is one of Stable Diffusion's: it is another kind of file, and no model YAML makes it "

@@ -116,7 +116,9 @@ def read_checkpoint(
     path = Path(path)
     if is_diffusers_folder(path):
         components = read_diffusers_folder(path, params, read=read)
-        description = _described(FOLDER, _joined(components))
+        joined = _joined(components)
+        refuse_other_kinds(joined, {}, source=path)
+        description = _described(FOLDER, joined)
         tensors = from_diffusers(components, params, source=path)
     else:
         tensors, metadata = read(path)

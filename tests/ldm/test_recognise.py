@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import ConvertConfig
@@ -19,9 +20,11 @@ from mu.ldm.checkpoint import read_state_dict, write_state_dict
 from mu.ldm.convert import convert_checkpoint
 from mu.ldm.diffusers_tensors import to_diffusers
 from mu.ldm.ema import ema_name
+from mu.ldm.formats import COMPVIS, kind_of
 from mu.ldm.patch import PatchError
 from mu.ldm.patching import patch_checkpoint
 from mu.ldm.recognise import READ_HERE, other_kind
+from tests.conftest import TINY_V2, tiny_model_yaml
 
 ModelMaker = Callable[..., LatentDiffusion]
 UNET = "model.diffusion_model."
@@ -218,6 +221,18 @@ def test_a_yaml_is_asked_for_where_it_helps(
         load_model(tiny_yaml, tmp_path / "b.safetensors")
 
 
+def test_the_yaml_of_the_other_stable_diffusion_is_named(
+    tmp_path: Path, tiny_yaml: Path, make_tiny_model: ModelMaker
+) -> None:
+    save_checkpoint(make_tiny_model(**TINY_V2), tmp_path / "v2.safetensors")
+    save_checkpoint(make_tiny_model(), tmp_path / "v1.safetensors")
+    (tmp_path / "v2.yaml").write_text(yaml.safe_dump(tiny_model_yaml(**TINY_V2)))
+    with pytest.raises(CheckpointError, match=r"an SD v2 checkpoint, .*sd_v2_base\.yaml for 512 px"):
+        load_model(tiny_yaml, tmp_path / "v2.safetensors")
+    with pytest.raises(CheckpointError, match=r"an SD v1 checkpoint, .*model_config\.yaml"):
+        load_model(tmp_path / "v2.yaml", tmp_path / "v1.safetensors")
+
+
 # ---- parts of a model
 
 
@@ -361,6 +376,20 @@ def test_other_pipelines_of_the_same_networks_are_read(
     assert torch.equal(load_model(tiny_yaml, tmp_path / "f").unet.out[2].bias, tiny_model.unet.out[2].bias)
 
 
+def test_a_folder_with_the_unet_of_another_model_is_called_what_it_is(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion
+) -> None:
+    save_checkpoint(tiny_model, tmp_path / "m.safetensors")
+    convert_checkpoint(
+        tmp_path / "m.safetensors", tmp_path / "f", model_config_path=tiny_yaml, format="diffusers"
+    )
+    path = tmp_path / "f" / "unet" / "diffusion_pytorch_model.safetensors"
+    unet, _ = read_state_dict(path)
+    write_state_dict(unet | {"conv_in.weight": torch.rand(32, 9, 3, 3)}, path)
+    with pytest.raises(CheckpointError, match="f is an inpainting model"):
+        load_model(tiny_yaml, tmp_path / "f")
+
+
 def test_a_folder_that_is_a_part_is_called_so_before_torch(tmp_path: Path) -> None:
     def says(folder: Path) -> str:
         [problem] = check_paths(ConvertConfig(input_path=str(folder), output_path=str(tmp_path / "out")))
@@ -380,8 +409,13 @@ def test_a_folder_that_is_a_part_is_called_so_before_torch(tmp_path: Path) -> No
 
 
 def test_real_checkpoints_are_nothing_else(tiny_model: LatentDiffusion) -> None:
-    state = dict(tiny_model.state_dict())
-    assert other_kind(state, {}) is None
+    shapes = json.loads(
+        (Path(__file__).parents[1] / "reference" / "sd_v1_state_dict_shapes.json").read_text()
+    )
+    sd_v1 = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    for state in (sd_v1, dict(tiny_model.state_dict())):
+        assert other_kind(state, {}) is None
+        assert kind_of(state) == COMPVIS
     for name, part in parts_of(tiny_model).items():
         if name != "modules.pt":
             assert other_kind(part, {}) is None, name
