@@ -174,7 +174,7 @@ def _rest_of(base: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> dict[str
 def _refuse_parts(
     tensors: Mapping[str, Tensor], params: LatentDiffusionParams, path: Path, kind: str
 ) -> None:
-    """Raises CheckpointError where all of a network is missing, or of the UNet what a base would have."""
+    """Raises CheckpointError where all of a network is missing; says how to complete it."""
     missing = [
         name
         for prefix, name in _PART_NAMES.items()
@@ -185,8 +185,8 @@ def _refuse_parts(
         return
     count = sum(key.startswith(UNET_PREFIX) for key in tensors)
     what = {
-        UNET_ALONE: f"holds a UNet alone, or a part of one ({count:,} weights), in diffusers' names",
-        UNET_BARE: f"holds a UNet alone, or a part of one ({count:,} weights), in CompVis' names",
+        UNET_ALONE: f"holds a UNet alone, or a part of one ({count:,} tensors), in diffusers' names",
+        UNET_BARE: f"holds a UNet alone, or a part of one ({count:,} tensors), in CompVis' names",
     }.get(kind, f"is a {kind} without its {' and '.join(missing)}")
     raise CheckpointError(
         f"{path} {what}: a part of a model. Give the whole checkpoint or diffusers folder; or complete it with "
