@@ -258,9 +258,9 @@ def _build(cls: type[P], options: dict[str, Any], name: str, source: str) -> P:
     values: dict[str, Any] = {}
     for key, value in options.items():
         kind = kinds[key]
-        if kind.startswith("tuple") and isinstance(value, (list, tuple)):
-            value = tuple(value)
-            right = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        if kind.startswith("tuple"):
+            value = tuple(value) if isinstance(value, list) else value
+            right = isinstance(value, tuple) and all(type(item) is int for item in value)
         elif kind == "bool":
             right = isinstance(value, bool)
         elif kind == "float":

@@ -54,6 +54,7 @@ _RANGES: dict[type, dict[str, tuple[float, float]]] = {
 }
 _RANGES[OpenClipParams] = _RANGES[TextEncoderParams]
 _LEVELS = 10
+_LEAST_LOG_SIGNAL = -60
 
 
 def structure_problems(params: LatentDiffusionParams) -> list[str]:
@@ -74,6 +75,7 @@ def structure_problems(params: LatentDiffusionParams) -> list[str]:
         *_autoencoder_problems(params.first_stage),
         *_text_problems(params),
         *_latent_problems(params),
+        *_schedule_problems(params),
     ]
 
 
@@ -185,6 +187,14 @@ def _latent_problems(params: LatentDiffusionParams) -> Iterator[str]:
             f"image_size = {side} latent pixels; the {len(unet.channel_mult)} levels of the UNet halve it "
             f"{len(unet.channel_mult) - 1} times, so it must be divisible by {step}"
         )
+    lowest = {"unet_config": (side // step, unet.channel_mult[-1] * unet.model_channels)}
+    lowest["first_stage_config"] = (side, stage.ch_mult[-1] * stage.ch)
+    for name, (pixels, channels) in lowest.items():
+        if pixels == 1 and channels == NORM_GROUPS:
+            yield (
+                f"image_size = {side} latent pixels leaves one pixel at the lowest level of {name}, of {channels} "
+                "channels: too little for a group norm; allowed: twice as large"
+            )
 
 
 def other_inputs(more: int, latent: int) -> str:
@@ -196,6 +206,20 @@ def other_inputs(more: int, latent: int) -> str:
         3: "an upscaler",
     }
     return kinds.get(more, "")
+
+
+def _schedule_problems(params: LatentDiffusionParams) -> Iterator[str]:
+    start, end, steps = params.linear_start**0.5, params.linear_end**0.5, params.timesteps
+    betas = ((start + (end - start) * t / max(1, steps - 1)) ** 2 for t in range(steps))
+    log_signal = sum(
+        math.log1p(-beta) for beta in betas
+    )  # of abar, the squared share of the image in the last latents
+    if log_signal < _LEAST_LOG_SIGNAL:
+        yield (
+            f"linear_start = {params.linear_start}, linear_end = {params.linear_end} and timesteps = {params.timesteps} "
+            f"leave exp({log_signal:.0f}) of an image at the last step, which fp32 cannot hold; allowed: at least "
+            f"exp({_LEAST_LOG_SIGNAL}) (Stable Diffusion: 0.00085, 0.0120 and 1000)"
+        )
 
 
 def _shown(value: object) -> str:

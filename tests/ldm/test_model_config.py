@@ -165,6 +165,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"linear_start": 0.02, "linear_end": 0.01},
         "linear_start = 0.02 and linear_end = 0.01; allowed: 0 <",
     ),
+    "signal": (
+        {"linear_start": 0.5, "linear_end": 0.5},
+        r"leave exp\(-693\) of an image .* allowed: at least exp",
+    ),
+    "one pixel": (
+        {"image_size": 1, "unet": {"channel_mult": [1]}},
+        "one pixel at the lowest level of unet_config, of 32",
+    ),
+    "no list": ({"unet": {"channel_mult": None}}, r"channel_mult = None is not of type tuple"),
     "nan": ({"scale_factor": float("nan")}, "scale_factor = nan; allowed: above 0"),
     "3 d": ({"unet": {"dims": 3}}, "dims = 3 is not built here; supported: 2"),
     "no attention": ({"autoencoder": {"attn_type": "none"}}, "attn_type = 'none' is not built here"),
