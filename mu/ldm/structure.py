@@ -187,8 +187,9 @@ def _latent_problems(params: LatentDiffusionParams) -> Iterator[str]:
             f"image_size = {side} latent pixels; the {len(unet.channel_mult)} levels of the UNet halve it "
             f"{len(unet.channel_mult) - 1} times, so it must be divisible by {step}"
         )
-    lowest = {"unet_config": (side // step, unet.channel_mult[-1] * unet.model_channels)}
-    lowest["first_stage_config"] = (side, stage.ch_mult[-1] * stage.ch)
+    # The first block of the lowest level is given the channels of the one before.
+    lowest = {"unet_config": (side // step, min(unet.channel_mult[-2:]) * unet.model_channels)}
+    lowest["first_stage_config"] = (side, min(stage.ch_mult[-2:]) * stage.ch)
     for name, (pixels, channels) in lowest.items():
         if pixels == 1 and channels == NORM_GROUPS:
             yield (
@@ -216,8 +217,8 @@ def _schedule_problems(params: LatentDiffusionParams) -> Iterator[str]:
     )  # of abar, the squared share of the image in the last latents
     if log_signal < _LEAST_LOG_SIGNAL:
         yield (
-            f"linear_start = {params.linear_start}, linear_end = {params.linear_end} and timesteps = {params.timesteps} "
-            f"leave exp({log_signal:.0f}) of an image at the last step, which fp32 cannot hold; allowed: at least "
+            f"linear_start = {params.linear_start}, linear_end = {params.linear_end} and timesteps = "
+            f"{params.timesteps} leave exp({log_signal:.0f}) of an image at the last step, which fp32 cannot hold; allowed: at least "
             f"exp({_LEAST_LOG_SIGNAL}) (Stable Diffusion: 0.00085, 0.0120 and 1000)"
         )
 

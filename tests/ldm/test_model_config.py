@@ -170,7 +170,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"leave exp\(-693\) of an image .* allowed: at least exp",
     ),
     "one pixel": (
-        {"image_size": 1, "unet": {"channel_mult": [1]}},
+        {"image_size": 2},
         "one pixel at the lowest level of unet_config, of 32",
     ),
     "no list": ({"unet": {"channel_mult": None}}, r"channel_mult = None is not of type tuple"),
