@@ -218,8 +218,8 @@ def _schedule_problems(params: LatentDiffusionParams) -> Iterator[str]:
     if log_signal < _LEAST_LOG_SIGNAL:
         yield (
             f"linear_start = {params.linear_start}, linear_end = {params.linear_end} and timesteps = "
-            f"{params.timesteps} leave exp({log_signal:.0f}) of an image at the last step, which fp32 cannot hold; allowed: at least "
-            f"exp({_LEAST_LOG_SIGNAL}) (Stable Diffusion: 0.00085, 0.0120 and 1000)"
+            f"{params.timesteps} leave exp({log_signal:.0f}) of an image at the last step, which fp32 cannot "
+            f"hold; allowed: at least exp({_LEAST_LOG_SIGNAL}) (Stable Diffusion: 0.00085, 0.0120 and 1000)"
         )
 
 
