@@ -161,7 +161,7 @@ def run_door(
     except MuError as error:
         if _is_to_print(error):
             print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

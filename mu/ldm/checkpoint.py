@@ -52,6 +52,7 @@ SCHEDULE_KEYS = frozenset(
 )
 _TEXT = "cond_stage_model.transformer."
 _SHOWN = 5
+_PACKAGED = "package:algorithms/saliency_unlearning/configs/"
 
 
 def load_state_dict(model: LatentDiffusion, state_dict: Mapping[str, Tensor], *, source: str | Path) -> None:
@@ -99,7 +100,8 @@ def check_state_dict(
     """
     found = check_layout(model, state_dict, source=source)
     for key, tensor in found.items():
-        if not _is_finite(tensor):
+        # OpenCLIP's causal mask, which some files have, is made of zeros and -Inf.
+        if not _is_finite(tensor) and not key.endswith(".attn_mask"):
             raise CheckpointError(
                 f"{source}: {key} holds NaN or Inf: its training diverged, or it is damaged"
             )
@@ -209,15 +211,33 @@ def _check_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: 
     ]
     listed = "; ".join(parts)
     raise CheckpointError(
-        f"{source} is not a checkpoint of this model: {listed}. {_hint(missing, unexpected, misshaped)}"
+        f"{source} is not a checkpoint of this model: {listed}. {_hint(own, missing, unexpected, misshaped)}"
     )
 
 
-def _hint(missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
+def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
     if any(key.startswith(("down_blocks.", "encoder.down_blocks.", "text_model.")) for key in unexpected):
         return "The names are those of a part of a diffusers model; give the whole folder, or a CompVis checkpoint"
     if any(key.startswith("cond_stage_model.model.") for key in unexpected):
-        return "The text encoder is OpenCLIP's: an SD v2 checkpoint, which needs a model YAML of SD v2"
+        return (
+            "The text encoder is OpenCLIP's: an SD v2 checkpoint, which needs a model YAML of SD v2 (model_config_path "
+            f"{_PACKAGED}sd_v2_base.yaml for 512 px, {_PACKAGED}sd_v2_v.yaml for 768 px)"
+        )
+    if any(key.startswith(_TEXT) for key in unexpected):
+        return (
+            "The text encoder is CLIP's: an SD v1 checkpoint, which needs a model YAML of SD v1 (model_config_path "
+            f"{_PACKAGED}model_config.yaml)"
+        )
+    if len(missing) == sum(not _may_be_ignored(key) for key in own):
+        return (
+            "None of its names is one of Stable Diffusion's: it is another kind of file, and no model YAML makes it "
+            "readable. Give a CompVis checkpoint or a diffusers folder"
+        )
+    if len(missing) < 0.02 * len(own) and not unexpected and not misshaped:
+        return (
+            "All else fits: the file is not whole. Get it again; or complete it with the rest of the model that it was "
+            "made from (convert FILE whole.safetensors --base_ckpt_path MODEL)"
+        )
     for key in [] if misshaped else unexpected[:_SHOWN]:  # of another size, other names are no misspellings
         near = difflib.get_close_matches(key, missing[:1000], n=1, cutoff=0.8)
         if near:

@@ -1,4 +1,4 @@
-"""From any checkpoint that is read here to any that is written, without a change of a single bit."""
+"""From any checkpoint that is read here to any that is written: no bit changes, unless another type is asked for."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mu.ldm.checkpoint import SCHEDULE_KEYS, check_state_dict
 from mu.ldm.diffusers_configs import diffusers_configs
 from mu.ldm.diffusers_folder import write_diffusers_folder
 from mu.ldm.diffusers_tensors import to_diffusers
-from mu.ldm.ema import EMA_PREFIX
+from mu.ldm.dtypes import DTYPES, cast_weight
+from mu.ldm.ema import EMA_PREFIX, is_ema_copy
 from mu.ldm.formats import CheckpointDescription, read_checkpoint
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.model_config import load_model_config
@@ -31,6 +33,8 @@ def convert_checkpoint(
     format: str,
     use_ema: bool = False,
     base: str | Path | None = None,
+    dtype: str = "source",
+    variant: str | None = None,
     overwrite: bool = False,
 ) -> CheckpointDescription:
     """Read a checkpoint, check it against its model, and write it in another format.
@@ -41,19 +45,28 @@ def convert_checkpoint(
             unet: a file (`.pt`, `.bin` or `.safetensors`) with the UNet's weights alone, in diffusers' names.
         model_config_path: the model's CompVis YAML.
         use_ema: take the UNet's EMA copy. Else it is kept where source and target are both CompVis'.
-        base: a whole checkpoint from which all but the UNet is taken.
+        base: a whole checkpoint from which all is taken that the source lacks.
+        dtype: type of the written weights, one of `DTYPES`; "source": each in the type that it has. The schedule's
+            constants keep theirs.
+        variant: for format diffusers: stands in the names of the weights' files, as `from_pretrained(variant=)` looks
+            for them.
 
     Returns:
         What the source is.
 
     Raises:
-        CheckpointError: the source is not this model's, or the target is there already or cannot be written.
+        CheckpointError: the source is not this model's, the target is there already or cannot be written, or a weight
+            is too large for the type.
         ModelConfigError: see `load_model_config`.
     """
     target = Path(target)
     params = load_model_config(model_config_path)
     if format not in FORMATS:
         raise CheckpointError(f"format is {format!r}; known: {', '.join(FORMATS)}")
+    if dtype != "source" and dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; known: source, {', '.join(DTYPES)}")
+    if variant is not None and format != "diffusers":
+        raise CheckpointError(f"variant {variant} is for format diffusers; {format} has one file of weights")
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} is there already; give another name, or set overwrite")
     if format == "diffusers":
@@ -61,15 +74,29 @@ def convert_checkpoint(
     rest = read_checkpoint(base, params).tensors if base is not None else None
     checkpoint = read_checkpoint(source, params, use_ema=use_ema, base=rest)
     tensors = check_state_dict(LatentDiffusion(params, device="meta"), checkpoint.tensors, source=source)
+    ema = {key: t for key, t in checkpoint.tensors.items() if key.startswith(EMA_PREFIX)}
+    if dtype != "source":
+        tensors, ema = (_cast(found, DTYPES[dtype], target) for found in (tensors, ema))
     if format == "diffusers":
-        write_diffusers_folder(tensors, target, params, overwrite=overwrite)
+        write_diffusers_folder(tensors, target, params, variant=variant, overwrite=overwrite)
     elif format == "unet":
         write_unet(tensors, target, params)
     else:
-        ema = {key: t for key, t in checkpoint.tensors.items() if key.startswith(EMA_PREFIX)}
         metadata = model_spec(params, title=target.stem) if target.suffix == ".safetensors" else {}
         write_state_dict({**_schedule(params, tensors), **tensors, **ema}, target, metadata)
     return checkpoint.description
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> dict[str, Tensor]:
+    """Weights in another type. Integers, the schedule and the counters of an EMA copy are none, and stay."""
+    return {
+        name: tensor
+        if not tensor.is_floating_point()
+        or name in SCHEDULE_KEYS
+        or (name.startswith(EMA_PREFIX) and not is_ema_copy(name))
+        else cast_weight(tensor, dtype, name=name, path=path)
+        for name, tensor in tensors.items()
+    }
 
 
 def write_unet(tensors: Mapping[str, Tensor], path: str | Path, params: LatentDiffusionParams) -> None:

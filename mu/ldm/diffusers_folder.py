@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +18,10 @@ from torch import Tensor
 from mu.ldm.diffusers_configs import compare_configs, diffusers_configs
 from mu.ldm.diffusers_tensors import COMPONENTS, to_diffusers
 from mu.ldm.params import LatentDiffusionParams, OpenClipParams
+from mu.ldm.recognise import other_pipeline
 from mu.ldm.tensor_file import CheckpointError, Reader, read_state_dict, write_state_dict
+
+_log = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 # Names of the weights without their suffix: as safetensors, and pickled.
@@ -44,7 +49,8 @@ def read_diffusers_folder(
     """The tensors of a diffusers folder by component, under its own names.
 
     Weights are taken from `.safetensors`, else from `.bin`, which is read without running anything of it; in one file
-    or in parts with an index; of a folder with fp16 weights alone, those.
+    or in parts with an index. Where there is only a variant of them (`model.fp16.safetensors`), that is read; one that
+    lies beside them is left, and the log says so.
 
     Args:
         params: the model that it is expected to be of: its configuration files must agree.
@@ -56,6 +62,8 @@ def read_diffusers_folder(
     folder = Path(folder)
     if not is_diffusers_folder(folder):
         raise CheckpointError(f"{folder} is no diffusers folder: it has no {INDEX}")
+    if (other := other_pipeline(_read_json(folder / INDEX))) is not None:
+        raise CheckpointError(f"{folder} is {other.name}, not a model that is read here: {other.advice}")
     if params is not None and params.cond_stage is not None:
         configs = {
             name: _read_json(folder / name / file)
@@ -81,6 +89,7 @@ def write_diffusers_folder(
     folder: str | Path,
     params: LatentDiffusionParams,
     *,
+    variant: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model so that `StableDiffusionPipeline.from_pretrained(folder)` loads it, without a safety checker.
@@ -89,6 +98,8 @@ def write_diffusers_folder(
 
     Args:
         tensors: under CompVis' names, each written in its own dtype; for what is left out see `to_diffusers`.
+        variant: put into the names of the weights' files, such as `model.fp16.safetensors`: `from_pretrained` then
+            needs `variant="fp16"`.
         overwrite: replace a diffusers folder that is there; anything else is never replaced.
 
     Raises:
@@ -99,7 +110,8 @@ def write_diffusers_folder(
     components = to_diffusers(tensors, params)
     with _written_beside(folder, overwrite=overwrite) as temporary:
         for component, found in components.items():
-            write_state_dict(found, temporary / component / f"{_STEMS[component][0]}.safetensors")
+            stem = _STEMS[component][0] if variant is None else f"{_STEMS[component][0]}.{variant}"
+            write_state_dict(found, temporary / component / f"{stem}.safetensors")
         for component, file in _CONFIGS.items():
             _write_json(temporary / component / file, configs[component])
         _write_tokenizer(temporary / "tokenizer", params)
@@ -108,19 +120,50 @@ def write_diffusers_folder(
 
 def _weights(folder: Path) -> list[Path]:
     """The files with the weights of one component."""
-    safe, pickled = _STEMS[folder.name]
-    for variant in ("", ".fp16"):
-        for name, suffix in ((safe, ".safetensors"), (pickled, ".bin")):
-            if (single := folder / f"{name}{variant}{suffix}").is_file():
-                return [single]
+    found = _variants(folder)
+    variants = sorted(variant for variant in found if variant)
+    if "" in found:
+        if variants:
+            _log.info(
+                "%s: read %s; the %s weights beside it are left (to read those, move the others away)",
+                folder,
+                ", ".join(path.name for path in found[""]),
+                ", ".join(variants),
+            )
+        chosen = ""
+    elif len(variants) == 1:
+        chosen = variants[0]
+    elif variants:
+        raise CheckpointError(
+            f"{folder} has weights of several variants, {', '.join(variants)}, and none without one: keep one of "
+            "them, and move the others away"
+        )
+    else:
+        safe, pickled = _STEMS[folder.name]
+        raise CheckpointError(
+            f"{folder} has no weights: expected {safe}.safetensors or {pickled}.bin, or an index of their parts; get "
+            "the folder again, whole"
+        )
+    paths = found[chosen]
+    return _parts(paths[0]) if paths[0].suffix == ".json" else paths
+
+
+def _variants(folder: Path) -> dict[str, list[Path]]:
+    """Variant ("" for none) -> the file of its weights, or the index of their parts; safetensors before pickles."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    found: dict[str, list[Path]] = {}
+    for stem, suffix in zip(_STEMS[folder.name], ("safetensors", "bin"), strict=True):
+        stem = re.escape(stem)
+        for pattern in (
+            rf"{stem}(?:\.(\w+))?\.{suffix}",
             # diffusers puts the variant after `.index`, transformers before it
-            for index in (f"{name}{suffix}.index{variant}.json", f"{name}{variant}{suffix}.index.json"):
-                if (folder / index).is_file():
-                    return _parts(folder / index)
-    raise CheckpointError(
-        f"{folder} has no weights: expected {safe}.safetensors or {pickled}.bin, or an index of their parts; get the "
-        "folder again, whole"
-    )
+            rf"{stem}(?:\.(\w+))?\.{suffix}\.index\.json",
+            rf"{stem}\.{suffix}\.index\.(\w+)\.json",
+        ):
+            for name in names:
+                if match := re.fullmatch(pattern, name):
+                    found.setdefault(match[1] or "", [folder / name])
+    return found
 
 
 def _parts(index: Path) -> list[Path]:

@@ -5,7 +5,10 @@
 | CompVis checkpoint | one file with `model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_model.*` |
 | diffusers folder | `model_index.json` and a folder for each network |
 | diffusers checkpoint | one file with `unet.*`, `vae.*`, `text_encoder.*` in diffusers' names |
-| UNet in diffusers' names | one file with `down_blocks.*`: a part of a model |
+| UNet in diffusers' names | one file with `down_blocks.*`, perhaps after `unet.`; whole, or only what was trained |
+| UNet in CompVis' names | one file with `input_blocks.*`, without `model.diffusion_model.` before them |
+
+The last two, and a CompVis checkpoint without its VAE or text encoder, are parts of a model: a base completes them.
 """
 
 from __future__ import annotations
@@ -17,13 +20,26 @@ from pathlib import Path
 from torch import Tensor
 
 from mu.ldm.diffusers_folder import is_diffusers_folder, read_diffusers_folder
-from mu.ldm.diffusers_tensors import COMPONENTS, UNET_PREFIX, from_diffusers
+from mu.ldm.diffusers_tensors import COMPONENTS, UNET_PREFIX, VAE_PREFIX, from_diffusers
 from mu.ldm.ema import EMA_PREFIX, has_ema, with_ema_weights
 from mu.ldm.params import LatentDiffusionParams
+from mu.ldm.recognise import other_kind
 from mu.ldm.tensor_file import CheckpointError, Reader, read_state_dict
 
 COMPVIS, FOLDER, FILE = "CompVis checkpoint", "diffusers folder", "diffusers checkpoint"
 UNET_ALONE, UNKNOWN = "UNet in diffusers' names", "file of tensors of no known kind"
+UNET_BARE = "UNet in CompVis' names"
+_UNET_PARTS = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "time_embedding.",
+    "conv_in.",
+    "conv_norm_out.",
+    "conv_out.",
+)
+_BARE_PARTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.")
+_PART_NAMES = {UNET_PREFIX: "UNet", VAE_PREFIX: "VAE (autoencoder)", "cond_stage_model.": "text encoder"}
 _CONTEXT_ENDS = ("attn2.to_k.weight",)
 
 
@@ -70,8 +86,9 @@ def describe_checkpoint(path: str | Path) -> CheckpointDescription:
     if is_diffusers_folder(path):
         components = read_diffusers_folder(path)
         return _described(FOLDER, _joined(components))
-    tensors, _ = read_state_dict(path)
-    return _described(kind_of(tensors), tensors)
+    tensors, metadata = read_state_dict(path)
+    other = other_kind(tensors, metadata)
+    return _described(other.name if other is not None else kind_of(tensors), tensors)
 
 
 def read_checkpoint(
@@ -87,47 +104,94 @@ def read_checkpoint(
     Args:
         params: the model that it is expected to be of.
         use_ema: put the EMA copy in the place of the UNet's weights; the copy itself is then left out.
-        base: the tensors of a whole checkpoint, for a file that holds a UNet alone: all but the UNet is taken from it.
+        base: the tensors of a whole checkpoint, for a file that holds a part of a model: what it lacks is taken from
+            there.
         read: what reads each file; with `read_layout` the tensors are on the meta device, without values.
 
     Raises:
-        CheckpointError: it cannot be read; it is a part of a model, or of another one; it has no EMA weights and they
-            are asked for; a diffusers folder is configured otherwise than the model.
+        CheckpointError: it cannot be read; it is no checkpoint but a LoRA, SDXL, ... (`mu.ldm.recognise`), which is
+            said with advice; it is a part of a model and there is no base; it has no EMA weights and they are asked
+            for; a diffusers folder is configured otherwise than the model.
     """
     path = Path(path)
     if is_diffusers_folder(path):
         components = read_diffusers_folder(path, params, read=read)
-        description = _described(FOLDER, _joined(components))
+        joined = _joined(components)
+        refuse_other_kinds(joined, {}, source=path)
+        description = _described(FOLDER, joined)
         tensors = from_diffusers(components, params, source=path)
     else:
-        tensors, _ = read(path)
+        tensors, metadata = read(path)
+        refuse_other_kinds(tensors, metadata, source=path)
         description = _described(kind_of(tensors), tensors)
         if description.kind == FILE:
             tensors = from_diffusers(_split(tensors), params, source=path)
         elif description.kind == UNET_ALONE:
-            if base is None:
-                raise CheckpointError(
-                    f"{path} holds a UNet alone, in diffusers' names: a part of a model. Give the whole diffusers "
-                    "folder; or convert it with the rest of another checkpoint (convert ... --base_ckpt_path)"
-                )
-            unet = from_diffusers({"unet": tensors}, params, source=path)
-            kept = {k: v for k, v in base.items() if not k.startswith((UNET_PREFIX, EMA_PREFIX))}
-            tensors = {**kept, **unet}
+            unet = {name.removeprefix("unet."): tensor for name, tensor in tensors.items()}
+            tensors = from_diffusers({"unet": unet}, params, source=path)
+        elif description.kind == UNET_BARE:
+            tensors = {UNET_PREFIX + name: tensor for name, tensor in tensors.items()}
+    if base is not None:
+        tensors = {**_rest_of(base, tensors), **tensors}
+    _refuse_parts(tensors, params, path, description.kind)
     if use_ema:
         chosen = with_ema_weights(tensors, source=path)
         tensors = {key: tensor for key, tensor in chosen.items() if not key.startswith(EMA_PREFIX)}
     return Checkpoint(tensors=tensors, description=description)
 
 
+def refuse_other_kinds(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, source: str | Path
+) -> None:
+    """Raises CheckpointError where a file is known to be something else, and says what and what to do."""
+    if (other := other_kind(tensors, metadata)) is not None:
+        raise CheckpointError(f"{source} is {other.name}, not a checkpoint that is read here: {other.advice}")
+
+
 def kind_of(tensors: Mapping[str, Tensor]) -> str:
     """The kind of a file, by the names of its tensors."""
     if any(key.startswith(UNET_PREFIX) for key in tensors):
         return COMPVIS
-    if any(key.startswith("unet.") for key in tensors):
+    if any(key.startswith(("vae.", "text_encoder.")) for key in tensors):
         return FILE
-    if any(key.startswith("down_blocks.") for key in tensors) and "conv_in.weight" in tensors:
+    if tensors and all(key.removeprefix("unet.").startswith(_UNET_PARTS) for key in tensors):
         return UNET_ALONE
+    if tensors and all(key.startswith(_BARE_PARTS) for key in tensors):
+        return UNET_BARE
     return UNKNOWN
+
+
+def _rest_of(base: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a base has to give: weights of the UNet one by one, the other networks whole, and never its EMA copy."""
+    whole = tuple(
+        prefix
+        for prefix in _PART_NAMES
+        if prefix != UNET_PREFIX and any(key.startswith(prefix) for key in part)
+    )
+    return {key: tensor for key, tensor in base.items() if not key.startswith((EMA_PREFIX, *whole))}
+
+
+def _refuse_parts(
+    tensors: Mapping[str, Tensor], params: LatentDiffusionParams, path: Path, kind: str
+) -> None:
+    """Raises CheckpointError where all of a network is missing; says how to complete it."""
+    missing = [
+        name
+        for prefix, name in _PART_NAMES.items()
+        if not (prefix.startswith("cond") and params.cond_stage is None)
+        and not any(key.startswith(prefix) for key in tensors)
+    ]
+    if kind == UNKNOWN or not missing:
+        return
+    count = sum(key.startswith(UNET_PREFIX) for key in tensors)
+    what = {
+        UNET_ALONE: f"holds a UNet alone, or a part of one ({count:,} tensors), in diffusers' names",
+        UNET_BARE: f"holds a UNet alone, or a part of one ({count:,} tensors), in CompVis' names",
+    }.get(kind, f"is a {kind} without its {' and '.join(missing)}")
+    raise CheckpointError(
+        f"{path} {what}: a part of a model. Give the whole checkpoint or diffusers folder; or complete it with "
+        f"the rest of the model that it was made from: convert {path} whole.safetensors --base_ckpt_path MODEL"
+    )
 
 
 def _joined(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -147,7 +211,8 @@ def _split(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _described(kind: str, tensors: Mapping[str, Tensor]) -> CheckpointDescription:
-    unet = tuple(key for key in tensors if kind == UNET_ALONE or key.startswith((UNET_PREFIX, "unet.")))
+    alone = kind in (UNET_ALONE, UNET_BARE)
+    unet = tuple(key for key in tensors if alone or key.startswith((UNET_PREFIX, "unet.")))
     widths = [tensors[key].shape[-1] for key in unet if key.endswith(_CONTEXT_ENDS)]
     counts: dict[str, int] = {}
     for tensor in tensors.values():

@@ -24,6 +24,12 @@ class NoTextEncoderError(MuError, RuntimeError):
     """A prompt was given to a model that has no text encoder."""
 
 
+class ImageSizeError(MuError, ValueError):
+    """Images of a size that the model cannot draw."""
+
+    exit_code = 2
+
+
 class LatentDiffusion(nn.Module):
     """A latent diffusion model whose `state_dict()` has the keys of a CompVis checkpoint.
 
@@ -113,8 +119,18 @@ class LatentDiffusion(nn.Module):
         return is_carried(key, self.params.cond_stage)
 
     def latent_shape(self, image_size: int | None = None) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of square images of `image_size` pixels."""
-        side = (image_size or self.image_size) // self.params.first_stage.factor
+        """(C, H, W) of the latents of square images of `image_size` pixels.
+
+        Raises:
+            ImageSizeError: the levels of autoencoder and UNet cannot halve such images.
+        """
+        size, step = image_size or self.image_size, self.params.image_step
+        if size % step:
+            raise ImageSizeError(
+                f"image_size = {size} px: this model needs a multiple of {step} px, for example "
+                f"{max(step, round(size / step) * step)}"
+            )
+        side = size // self.params.first_stage.factor
         return self.params.first_stage.embed_dim, side, side
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ that is not built here is refused by name instead of being ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from mu.ldm.params import (
     TextEncoderParams,
     UNetParams,
 )
+from mu.ldm.structure import structure_problems
 
 __all__ = [
     "AutoencoderParams",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 UNCONDITIONAL = "__is_unconditional__"
+PARAMETERIZATIONS = ("eps", "v")
 
 # Last part of `target` -> role. The package in front (`ldm.…`, `stable_diffusion.ldm.…`) differs between forks.
 _TARGETS = {
@@ -42,8 +44,28 @@ _TARGETS = {
 }
 
 
+# Last part of a target -> what such a model is.
+_OTHER_MODELS = {
+    "LatentInpaintDiffusion": "an inpainting model",
+    "LatentFinetuneDiffusion": "a model that is given another image beside the prompt",
+    "LatentDepth2ImageDiffusion": "a depth model",
+    "LatentUpscaleDiffusion": "an upscaler",
+    "LatentUpscaleFinetuneDiffusion": "an upscaler",
+    "ImageEmbeddingConditionedLatentDiffusion": "a model that is conditioned on images (unCLIP)",
+    "DiffusionEngine": "a model of Stability AI's `sgm`, such as SDXL",
+    "ControlLDM": "a ControlNet",
+    "VQModelInterface": "a model with a vector-quantised autoencoder",
+}
+_READ_HERE = (
+    "read are Stable Diffusion v1 and v2 and text-to-image models of their structure; for those leave "
+    "model_config_path out, or give sd_v2_base.yaml or sd_v2_v.yaml"
+)
+
+
 class ModelConfigError(MuError, ValueError):
     """A model YAML is missing, malformed, or asks for something that is not built here."""
+
+    exit_code = 2
 
 
 # Options that may stand in a YAML without changing the network or its use here.
@@ -55,7 +77,6 @@ _HARMLESS = {
         "cond_stage_key",
         "channels",
         "cond_stage_trainable",
-        "conditioning_key",
         "monitor",
         "use_ema",
         "scheduler_config",
@@ -71,16 +92,24 @@ _HARMLESS = {
         "clip_denoised",
         "concat_mode",
     },
-    "unet_config": {"use_checkpoint", "legacy", "use_fp16", "dims", "use_bf16"},
+    "unet_config": {"use_checkpoint", "legacy", "use_fp16", "use_bf16"},
     "first_stage_config": {"monitor", "lossconfig", "ckpt_path", "ignore_keys", "image_key"},
-    "ddconfig": {"attn_type"},
-    "cond_stage_config": {"version", "device", "layer", "freeze", "layer_idx"},
+    "ddconfig": set(),
+    "cond_stage_config": {"version", "device", "freeze"},
     "FrozenOpenCLIPEmbedder": {"version", "device", "freeze"},
 }
-# Options that are accepted at this value alone.
+# Options that are accepted at this value alone; of several in a tuple, the first is the default.
 _FIXED: dict[str, dict[str, Any]] = {
-    "model": {"beta_schedule": "linear", "scale_by_std": False, "given_betas": None, "learn_logvar": False},
+    "model": {
+        # concat and hybrid hand the UNet more channels, adm a class
+        "conditioning_key": ("crossattn", None),
+        "beta_schedule": "linear",
+        "scale_by_std": False,
+        "given_betas": None,
+        "learn_logvar": False,
+    },
     "unet_config": {
+        "dims": 2,
         "use_spatial_transformer": True,
         "conv_resample": True,
         "num_classes": None,
@@ -91,8 +120,13 @@ _FIXED: dict[str, dict[str, Any]] = {
         "num_heads_upsample": -1,
     },
     "first_stage_config": {"colorize_nlabels": None},
-    "ddconfig": {"double_z": True, "resamp_with_conv": True, "use_linear_attn": False},
-    "cond_stage_config": {},
+    "ddconfig": {
+        "double_z": True,
+        "resamp_with_conv": True,
+        "use_linear_attn": False,
+        "attn_type": ("vanilla", "vanilla-xformers"),
+    },
+    "cond_stage_config": {"layer": "last", "layer_idx": None},
     "FrozenOpenCLIPEmbedder": {"arch": "ViT-H-14"},
 }
 
@@ -113,7 +147,9 @@ def load_model_config(path: str | Path) -> LatentDiffusionParams:
         raise ModelConfigError(f"model_config_path: there is no file {path}; give the model's CompVis YAML")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ModelConfigError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         raise ModelConfigError(
@@ -136,11 +172,6 @@ def parse_model_config(model: Mapping[str, Any], *, source: str = "model config"
 
     unet_params = _unet_params(unet, source)
     text = None if cond_stage == UNCONDITIONAL else _text_params(cond_stage, source)
-    if text is not None and unet_params.context_dim not in (None, text.hidden_size):
-        raise ModelConfigError(
-            f"{source}: the text encoder is {text.hidden_size} wide, unet_config.params.context_dim is "
-            f"{unet_params.context_dim}; they must be equal"
-        )
     result = _build(
         LatentDiffusionParams,
         {
@@ -154,50 +185,32 @@ def parse_model_config(model: Mapping[str, Any], *, source: str = "model config"
         "model",
         source,
     )
-    if result.parameterization not in ("eps", "v"):
-        raise ModelConfigError(f"{source}: parameterization is {result.parameterization!r}; allowed: eps, v")
-    if result.first_stage.embed_dim != result.unet.out_channels:
-        raise ModelConfigError(
-            f"{source}: latents have embed_dim {result.first_stage.embed_dim} channels, the UNet gives "
-            f"out_channels {result.unet.out_channels}; they must be equal"
+    problems = structure_problems(result)
+    if result.parameterization not in PARAMETERIZATIONS:
+        problems.append(
+            f"parameterization is {result.parameterization!r}; allowed: {', '.join(PARAMETERIZATIONS)}"
         )
+    if problems:
+        raise ModelConfigError(f"{source}: this model cannot be run: {'; '.join(problems)}")
     return result
 
 
 def _unet_params(options: dict[str, Any], source: str) -> UNetParams:
     context_dim = options.get("context_dim")
     if isinstance(context_dim, (list, tuple)):
-        if len(set(context_dim)) != 1:
+        if not context_dim or any(width != context_dim[0] for width in context_dim):
             raise ModelConfigError(
                 f"{source}: context_dim {context_dim} differs between blocks, which is not built here"
             )
         options["context_dim"] = context_dim[0]
-    params = _build(UNetParams, options, "unet_config", source)
-    if (params.num_heads == -1) == (params.num_head_channels == -1):
-        raise ModelConfigError(
-            f"{source}: unet_config.params needs one of num_heads and num_head_channels, not both"
-        )
-    for mult in params.channel_mult:
-        channels = mult * params.model_channels
-        heads, dim_head = params.heads_of(channels)
-        if channels % 32 or heads * dim_head != channels:
-            raise ModelConfigError(
-                f"{source}: a level of the UNet has {channels} channels (model_channels x channel_mult): it must be "
-                f"divisible by 32 and by the number of heads"
-            )
-    return params
+    return _build(UNetParams, options, "unet_config", source)
 
 
 def _text_params(node: Any, source: str) -> TextEncoderParams | OpenClipParams:
     name = "cond_stage_config"
     if isinstance(node, Mapping) and str(node.get("target")).endswith("FrozenOpenCLIPEmbedder"):
         options = _section(node, name, source, options="FrozenOpenCLIPEmbedder")
-        params = _build(OpenClipParams, options, name, source)
-        if params.layer not in ("last", "penultimate"):
-            raise ModelConfigError(
-                f"{source}: {name}.layer is {params.layer!r}; allowed: last, penultimate (SD v2)"
-            )
-        return params
+        return _build(OpenClipParams, options, name, source)
     return _build(TextEncoderParams, _section(node, name, source), name, source)
 
 
@@ -207,10 +220,16 @@ def _section(node: Any, name: str, source: str, *, options: str | None = None) -
     `options` names the table of harmless and fixed options, where it is not the section's own.
     """
     if not isinstance(node, Mapping) or "target" not in node:
-        raise ModelConfigError(f"{source}: {name} is missing, or has no `target`")
+        given = "" if node is None or isinstance(node, Mapping) else f" ({node!r} is not built here)"
+        raise ModelConfigError(f"{source}: {name} is missing, or has no `target`{given}")
     target = str(node["target"])
     known = sorted(_TARGETS[name])
-    if target.rsplit(".", 1)[-1] not in known:
+    last = target.rsplit(".", 1)[-1]
+    if last in _OTHER_MODELS:
+        raise ModelConfigError(
+            f"{source}: {name}.target {target!r} is {_OTHER_MODELS[last]}, which cannot be run here; {_READ_HERE}"
+        )
+    if last not in known:
         raise ModelConfigError(f"{source}: {name}.target {target!r} is not known; known: {', '.join(known)}")
     params = node.get("params") or {}
     if not isinstance(params, Mapping):
@@ -220,10 +239,12 @@ def _section(node: Any, name: str, source: str, *, options: str | None = None) -
 
 def _without_harmless(options: dict[str, Any], name: str, source: str) -> dict[str, Any]:
     for key, value in _FIXED[name].items():
-        given = options.pop(key, value)
-        if given != value:
+        allowed = value if isinstance(value, tuple) else (value,)
+        given = options.pop(key, allowed[0])
+        if not any(type(given) is type(one) and given == one for one in allowed):
             raise ModelConfigError(
-                f"{source}: {name}: {key} = {given!r} is not built here; supported: {value!r}"
+                f"{source}: {name}: {key} = {given!r} is not built here; supported: "
+                f"{' or '.join(map(repr, allowed))}"
             )
     return {key: value for key, value in options.items() if key not in _HARMLESS[name]}
 
@@ -231,15 +252,15 @@ def _without_harmless(options: dict[str, Any], name: str, source: str) -> dict[s
 def _build(cls: type[P], options: dict[str, Any], name: str, source: str) -> P:
     """A params dataclass from options, each checked against the type of its field."""
     kinds = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(options) - set(kinds))
+    unknown = sorted(str(key) for key in set(options) - set(kinds))
     if unknown:
         raise ModelConfigError(f"{source}: {name} has options that are not known here: {', '.join(unknown)}")
     values: dict[str, Any] = {}
     for key, value in options.items():
         kind = kinds[key]
-        if kind.startswith("tuple") and isinstance(value, (list, tuple)):
-            value = tuple(value)
-            right = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        if kind.startswith("tuple"):
+            value = tuple(value) if isinstance(value, list) else value
+            right = isinstance(value, tuple) and all(type(item) is int for item in value)
         elif kind == "bool":
             right = isinstance(value, bool)
         elif kind == "float":
@@ -251,8 +272,8 @@ def _build(cls: type[P], options: dict[str, Any], name: str, source: str) -> P:
             )
         elif kind == "str":
             right = isinstance(value, str)
-        else:  # an already built dataclass
-            right = not isinstance(value, (list, str, int, float))
+        else:
+            right = value is None or is_dataclass(value)
         if not right:
             raise ModelConfigError(f"{source}: {name}.{key} = {value!r} is not of type {kind}")
         values[key] = value
@@ -269,4 +290,9 @@ def _number(value: Any) -> Any:
             return float(value)
         except ValueError:
             return value
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return value
+    return value

@@ -99,3 +99,8 @@ class LatentDiffusionParams:
     """Side of the latents, in latent pixels, that the model was trained on. SD v1's YAML leaves the UNet's at 32."""
     parameterization: str = "eps"
     """What the UNet predicts: "eps" (noise) or "v" (velocity, Salimans & Ho 2022)."""
+
+    @property
+    def image_step(self) -> int:
+        """Of what the side of an image, in pixels, must be a multiple: each level of autoencoder and UNet halves it."""
+        return int(self.first_stage.factor * 2 ** (len(self.unet.channel_mult) - 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mu.ldm.diffusers_folder import is_diffusers_folder, write_diffusers_folder
 from mu.ldm.ema import EMA_PREFIX, has_ema, updated_ema, with_ema_weights
-from mu.ldm.formats import COMPVIS, kind_of, read_checkpoint
+from mu.ldm.formats import COMPVIS, FILE, UNKNOWN, kind_of, read_checkpoint, refuse_other_kinds
 from mu.ldm.model_config import load_model_config
 from mu.ldm.patch import (
     Patch,
@@ -78,10 +78,14 @@ def patch_checkpoint(
         tensors = dict(read_checkpoint(source, params).tensors)
     else:
         tensors, metadata = read_state_dict(source)
+        refuse_other_kinds(tensors, metadata, source=source)
         if (kind := kind_of(tensors)) != COMPVIS:
+            advice = {
+                UNKNOWN: "give the checkpoint that the patches were made from",
+                FILE: "convert makes one from it",
+            }.get(kind, "convert with --base_ckpt_path makes one from it")
             raise PatchError(
-                f"{source} is a {kind}: a patch is applied to a CompVis checkpoint or a diffusers folder; convert "
-                "makes one from it"
+                f"{source} is a {kind}: a patch is applied to a CompVis checkpoint or a diffusers folder; {advice}"
             )
     if use_ema:
         tensors = with_ema_weights(tensors, source=source)

@@ -356,10 +356,30 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def _flat(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Two forms that are no state dict, as one: module -> its state dict, as ESD writes what it trained; and the words
+    of a textual inversion, which lie under `string_to_param`.
+    """
+    words = content.get("string_to_param")
+    if isinstance(words, Mapping):
+        return {f"string_to_param.{word}": vector for word, vector in words.items()}
+    if content and all(
+        isinstance(name, str)
+        and name not in _STATE_DICT_KEYS
+        and isinstance(module, Mapping)
+        and module
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in module.items())
+        for name, module in content.items()
+    ):
+        return {f"{name}.{key}": tensor for name, module in content.items() for key, tensor in module.items()}
+    return content
+
+
 def _tensors_of(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict inside a pickled object, and the plain values beside it as strings."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict (name -> tensor)")
+    content = _flat(content)
     nested = next((key for key in _STATE_DICT_KEYS if key in content), None)
     state_dict = content if nested is None else content[nested]
     if not (isinstance(state_dict, Mapping) and any(isinstance(v, Tensor) for v in state_dict.values())):

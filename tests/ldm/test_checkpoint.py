@@ -502,7 +502,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     tiny_yaml: Path, tmp_path: Path, make_tiny_model: ModelMaker
 ) -> None:
     save_checkpoint(make_tiny_model(unconditional=True), tmp_path / "unconditional.ckpt")
-    with pytest.raises(CheckpointError, match=r"unconditional\.ckpt.*\d+ missing \(cond_stage_model"):
+    with pytest.raises(CheckpointError, match=r"unconditional\.ckpt is .* without its text encoder"):
         load_model(tiny_yaml, tmp_path / "unconditional.ckpt")
 
 

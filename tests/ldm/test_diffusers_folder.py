@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mu.ldm import CheckpointError, LatentDiffusion, load_model
+from mu.ldm import CheckpointError, LatentDiffusion, load_model, save_checkpoint
 from mu.ldm.checkpoint import tensors_of
+from mu.ldm.convert import convert_checkpoint
 from mu.ldm.diffusers_folder import (
     is_diffusers_folder,
     read_diffusers_folder,
     write_diffusers_folder,
 )
+from mu.ldm.diffusers_tensors import to_diffusers
 from mu.ldm.sampler import sample_ddim
 from tests.conftest import TINY_V2, tiny_model_yaml
 
@@ -255,3 +258,74 @@ def test_a_model_that_no_pipeline_runs_is_refused(tmp_path: Path, make_tiny_mode
     with pytest.raises(CheckpointError, match="without text encoder"):
         write(model, tmp_path / "folder")
     assert not is_diffusers_folder(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+@torch.no_grad()
+def test_a_variant_is_what_from_pretrained_looks_for(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion, variant: str
+) -> None:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[variant]
+    save_checkpoint(tiny_model, tmp_path / "m.safetensors")
+    convert_checkpoint(
+        tmp_path / "m.safetensors",
+        tmp_path / "f",
+        model_config_path=tiny_yaml,
+        format="diffusers",
+        dtype=variant,
+        variant=variant,
+    )
+    assert sorted(path.name for path in (tmp_path / "f").rglob("*.safetensors")) == [
+        f"diffusion_pytorch_model.{variant}.safetensors",
+        f"diffusion_pytorch_model.{variant}.safetensors",
+        f"model.{variant}.safetensors",
+    ]
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        tmp_path / "f", variant=variant, torch_dtype=dtype, local_files_only=True
+    )
+    expected = to_diffusers(tiny_model.state_dict(), tiny_model.params)
+    for part, network in (
+        ("unet", pipeline.unet),
+        ("vae", pipeline.vae),
+        ("text_encoder", pipeline.text_encoder),
+    ):
+        found = {name.removeprefix("text_model."): tensor for name, tensor in network.state_dict().items()}
+        for name, tensor in expected[part].items():
+            assert torch.equal(found[name.removeprefix("text_model.")], tensor.to(dtype)), (part, name)
+    with pytest.raises(OSError):  # noqa: PT011  # diffusers' own error: without the variant there is no file
+        diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "f", local_files_only=True)
+    half = load_model(tiny_yaml, tmp_path / "f")  # variants are read where they are all there is
+    for name, tensor in weights(tiny_model).items():
+        assert torch.equal(weights(half)[name], tensor.to(dtype).float()), name
+
+
+def test_of_several_variants_the_plain_one_is_read_and_that_is_said(
+    folder: Path, tiny_yaml: Path, tiny_model: LatentDiffusion, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(plain).items()}
+    save_file(half, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors", metadata={"format": "pt"})
+    with caplog.at_level(logging.INFO, logger="mu"):
+        assert_same_weights(load_model(tiny_yaml, folder), tiny_model)
+    assert "read diffusion_pytorch_model.safetensors; the fp16 weights beside it are left" in caplog.text
+    plain.rename(plain.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    with pytest.raises(
+        CheckpointError, match="several variants, fp16, non_ema, and none without one: keep one"
+    ):
+        load_model(tiny_yaml, folder)
+
+
+def test_parts_of_a_variant_are_read(folder: Path, tiny_yaml: Path, tiny_model: LatentDiffusion) -> None:
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(unet)
+    unet.unlink()
+    files = [f"diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    names = sorted(tensors)
+    for i, file in enumerate(files):
+        save_file(
+            {name: tensors[name] for name in names[i::2]}, unet.with_name(file), metadata={"format": "pt"}
+        )
+    weight_map = {name: files[i % 2] for i, name in enumerate(names)}
+    index = unet.with_name("diffusion_pytorch_model.safetensors.index.fp16.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_same_weights(load_model(tiny_yaml, folder), tiny_model)

@@ -264,3 +264,65 @@ def test_an_ema_copy_of_nothing_known_is_refused() -> None:
         CheckpointError, match=r"m\.ckpt: model_ema\.diffusion_modelother is not the EMA copy"
     ):
         updated_ema({key: torch.ones(3)}, before, use_ema=False, source="m.ckpt")
+
+
+# ---- types
+
+
+def converted(source: Path, target: Path, yaml: Path, **options: Any) -> Path:
+    convert_checkpoint(source, target, model_config_path=yaml, **options)
+    return target
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
+def test_weights_are_written_in_the_type_that_is_asked_for(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion, name: str
+) -> None:
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    given = with_ema(tiny_model)
+    write_state_dict(given, tmp_path / "a.ckpt")
+    compvis = converted(
+        tmp_path / "a.ckpt", tmp_path / "b.safetensors", tiny_yaml, format="compvis", dtype=name
+    )
+    rounded = {
+        key: t if key in SCHEDULE_KEYS or key.endswith(("decay", "num_updates")) else t.to(dtype)
+        for key, t in given.items()
+    }
+    assert same(read_state_dict(compvis)[0], rounded)
+    unet = torch.load(
+        converted(tmp_path / "a.ckpt", tmp_path / "u.pt", tiny_yaml, format="unet", dtype=name),
+        weights_only=True,
+    )
+    weights = {key: t for key, t in rounded.items() if key in tiny_model.state_dict()}
+    assert same(unet, to_diffusers(weights, tiny_model.params)["unet"])
+    # in one type, there and back: the same to the bit
+    folder = converted(compvis, tmp_path / "f", tiny_yaml, format="diffusers", variant=name)
+    back = converted(folder, tmp_path / "c.ckpt", tiny_yaml, format="compvis")
+    assert same(read_state_dict(back)[0], weights)
+
+
+@pytest.mark.parametrize("value", [65520.0, 7e4, -1e30])
+def test_a_weight_too_large_for_a_type_is_named_and_nothing_written(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion, value: float
+) -> None:
+    state = dict(tiny_model.state_dict())
+    state[f"{UNET}out.2.bias"] = torch.tensor([0.0, 65519.0, value, 0.0])
+    write_state_dict(state, tmp_path / "a.ckpt")
+    for target, format in (("b.safetensors", "compvis"), ("f", "diffusers"), ("u.pt", "unet")):
+        with pytest.raises(
+            CheckpointError, match=rf"{UNET}out\.2\.bias reaches .*float16 is 6\.55e\+04; .*bf16"
+        ):
+            converted(tmp_path / "a.ckpt", tmp_path / target, tiny_yaml, format=format, dtype="fp16")
+        assert not (tmp_path / target).exists()
+    assert converted(
+        tmp_path / "a.ckpt", tmp_path / "b.ckpt", tiny_yaml, format="compvis", dtype="bf16"
+    ).is_file()
+
+
+def test_a_type_or_variant_that_cannot_be_is_refused(tmp_path: Path, tiny_yaml: Path) -> None:
+    for options, says in (
+        ({"dtype": "int8", "format": "compvis"}, "dtype is 'int8'; known: source, fp32, fp16, bf16"),
+        ({"variant": "fp16", "format": "unet"}, "variant fp16 is for format diffusers"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            converted(tmp_path / "a.ckpt", tmp_path / "b.ckpt", tiny_yaml, **options)

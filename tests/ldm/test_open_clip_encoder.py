@@ -95,6 +95,7 @@ def test_what_is_not_run_is_written_back_to_the_bit(tmp_path, make_tiny_model: M
         f"{PREFIX}transformer.resblocks.2.attn.in_proj_weight": torch.rand(96, 32),
         f"{PREFIX}text_projection": torch.rand(32, 32),
         f"{PREFIX}logit_scale": torch.tensor(4.6),
+        f"{PREFIX}attn_mask": torch.full((77, 77), -torch.inf).triu(1),
     }
     load_state_dict(model, {**model.state_dict(), **beside}, source="m.ckpt")
     save_checkpoint(model, tmp_path / "out.safetensors")

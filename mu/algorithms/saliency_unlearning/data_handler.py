@@ -347,7 +347,7 @@ def checked_image_size(image_size: int | None, model: LatentDiffusion) -> int:
         DataError: the model cannot be given such images.
     """
     size = image_size or model.image_size
-    step = model.params.first_stage.factor * 2 ** (len(model.params.unet.channel_mult) - 1)
+    step = model.params.image_step
     if size % step:
         near = max(step, round(size / step) * step)
         raise DataError(

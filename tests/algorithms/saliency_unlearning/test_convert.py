@@ -172,3 +172,22 @@ def test_an_ema_copy_with_old_values_is_noticed(tmp_path: Path) -> None:
         compared([3.0, 2.0], [1.5, 2.5])
     with pytest.raises(TrainingError, match=r"model_ema\.diffusion_modelweight differs .* outside the mask"):
         compared([3.0, 2.0], [3.0, 2.0])
+
+
+def test_half_precision_by_the_command(tiny_runs: Any, tmp_path: Path, capsys: Any) -> None:
+    source, yaml = str(tiny_runs.checkpoint()), ["--model_config_path", str(tiny_runs.model_config)]
+    assert main([source, str(tmp_path / "f"), *yaml, "--variant", "fp16"]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote: {tmp_path / 'f'} (diffusers, fp16)\n")
+    file = tmp_path / "f" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    assert {tensor.dtype for tensor in read_state_dict(file)[0].values()} == {torch.float16}
+    assert main([source, str(tmp_path / "b.safetensors"), *yaml, "--dtype", "bf16"]) == 0
+    made = read_state_dict(tmp_path / "b.safetensors")[0]
+    assert made[f"{UNET_PREFIX}out.2.weight"].dtype == torch.bfloat16
+    capsys.readouterr()
+    for flags, says in (
+        (["--variant", "fp16", "--dtype", "bf16"], "variant fp16 says what type the files hold, dtype bf16"),
+        (["--variant", "fp16", "--format", "compvis"], "a variant is for format diffusers, not compvis"),
+        (["--dtype", "int8"], "source, fp32, fp16, bf16"),
+    ):
+        assert main([source, str(tmp_path / "x.safetensors"), *yaml, *flags]) == 2
+        assert says in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,9 @@ def checkpoint_problems(
     """Why `checkpoint_file` leads to no checkpoint."""
     if is_checkpoint(checkpoint_file(path, template=template, template_name=template_name)):
         return
-    if resolve_path(path).is_dir():
+    if (told := _other_folder(resolve_path(path))) is not None:
+        yield (key,), f"the folder {path} is {told}"
+    elif resolve_path(path).is_dir():
         concept = (
             f" that forgot {template} {concept_label(template_name)}" if template_name is not None else ""
         )
@@ -251,6 +254,29 @@ def checkpoint_bytes(path: Path) -> int:
 
 def _is_diffusers_folder(path: Path) -> bool:
     return (path / "model_index.json").is_file()
+
+
+def _other_folder(path: Path) -> str | None:
+    """What a folder of another program is, with advice; None for what is not known."""
+    if path.is_dir() and _is_diffusers_folder(path.absolute().parent) and (path / "config.json").is_file():
+        return f"one network of a diffusers model; give the folder above it, {path.absolute().parent}"
+    if (path / "adapter_config.json").is_file() or (path / "pytorch_lora_weights.safetensors").is_file():
+        return (
+            "a LoRA, small changes to a model and not the model; merge it into its base first (diffusers: "
+            "pipe.load_lora_weights(...), pipe.fuse_lora(), pipe.save_pretrained(...)) and give the merged model"
+        )
+    try:
+        network = json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return (
+        f"a {network} alone, one network of a diffusers model; give a whole diffusers folder, with model_index.json"
+        + (
+            ", or complete the file in it: convert FILE whole.safetensors --base_ckpt_path MODEL"
+            if network == "UNet2DConditionModel"
+            else ""
+        )
+    )
 
 
 def file_problems(key: str, path: str, *, advice: str) -> Iterator[Problem]:

@@ -50,8 +50,21 @@ class ConvertConfig(Config):
     )
     base_ckpt_path: str | None = setting(
         None,
-        "For an input that holds a UNet alone, in diffusers' names: the checkpoint that all the rest is taken from.",
+        "For an input that is a part of a model (a UNet, or only the weights of it that were trained, as ESD writes "
+        "them; a checkpoint without its VAE or text encoder): the whole checkpoint that all the rest is taken from.",
         kind="path",
+    )
+    dtype: str = setting(
+        "source",
+        "Type of the written weights; source: each in the type that it has. Others are rounded to the nearest; a value "
+        "that is too large for fp16 is an error.",
+        choices=("source", "fp32", "fp16", "bf16"),
+    )
+    variant: str | None = setting(
+        None,
+        "diffusers: write the weights in this type, and name their files after it (model.fp16.safetensors), as "
+        'from_pretrained(variant="fp16") expects them.',
+        choices=("fp32", "fp16", "bf16"),
     )
     overwrite: bool = setting(False, "Replace an output that is there already.")
 
@@ -63,6 +76,11 @@ class ConvertConfig(Config):
         suffix = Path(self.output_path).suffix
         return next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), "diffusers")
 
+    @property
+    def written_dtype(self) -> str:
+        """`dtype`, or that of the variant."""
+        return self.variant or self.dtype
+
     def checkpoint(self) -> Path:
         """The file or folder that `input_path` leads to."""
         assert self.input_path is not None
@@ -72,8 +90,18 @@ class ConvertConfig(Config):
         for key in ("input_path", "output_path"):
             if getattr(self, key) is None:
                 yield (key,), "is missing; write: convert INPUT OUTPUT"
+        if self.variant is not None and self.dtype not in ("source", self.variant):
+            yield (
+                ("variant", "dtype"),
+                f"variant {self.variant} says what type the files hold, dtype {self.dtype} another; leave one out",
+            )
         if self.output_path is None:
             return
+        if self.variant is not None and self.output_kind != "diffusers":
+            yield (
+                ("variant", "output_path", "format"),
+                f"a variant is for format diffusers, not {self.output_kind}; leave it out (dtype is for all formats)",
+            )
         kind, suffix = self.output_kind, Path(self.output_path).suffix
         if kind in _SUFFIXES and suffix not in _SUFFIXES[kind]:
             yield (

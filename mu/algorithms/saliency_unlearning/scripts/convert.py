@@ -1,4 +1,4 @@
-"""Convert a checkpoint to another format: convert INPUT OUTPUT [--key value ...]. No bit of a weight changes."""
+"""Convert a checkpoint to another format: convert INPUT OUTPUT [--key value ...]. No bit changes, but by --dtype."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def _run(config: ConvertConfig) -> object:
     assert config.output_path is not None
     source = config.checkpoint()  # once: the output may be the newest in a folder of runs
     base = resolve_path(config.base_ckpt_path) if config.base_ckpt_path is not None else None
+    type_ = f", {config.written_dtype}" if config.written_dtype != "source" else ""
     description = convert_checkpoint(
         source,
         config.output_path,
@@ -37,11 +38,13 @@ def _run(config: ConvertConfig) -> object:
         format=config.output_kind,
         use_ema=config.use_ema,
         base=base,
+        dtype=config.written_dtype,
+        variant=config.variant,
         overwrite=config.overwrite,
     )
     return {
         "read": f"{source} ({description})",
-        "wrote": f"{config.output_path} ({config.output_kind})",
+        "wrote": f"{config.output_path} ({config.output_kind}{type_})",
     }
 
 

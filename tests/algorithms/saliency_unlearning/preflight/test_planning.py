@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_structure_stops_a_run_before_it_is_loaded(
     state = torch.zeros(3)
     torch.save({"state_dict": {"model.diffusion_model.out.0.weight": state}}, tmp_path / "x.ckpt")
     config = tiny_runs.mask_config(ckpt_path=str(tmp_path / "x.ckpt"), output_dir=str(tmp_path / "m"))
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint of this model: .* missing"):
+    with pytest.raises(CheckpointError, match=r"is a CompVis checkpoint without its VAE .* and text encoder"):
         MaskingAlgorithm(config).run_here()
     assert not (tmp_path / "m").exists()
 
@@ -264,7 +264,7 @@ def test_all_that_is_wrong_is_in_one_message(tiny_runs: Any, tmp_path: Path) -> 
     with pytest.raises(ConfigError) as raised:
         SaliencyUnlearningAlgorithm(config).run_here()
     told = "\n".join(raised.value.mistakes)
-    assert "is not a checkpoint of this model" in told
+    assert "is a CompVis checkpoint without its VAE" in told
     assert "xlayer" in told
     assert not (tmp_path / "runs").exists()
 
