@@ -124,9 +124,17 @@ def _locked(path: Path, waiting: str) -> IO[str]:
                 print(waiting, flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             # The one that was waited for has taken this file away; another may have made a new one meanwhile.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if _is_at(path, file):
                 return file
             file.close()
         except OSError as error:
             file.close()
             raise DownloadError(f"{path}: cannot be locked ({error.strerror}); see --output_dir") from error
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +219,9 @@ def test_a_lock_goes_with_its_holder_and_is_one_at_a_time(tmp_path: Path) -> Non
                 with counted:
                     inside -= 1
 
-    threads = [threading.Thread(target=enter) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        for entered in [pool.submit(enter) for _ in range(8)]:
+            entered.result()
     assert most == 1
     assert list(tmp_path.iterdir()) == []
 

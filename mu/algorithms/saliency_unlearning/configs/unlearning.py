@@ -26,6 +26,7 @@ MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 TRAIN_MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
 RESUME_NEWEST = "newest"
+_FEW_TIMESTEPS = 100
 _MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 SHOW_UNSAFE_HELP = (
     "report.html of a concept of template i2p: show its pictures; else they are blurred in the file."
@@ -66,6 +67,10 @@ class ComputeKeys(ConceptKeys):
         "split over the processes while gradients are taken, for a model that does not fit (docs/devices.md).",
         choices=("none", "full"),
     )
+
+    def doubts(self) -> Iterator[str]:
+        """What is allowed and seldom meant; a run warns of it, and a plan."""
+        yield from ()
 
     def conflicts(self) -> Iterator[Problem]:
         yield from super().conflicts()
@@ -128,6 +133,13 @@ class MaskConfig(ComputeKeys):
         """`threshold` as a tuple."""
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
 
+    def doubts(self) -> Iterator[str]:
+        if self.num_timesteps < _FEW_TIMESTEPS:
+            yield (
+                f"num_timesteps: {self.num_timesteps} draws from the first timesteps alone, where there is hardly any "
+                "noise and little to forget. Files of unlearn_diff 2 say 1, which was not used there; leave the key out"
+            )
+
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
         if (problem := writable_problem(self.output_dir)) is not None:
@@ -175,8 +187,8 @@ class TrainConfig(ComputeKeys):
     )
     alpha: float = setting(
         0.5,
-        "objective salun: weight of the retain term, as in the paper: more of it keeps more. (In unlearn_diff 2 alpha "
-        "weighed the forget term: there, more of it forgot more.)",
+        "objective salun: weight of the retain term, as in the paper: more of it keeps more. In unlearn_diff 2 alpha "
+        "weighed the forget term, so that more of it forgot more.",
         ge=0,
         le=1_000_000,
     )
