@@ -32,8 +32,10 @@ from mu.config import (
     keys_of,
     nearest,
     packaged_configs,
+    upon,
 )
 from mu.config_file import Text, read_list
+from mu.config_names import hint, meant
 from mu.config_values import Key
 from mu.errors import MuError, Terminated
 from mu.ranks import leave, started_local_rank, started_rank, started_world_size
@@ -75,7 +77,7 @@ def parse_cli(
     packaged: Path | None = None,
     more: Mapping[str, Sequence[str]] | None = None,
 ) -> C:
-    """A checked config from arguments: defaults < the file of `--config_path` < flags; paths must be there.
+    """A checked config from arguments: defaults < the file of `--config_path` < flags, see `upon`; paths must be there.
 
     Args:
         more: flags of this command that are no keys of its config -> what they take.
@@ -85,7 +87,8 @@ def parse_cli(
     if "--help" in argv or "-h" in argv:
         raise HelpAsked
     mistakes: list[str] = []
-    flags = _flags(cls, argv, mistakes, more or {})
+    unsure: set[str] = set()
+    flags = _flags(cls, argv, mistakes, more or {}, unsure)
     config_path = flags.pop("config_path", None)
     quiet = flags.get("quiet") == "true"
     for name, allowed in {**_COMMON, **(more or {})}.items():
@@ -93,18 +96,20 @@ def parse_cli(
             mistakes.append(
                 f"{name}: {text!r} is not one of: {', '.join(allowed)}.{nearest(text, allowed)} (--{name})"
             )
-    entries: list[Entry] = []
+    read: list[Entry] | None = []
     if config_path is not None:
-        entries += file_entries(config_path, packaged=packaged, mistakes=mistakes)
-        if entries and not Path(config_path).exists() and not quiet:
+        read = file_entries(config_path, packaged=packaged, mistakes=mistakes)
+        if read and not Path(config_path).expanduser().exists() and not quiet:
             say(f"config_path: {config_path} is not on disk; using {find_config(config_path, packaged)}")
     keys = {key.name: key for key in keys_of(cls)}
+    given: list[Entry] = []
     for name, text in flags.items():
         try:
-            entries.append((name, _flag_value(keys[name], text), f"--{name}"))
+            given.append((name, _flag_value(keys[name], text) if name in keys else text, f"--{name}"))
         except ValueError as error:
             mistakes.append(f"{name}: {error} (--{name})")
-    return assemble(cls, entries, mistakes=mistakes, on_disk=True)
+    entries = upon(cls, read or (), given)
+    return assemble(cls, entries, mistakes=mistakes, on_disk=True, whole=read is not None, unsure=unsure)
 
 
 def run_door(
@@ -293,6 +298,12 @@ def help_text(
         if key.rule.choices is not None:
             lines += _wrapped(f"one of: {', '.join(key.rule.choices)}", "    ")
         lines += _wrapped(key.rule.help, "    ")
+    if cls.without_effect:
+        lines += _wrapped(
+            f"Taken without effect, because existing files have them: {', '.join(cls.without_effect)}.", ""
+        )
+    if any("docs/" in line for line in lines):
+        lines.append("docs/ is a folder of the source repository.")
     return "\n".join(lines)
 
 
@@ -306,10 +317,15 @@ def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -
 
 
 def _flags(
-    cls: type[Config], argv: Sequence[str], mistakes: list[str], more: Mapping[str, Sequence[str]]
+    cls: type[Config],
+    argv: Sequence[str],
+    mistakes: list[str],
+    more: Mapping[str, Sequence[str]],
+    unsure: set[str] | None = None,
 ) -> dict[str, str]:
-    """Flag -> its text, from `--key value` and `--key=value`."""
-    known = ["config_path", "help", *_COMMON, *more, *(key.name for key in keys_of(cls))]
+    """Flag -> its text, from `--key value` and `--key=value`; into `unsure`, keys that an unknown one may stand for."""
+    keys = [key.name for key in keys_of(cls)]
+    known = ["config_path", "help", *_COMMON, *more, *keys, *cls.without_effect]
     flags: dict[str, str] = {}
     words = list(argv)
     while words:
@@ -324,7 +340,9 @@ def _flags(
         elif name in _ALONE and not equals:
             text, has_value = "true", True
         if name not in known:
-            mistakes.append(f"--{name}: there is no such flag.{nearest(name, known)}")
+            mistakes.append(f"--{name}: there is no such flag.{hint(name, known)}")
+            if unsure is not None and (key := meant(name, known)) is not None:
+                unsure.add(key)
         elif not has_value:
             mistakes.append(f"--{name}: a value is missing; write --{name} value")
         elif name in flags:

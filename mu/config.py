@@ -8,21 +8,34 @@ of help, and what is allowed. However it is built, by constructor, `load_config`
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
 from mu.config_file import ConfigFileError, read_flat_file
-from mu.config_values import ITEM_WORDS, PACKAGE_PREFIX, Key, Rule, WrongValue, as_text, checked, nearest
+from mu.config_names import hint, meant
+from mu.config_values import (
+    ITEM_WORDS,
+    PACKAGE_PREFIX,
+    Key,
+    Rule,
+    WrongValue,
+    as_text,
+    checked,
+    is_null,
+    nearest,
+)
 from mu.errors import MuError
+from mu.ranks import started_rank
 
 __all__ = [
     "Config",
@@ -42,11 +55,14 @@ __all__ = [
     "require_paths",
     "resolve_path",
     "setting",
+    "upon",
 ]
 
 _PACKAGE_FOLDER = Path(__file__).parent
 _MODEL_YAMLS = ("model_config.yaml", "sd_v2_base.yaml", "sd_v2_v.yaml")
 """Packaged YAML files that describe a model, and are no settings of a command."""
+
+_log = logging.getLogger(__name__)
 
 
 class ConfigError(MuError, ValueError):
@@ -67,9 +83,36 @@ def setting(default: Any, help: str, **rule: Any) -> Any:
     return field(default=default, metadata={"rule": Rule(help, **rule)})
 
 
+class _ConfigType(type):
+    """What config classes do otherwise than other frozen dataclasses: two messages that say the way out."""
+
+    def __call__(cls, *args: Any, **given: Any) -> Any:
+        own = typing.cast("type[Config]", cls)
+        if not given.keys() <= {fld.name for fld in dataclasses.fields(own)}:
+            given = as_dict(assemble(own, [(name, value, "") for name, value in given.items()]))
+        return super().__call__(*args, **given)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        # A frozen dataclass brings its own, which says only that it is frozen.
+        super().__setattr__(name, _refuse_assignment if name == "__setattr__" else value)
+
+
+def _refuse_assignment(_: Config, name: str, value: object) -> None:
+    raise FrozenInstanceError(
+        f"{name}: a config is never changed. Give the key where the config is used, as in "
+        f"SaliencyUnlearningAlgorithm(config, {name}={value!r}), or make another config: "
+        f"mu.config.override(config, {name}={value!r})"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(metaclass=_ConfigType):
     """Base of the config classes. Immutable: lists are tuples, and `override` makes a new object."""
+
+    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Of keys of which one is given instead of another: key -> those whose values from further below it takes away."""
+    without_effect: ClassVar[tuple[str, ...]] = ()
+    """Keys of other programs' files that are taken, with a note, and mean nothing here."""
 
     def __post_init__(self) -> None:
         given = [(key.name, getattr(self, key.name), "") for key in keys_of(type(self))]
@@ -106,7 +149,7 @@ def load_config(
     packaged: Path | None = None,
     on_disk: bool = False,
 ) -> C:
-    """A checked config: defaults < `base` < the YAML file < `overrides`.
+    """A checked config: defaults < `base` < the YAML file < `overrides`, see `upon`.
 
     Args:
         base, overrides: OmegaConf's containers are taken too, see `plain`.
@@ -121,10 +164,27 @@ def load_config(
         if not isinstance(values, Mapping):
             raise ConfigError([f"the config must be a mapping of keys to values, got {values!r}"])
         entries += [(str(key), value, "") for key, value in values.items()]
+    read: Sequence[Entry] | None = ()
     if config_path is not None:
-        entries += file_entries(config_path, packaged=packaged, mistakes=mistakes)
-    entries += [(str(key), value, "") for key, value in plain(overrides or {}).items()]
-    return assemble(cls, entries, mistakes=mistakes, on_disk=on_disk)
+        read = file_entries(config_path, packaged=packaged, mistakes=mistakes)
+        entries = upon(cls, entries, read or ())
+    entries = upon(cls, entries, [(str(key), value, "") for key, value in plain(overrides or {}).items()])
+    return assemble(cls, entries, mistakes=mistakes, on_disk=on_disk, whole=read is not None)
+
+
+def upon(cls: type[Config], below: Sequence[Entry], above: Sequence[Entry]) -> list[Entry]:
+    """The entries of two levels, such as a file and flags, where the upper one wins.
+
+    It wins also over the other of a pair, see `Config.replaces`: prompts of a file go where a flag names a file of
+    prompts. Both on one level stay, and are at odds.
+    """
+    gone = {
+        other
+        for name, value, _ in above
+        if not is_null(value) and not (isinstance(value, (list, tuple)) and not value)
+        for other in cls.replaces.get(name, ())
+    }
+    return [*(entry for entry in below if entry[0] not in gone), *above]
 
 
 def config_of(cls: type[C], given: Config | Mapping[str, object], **overrides: object) -> C:
@@ -183,10 +243,24 @@ def dump(config: Config) -> str:
 
 
 def resolve_path(path: str) -> Path:
-    """A path key's value as a path: `package:x` is the file x inside the installed package, others are as they are."""
+    """A path key's value as the path that is read.
+
+    `package:x` is the file x inside the installed package, `~` the home folder. What begins with `mu/` or `configs/`
+    and is not in the working folder is looked up in the package, as if that were a checkout. Others are as they are.
+    """
     if path.startswith(PACKAGE_PREFIX):
         return _PACKAGE_FOLDER / path.removeprefix(PACKAGE_PREFIX)
-    return Path(path)
+    found = Path(path).expanduser() if path.startswith("~") else Path(path)
+    return found if os.path.lexists(found) else _in_package(found) or found
+
+
+def _in_package(path: Path) -> Path | None:
+    """What the package has at a path that begins as in a checkout."""
+    top, *rest = path.parts or ("",)
+    if ".." in rest or top not in ("mu", "configs"):
+        return None
+    folders = [_PACKAGE_FOLDER] if top == "mu" else sorted(_PACKAGE_FOLDER.glob("algorithms/*/configs"))
+    return next((at for folder in folders if (at := folder.joinpath(*rest)).exists()), None)
 
 
 def packaged_configs(folder: Path) -> list[str]:
@@ -200,9 +274,9 @@ def find_config(path: str | os.PathLike[str], packaged: Path | None) -> Path:
 
     Raises ConfigError, with the packaged names, when there is neither.
     """
-    if os.path.exists(path):
-        return Path(path)
-    name = os.fspath(path)
+    name = os.path.expanduser(path)
+    if os.path.exists(name):
+        return Path(name)
     names = packaged_configs(packaged) if packaged is not None else []
     short = name.rpartition("configs/")[2].removesuffix(".yaml") + ".yaml"
     if packaged is not None and short in names:
@@ -211,38 +285,55 @@ def find_config(path: str | os.PathLike[str], packaged: Path | None) -> Path:
     raise ConfigError([f"config_path: there is no file {name!r}.{listed}"])
 
 
-def file_entries(path: str | os.PathLike[str], *, packaged: Path | None, mistakes: list[str]) -> list[Entry]:
-    """The entries of a YAML file; what is wrong with the file itself is added to `mistakes`."""
+def file_entries(
+    path: str | os.PathLike[str], *, packaged: Path | None, mistakes: list[str]
+) -> list[Entry] | None:
+    """The entries of a YAML file, None when it cannot be read; what is wrong with it is added to `mistakes`."""
     try:
         found = find_config(path, packaged)
         flat = read_flat_file(found)
     except ConfigError as error:
         mistakes += error.mistakes
-        return []
+        return None
     except ConfigFileError as error:
         mistakes.append(f"config_path: {error}")
-        return []
+        return None
     mistakes += [f"{mistake} in {found.name}" for mistake in flat.mistakes]
     return [(key, value, f"{found.name} line {flat.lines[key]}") for key, value in flat.values.items()]
 
 
 def assemble(
-    cls: type[C], entries: Iterable[Entry], *, mistakes: Iterable[str] = (), on_disk: bool = False
+    cls: type[C],
+    entries: Iterable[Entry],
+    *,
+    mistakes: Iterable[str] = (),
+    on_disk: bool = False,
+    whole: bool = True,
+    unsure: Iterable[str] = (),
 ) -> C:
     """A config from entries, of which a later one replaces an earlier one of the same key.
+
+    Args:
+        whole: false: entries are missing, because their file could not be read, and `mistakes` says so; only what is
+            wrong with those that are here is told beside it.
+        unsure: keys whose values are not known, because `mistakes` names what probably stands for them.
 
     Raises ConfigError with `mistakes`, the unknown keys, wrong values, conflicts and, on demand, missing files.
     """
     found = list(mistakes)
     known = {key.name: key for key in keys_of(cls)}
     given: dict[str, tuple[object, str]] = {}
+    unused: dict[str, None] = {}
+    wrong = set(unsure)
     for name, value, where in entries:
         if name in known:
             given[name] = (plain(value), where)
+        elif name in cls.without_effect:
+            unused[name] = None
         else:
-            found.append(f"{name}: there is no such key.{nearest(name, known)}{_at(where)}")
+            found.append(f"{name}: there is no such key.{hint(name, known)}{_at(where)}")
+            wrong |= {key for key in [meant(name, known)] if key is not None}
     config = object.__new__(cls)
-    wrong: set[str] = set()
     for name, key in known.items():
         value, where = given.get(name, (key.default, ""))
         try:
@@ -252,16 +343,18 @@ def assemble(
             wrong.add(name)
             good = key.default
         object.__setattr__(config, name, good)
-    for keys, message in config.conflicts():
+    for keys, message in config.conflicts() if whole else ():
         if wrong.isdisjoint(keys):
             found.append(f"{keys[0]}: {message}")
             wrong.add(keys[0])
-    if on_disk:
+    if on_disk and whole:
         found += [
             f"{keys[0]}: {message}" for keys, message in config.disk_problems() if wrong.isdisjoint(keys)
         ]
     if found:
         raise ConfigError(found)
+    if unused and started_rank() == 0:
+        _log.warning("%s: taken because existing files have it, without any effect", ", ".join(unused))
     return config
 
 

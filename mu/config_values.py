@@ -88,12 +88,18 @@ class Key:
         return as_text(self.default)
 
 
+def is_null(value: object) -> bool:
+    """Whether a value, as it was given, means none."""
+    return value is None or (isinstance(value, Text) and not value.quoted and value.raw in _NULLS)
+
+
 def checked(key: Key, value: object) -> object:
-    """The value in its key's type. Raises WrongValue."""
-    if value is None or (isinstance(value, Text) and not value.quoted and value.raw in _NULLS):
+    """The value in its key's type; in paths, `~` is the home folder. Raises WrongValue."""
+    if is_null(value):
         if key.optional:
             return None
-        raise WrongValue(f"must not be null; give {key.type_words}")
+        none = ", or [] for none" if key.listed and key.rule.may_be_empty else ""
+        raise WrongValue(f"must not be null; give {key.type_words}{none}")
     if isinstance(value, (Text, str)) and key.listed and key.rule.split:
         raw = value.raw if isinstance(value, Text) else value
         if "," in raw:
@@ -113,7 +119,7 @@ def checked(key: Key, value: object) -> object:
 
 
 def _item(key: Key, value: object) -> object:
-    if isinstance(value, Text) and not value.quoted and value.raw in _NULLS:
+    if is_null(value):
         raise WrongValue("an item of the list must not be null")
     raw = value.raw if isinstance(value, Text) else None
     result: object = None
@@ -132,6 +138,8 @@ def _item(key: Key, value: object) -> object:
         raise WrongValue(f"must be {key.type_words}, got {_shown(shown)}")
     if isinstance(result, str):
         _check_text(key.rule, result)
+        if key.rule.kind == "path":
+            return os.path.expanduser(result)
     elif not isinstance(result, bool):
         _check_range(key.rule, typing.cast(float, result))
     return result
@@ -226,8 +234,14 @@ def as_text(value: object, *, split: bool = True) -> str:
     return str(value)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?`, or nothing when no known word is near."""
+def nearest_name(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is nearest to another one, None when none is near."""
     by_case = {name.casefold(): name for name in known}
     near = difflib.get_close_matches(word.casefold(), by_case, n=1, cutoff=0.55)
-    return f" Did you mean {by_case[near[0]]!r}?" if near else ""
+    return by_case[near[0]] if near else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?`, or nothing when no known word is near."""
+    near = nearest_name(word, known)
+    return f" Did you mean {near!r}?" if near is not None else ""

@@ -372,7 +372,7 @@ FRACTION = st.floats(min_value=1e-9, max_value=1)
     prompts=st.lists(TEXT.filter(bool), unique=True).map(tuple),
     seeds=st.lists(st.integers(0, 2**62), min_size=1, unique=True).map(tuple),
     use_sample=st.booleans(),
-    path=st.none() | TEXT.filter(lambda text: text and not text.startswith("package:")),
+    path=st.none() | TEXT.filter(lambda text: text and not text.startswith(("package:", "~"))),
     size=st.none() | st.integers(1, 100).map(lambda n: 8 * n),
 )
 def test_what_is_dumped_is_loaded_again(tmp_path_factory, **values):

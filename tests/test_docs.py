@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from mu.algorithms.saliency_unlearning.configs import EvaluateConfig, SampleConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import load_mask, save_mask
+from mu.config import keys_of
+from mu.config_names import hint
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -46,6 +49,22 @@ def test_imports_in_examples_work(page: Path) -> None:
     for block in blocks(page, "python"):
         for statement in re.findall(r"^from mu\S* import (?:\([^)]*\)|[^\n]*)", block, flags=re.M):
             exec(statement, {})
+
+
+def test_the_page_on_migrating_names_keys_that_are_there_and_that_a_mistake_leads_to() -> None:
+    text = (ROOT / "docs/migrating.md").read_text(encoding="utf-8").split("## Keys")[1]
+    classes = (TrainConfig, EvaluateConfig, SampleConfig)
+    keys = [[key.name for key in keys_of(cls)] for cls in classes]
+    rows = re.findall(r"^\| (`.*) \| (.*) \|$", text, flags=re.M)
+    assert len(rows) > 25
+    for elsewhere, here in rows:
+        for name in re.findall(r"`(\w+)`", elsewhere):
+            hints = [hint(name, known) for known in keys]
+            own = [re.findall(r"Here it is '(\w+)'", said) for said in hints]
+            wanted = re.findall(r"`(\w+)`", here)
+            assert any(found and found[0] in wanted for found in own) or any(
+                "Leave it out" in x for x in hints
+            ), name
 
 
 @pytest.mark.parametrize("name", ["readme_keys", "readme_table", "readme_speed", "controls_table"])

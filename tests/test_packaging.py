@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -123,6 +124,48 @@ def test_a_built_distribution_runs_in_an_empty_environment(tmp_path: Path, kind:
     where = "import mu; print(mu.__file__); print(mu.__version__)"
     done = subprocess.run([str(python), "-I", "-c", where], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(site / "mu/__init__.py"), mu.__version__]
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_what_its_tests_need(tmp_path: Path) -> None:
+    """Every file of the repository that does not begin with a dot is in it; tests that read such files pass there."""
+    built = shutil.ignore_patterns(
+        ".*", "__pycache__", "*.egg-info", "build", "dist", "site", "data", "outputs", "wandb"
+    )
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT,
+        source,
+        symlinks=True,
+        ignore=lambda at, names: built(at, names) if Path(at) == ROOT else {"__pycache__"},
+    )
+    build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = tmp_path.glob("unlearn_diff-*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    (root,) = (tmp_path / "unpacked").iterdir()
+    shutil.rmtree(next(source.glob("*.egg-info")))
+    missing = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*")
+        if path.is_file() and not (root / path.relative_to(source)).is_file()
+    }
+    assert missing == set()
+    own = [
+        "tests/test_docs.py",
+        "tests/test_packaging.py",
+        "tests/algorithms/saliency_unlearning/test_configs.py",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *own],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -14,7 +15,7 @@ from urllib.request import url2pathname
 import mu
 from mu.cli import ArgumentParser
 from mu.commands.backends import CONDAS, Runner, create_conda, create_venv, find_executable
-from mu.commands.door import add_verbosity, guarded, notes_as_asked
+from mu.commands.door import add_verbosity, guarded, notes_as_asked, path
 from mu.commands.environment_file import (
     ALGORITHMS,
     EnvironmentProblem,
@@ -45,11 +46,16 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ALGORITHMS) -> int:
     parser.add_argument(
         "--prefix",
         "--path",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="folder of the environment; default: conda's own place under its name, or .venv-NAME here for venv",
     )
-    parser.add_argument("--python", metavar="PROGRAM", help="venv: the Python to use, whatever its version")
+    parser.add_argument(
+        "--python",
+        type=os.path.expanduser,
+        metavar="PROGRAM",
+        help="venv: the Python to use, whatever its version",
+    )
     parser.add_argument("--force", action="store_true", help="make an existing environment anew")
     parser.add_argument("--dry_run", action="store_true", help="only print the commands")
     add_verbosity(parser)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mu.atomic import write_atomically
 from mu.cli import ArgumentParser
-from mu.commands.door import add_verbosity, guarded
+from mu.commands.door import add_verbosity, guarded, path
 from mu.commands.redaction import redacted
 from mu.errors import MuError
 from mu.run_folder import environment
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "run", nargs="?", type=Path, metavar="RUN", help="folder of a run; none: the machine alone"
+        "run", nargs="?", type=path, metavar="RUN", help="folder of a run; none: the machine alone"
     )
     parser.add_argument("--lines", type=int, default=60, help="of the end of the log (%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write it there instead of printing it")
+    parser.add_argument("--output", type=path, metavar="FILE", help="write it there instead of printing it")
     add_verbosity(parser)
     arguments = parser.parse_args(argv)
     if arguments.lines < 1:

@@ -46,10 +46,15 @@ def one_of(names: Sequence[str], aliases: Mapping[str, str] | None = None) -> Ca
     return checked
 
 
+def path(text: str) -> Path:
+    """An argument's type: a path, in which `~` is the home folder."""
+    return Path(text).expanduser()
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a download."""
     default = Limits()
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="folder that receives the files")
+    parser.add_argument("--output_dir", type=path, metavar="DIR", help="folder that receives the files")
     parser.add_argument(
         "--url",
         help="instead of the usual source: an http(s) or file URL, or a path, of an archive or a checkpoint",

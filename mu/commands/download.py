@@ -32,7 +32,7 @@ def download(wish: Wish) -> Result:
         DownloadError: nothing could be fetched, or the folder holds something else.
         ArchiveError: what came is not what it should be. In both cases the folder is as it was.
     """
-    folder = Path(os.path.realpath(wish.folder or wish.source.folder))
+    folder = Path(os.path.realpath(os.path.expanduser(wish.folder or wish.source.folder)))
     url = wish.url or mirrored(wish.source)
     text = source_text(wish.source, url)
     done = _done(wish, folder, text)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mu.atomic import write_atomically
 from mu.commands.files import DownloadError
@@ -96,21 +97,44 @@ def some(problems: list[str]) -> str:
 def exclusive(path: Path, waiting: str) -> Iterator[None]:
     """Holds the lock file `path`; while another process holds it, prints `waiting` once and waits.
 
+    The file goes when the block ends, however it ends; only a killed process leaves it, for the next one.
+
     Raises DownloadError when the file cannot be made or this file system has no locks.
     """
-    try:
-        file = open(path, "a")  # noqa: SIM115 - closed below, which also lets go of the lock
-    except OSError as error:
-        raise DownloadError(
-            f"{path.parent}: cannot be written ({error.strerror}); see --output_dir"
-        ) from error
-    with file:
+    with _locked(path, waiting):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # who waits for it sees that, see below
+
+
+def _locked(path: Path, waiting: str) -> IO[str]:
+    """The open file of a lock that is held until it is closed."""
+    while True:
+        try:
+            file = open(path, "a")  # noqa: SIM115 - closed by who holds it, which also lets go of the lock
+        except OSError as error:
+            raise DownloadError(
+                f"{path.parent}: cannot be written ({error.strerror}); see --output_dir"
+            ) from error
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(waiting, flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            # The one that was waited for has taken this file away; another may have made a new one meanwhile.
+            if _is_at(path, file):
+                return file
+            file.close()
         except OSError as error:
+            file.close()
             raise DownloadError(f"{path}: cannot be locked ({error.strerror}); see --output_dir") from error
-        yield
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -196,8 +196,8 @@ class ClassifierInfo:
 def _parse_info(metadata: Mapping[str, str], path: Path) -> ClassifierInfo:
     if metadata.get(FORMAT_KEY) != FORMAT:
         raise ClassifierError(
-            f"{path} is no classifier: its header has no {FORMAT_KEY} = {FORMAT!r}; "
-            "scripts/train_emoji_classifier.py makes one"
+            f"{path} is no classifier: its header has no {FORMAT_KEY} = {FORMAT!r}; leave classifier_path out for the "
+            "bundled one (scripts/train_emoji_classifier.py of the repository makes others)"
         )
     try:
         return ClassifierInfo(

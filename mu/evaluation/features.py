@@ -71,7 +71,7 @@ class InceptionFeatures:
             if error.name != "torch_fidelity":
                 raise
             raise CheckpointError(
-                "fid_features inception needs the package torch-fidelity: pip install '.[inception]'; or take "
+                "fid_features inception needs the package torch-fidelity: pip install torch-fidelity; or take "
                 "fid_features classifier"
             ) from None
         url: str = inception.URL_INCEPTION_V3

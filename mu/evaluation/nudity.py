@@ -1,4 +1,4 @@
-"""Unsafe body parts, counted by NudeNet's detector: an extra, `pip install '.[nudity]'`, under the AGPL-3.0."""
+"""Unsafe body parts, counted by NudeNet's detector: an extra, `pip install nudenet`, under the AGPL-3.0."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def load_detector() -> Detector:
         if error.name != "nudenet":
             raise
         raise NudityError(
-            "nudity: the package nudenet is not installed: pip install '.[nudity]' (its licence is the AGPL-3.0)"
+            "nudity: the package nudenet is not installed: pip install nudenet (its licence is the AGPL-3.0)"
         ) from None
     detector: Detector = NudeDetector()
     return detector

@@ -173,6 +173,20 @@ def test_a_dry_run_prints_and_runs_nothing(
     assert f"source {tmp_path}/.venv-{NAME}/bin/activate" in out
 
 
+def test_a_tilde_is_the_home_folder(
+    condas: Condas, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "python").symlink_to(sys.executable)
+    argv = [NAME, "--backend=venv", "--prefix=~/env", "--python=~/python", "--dry_run"]
+    assert main(argv) == 0
+    assert f"{tmp_path}/python -m venv " in (out := capsys.readouterr().out)
+    assert f"source {tmp_path}/env/bin/activate" in out
+    condas.add("micromamba")
+    assert main([NAME, "--prefix", "~/env", "--dry_run"]) == 0
+    assert f"-p {tmp_path}/env" in capsys.readouterr().out
+
+
 def test_a_venv_is_made_for_real_kept_and_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

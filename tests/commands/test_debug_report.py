@@ -61,6 +61,12 @@ def test_promise_26_a_report_shows_no_secret(run: Path, tmp_path: Path) -> None:
     assert text.count(HIDDEN) >= 3
 
 
+def test_a_tilde_is_the_home_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert debug_report.main([f"~/{run.name}", "--output=~/report.md"]) == 0
+    assert "lr: 1.0e-05" in (run.parent / "report.md").read_text()
+
+
 def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert debug_report.main([str(tmp_path / "absent")]) == 1
     assert "there is no such folder" in capsys.readouterr().err

@@ -13,15 +13,18 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mu.commands import download_data
 from mu.commands.archive import ArchiveError, Limits
 from mu.commands.download import download
 from mu.commands.files import DownloadError, DownloadQuotaError
 from mu.commands.origins import Wish
+from mu.commands.record import exclusive
 from mu.commands.sources import DATA, DATA_ALIASES, MIRROR_VARIABLE, MODELS, Hub
 
 SOURCE = DATA["sample", "quick_canvas"]
@@ -49,7 +52,7 @@ def test_an_archive_lands_without_the_folder_around_it(server: Any, canvas_zip: 
     assert len(content(result.folder)) == 12
     assert (result.folder / "Cubism/Cats/1.jpg").stat().st_size == 900
     left = sorted(path.name for path in result.folder.parent.iterdir())
-    assert left == [".sample.download.lock", "sample", "sample.download.json"]
+    assert left == ["sample", "sample.download.json"]
 
 
 def test_the_second_call_does_nothing(server: Any, canvas_zip: bytes) -> None:
@@ -148,7 +151,7 @@ def test_promise_09_a_wrong_hash_leaves_nothing_at_the_final_path(server: Any, c
     url = server.put("x.zip", canvas_zip)
     with pytest.raises(DownloadError, match="should be 000"):
         download(wish(url, sha256="0" * 64))
-    assert content(Path("data")) == {".sample.download.lock"}
+    assert content(Path("data")) == set()
     assert len(download(wish(url, sha256=hashlib.sha256(canvas_zip).hexdigest())).files) == 12
 
 
@@ -168,7 +171,7 @@ def test_promise_10_a_quota_page_is_never_kept(server: Any) -> None:
     url = server.put("x.zip", b"<html>Too many users have viewed or downloaded this file recently.</html>")
     with pytest.raises(DownloadQuotaError, match="quota exceeded"):
         download(wish(url))
-    assert content(Path("data")) == {".sample.download.lock"}
+    assert content(Path("data")) == set()
 
 
 def test_promise_11_two_downloads_at_once_make_one_transfer(
@@ -200,10 +203,55 @@ def test_promise_11_also_within_one_process(server: Any, canvas_zip: bytes) -> N
     assert len(server.requests) == 1
 
 
+def test_a_lock_goes_with_its_holder_and_is_one_at_a_time(tmp_path: Path) -> None:
+    """Taking the file away must not let two waiters in, one by the old file and one by a new one."""
+    path, inside, most = tmp_path / ".x.lock", 0, 0
+    counted = threading.Lock()
+
+    def enter() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with exclusive(path, "waiting"):
+                with counted:
+                    inside += 1
+                    most = max(most, inside)
+                time.sleep(0.0005)
+                with counted:
+                    inside -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        for entered in [pool.submit(enter) for _ in range(8)]:
+            entered.result()
+    assert most == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_beside_a_folder_that_could_not_be_filled(server: Any, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError):
+        download(wish(str(tmp_path / "absent.zip")))
+    with pytest.raises(DownloadError):
+        download(wish(server.put("x.zip", b"<html>quota exceeded</html>")))
+    assert list(Path("data").iterdir()) == []
+
+
+def test_a_tilde_is_the_home_folder(
+    tmp_path: Path, canvas_zip: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.zip").write_bytes(canvas_zip)
+    argv = ["sample", "quick_canvas", "--url=~/x.zip", "--output_dir=~/canvas", "--quiet"]
+    assert download_data.main(argv) == 0
+    assert len(content(tmp_path / "canvas")) == 12
+    monkeypatch.setenv("UNLEARN_DIFF_MIRROR", "~")
+    (tmp_path / "data/quick-canvas-dataset").mkdir(parents=True)
+    (tmp_path / "data/quick-canvas-dataset/sample.zip").write_bytes(canvas_zip)
+    assert download(Wish(source=SOURCE, folder=Path("~/other"), progress=False)).folder == tmp_path / "other"
+
+
 def test_promise_13_a_bomb_leaves_no_folder(server: Any, canvas_zip: bytes) -> None:
     with pytest.raises(ArchiveError, match="--max_files"):
         download(wish(server.put("x.zip", canvas_zip), limits=Limits(max_files=11)))
-    assert content(Path("data")) == {".sample.download.lock"}
+    assert content(Path("data")) == set()
 
 
 def test_promise_14_offline_a_complete_folder_works_without_the_network(

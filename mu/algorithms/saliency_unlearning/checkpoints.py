@@ -35,7 +35,7 @@ from mu.run_folder import is_finished, is_running
 
 MAY_DIFFER = frozenset(
     {
-        *("devices", "wandb", "wandb_project"),
+        *("devices", "logger", "wandb", "wandb_project"),
         *("resume", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints"),
         *("output_dir", "processed_dataset_dir", "output_format", "save_dtype", "patch"),
         *("sample_prompts", "sample_seeds"),

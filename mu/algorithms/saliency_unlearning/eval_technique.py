@@ -23,8 +23,9 @@ from mu.algorithms.saliency_unlearning.sampling import SamplingError, sample_ima
 from mu.algorithms.saliency_unlearning.utils import model_of
 from mu.arithmetic import run_arithmetic
 from mu.config import ConfigError, load_config, override, require_paths
-from mu.config_file import ConfigFileError, Text, read_flat_file
+from mu.config_file import ConfigFileError, Text, Value, read_flat_file
 from mu.datasets.images import to_picture
+from mu.datasets.index import concept_label
 from mu.datasets.seen_prompts import cut_notes
 from mu.devices import device_names
 
@@ -41,12 +42,19 @@ class SaliencyUnlearningTechnique:
         ckpt_path: a checkpoint file, the folder of a training run, or a folder of runs, whose newest is taken.
         model_config_path: CompVis YAML of its structure. Default: the one named in `config.yaml` beside the checkpoint,
             as every training run leaves it; without such a file, Stable Diffusion v1.
-        devices: one CUDA device number, or "cpu". The `sample` command is what works on several at once.
+        devices: one CUDA device number, or "cpu"; "0" without it. The `sample` command is what works on several.
+        device: the same as torch and the library name it, such as "cuda", "cuda:1" or "cpu".
+        erase_concept: what was forgotten, under which the library files its reports; its metric err wants "nudity".
+            Default: what the run's own config names.
         options: how images are sampled, as the keys of the `sample` command: `sample_steps` (also as
             `num_inference_steps`), `guidance_scale`, `eta`, `image_size`, `batch_size`, `precision`.
 
+    Attributes:
+        erase_concept: the concept, None where neither the caller nor a run's config names it.
+        seeds: of the images of the last call, with which the same images can be made again.
+
     Raises:
-        TypeError: an option is unknown.
+        TypeError: an option is unknown, or given under two names.
         ConfigError: an option has a wrong value, or a path is missing.
         CheckpointError: the checkpoint cannot be read, or is not this model's.
     """
@@ -56,10 +64,15 @@ class SaliencyUnlearningTechnique:
         ckpt_path: str | Path,
         model_config_path: str | Path | None = None,
         *,
-        devices: str = "0",
+        devices: str | None = None,
+        device: str | int | torch.device | None = None,
+        erase_concept: str | None = None,
         **options: Any,
     ) -> None:
-        given: dict[str, Any] = {"ckpt_path": ckpt_path, "devices": devices, **_named(options)}
+        if devices is not None and device is not None:
+            raise TypeError("devices and device are one option; give one of the two")
+        own = devices or _device_number(device)
+        given: dict[str, Any] = {"ckpt_path": ckpt_path, "devices": own, **_named(options)}
         given["prompts"] = ("brought by each call",)  # a SampleConfig without prompts is a mistake
         if model_config_path is not None:
             given["model_config_path"] = model_config_path
@@ -68,14 +81,15 @@ class SaliencyUnlearningTechnique:
             raise ConfigError(
                 [f"devices: {config.devices} are several; images are generated in this process: name one"]
             )
-        if model_config_path is None:
-            config = _as_trained(config)
+        trained = _trained(config) if model_config_path is None or erase_concept is None else None
+        if model_config_path is None and trained is not None:
+            config = _as_trained(config, trained)
+        self.erase_concept = erase_concept or _concept(trained)
         require_paths(config)
         self.config = config
         self.model = model_of(config)
         self._cut_said = False
         self.seeds: tuple[int, ...] = ()
-        """Seeds of the images of the last call, with which the same images can be made again."""
 
     def generate(
         self, prompts: str | Sequence[str], seed: int | Sequence[int] | None = None, **kw: Any
@@ -160,15 +174,38 @@ def _seeds(prompts: Sequence[str], seed: int | Sequence[int] | None) -> tuple[in
     return tuple(seeds)
 
 
-def _as_trained(config: SampleConfig) -> SampleConfig:
-    """The config with the model YAML that the run's own config names, where the checkpoint is of a run."""
+def _device_number(device: str | int | torch.device | None) -> str:
+    """A device as torch names it, as the key `devices` does: "cuda:1" is "1"."""
+    text = "cuda" if device is None else str(device)
+    kind, _, number = text.partition(":")
+    return (number or "0") if kind == "cuda" else text
+
+
+def _trained(config: SampleConfig) -> dict[str, Value] | None:
+    """What the config of the checkpoint's own training run says, where it lies beside it."""
     path = config.checkpoint().parent / "config.yaml"
     if not path.is_file():
-        return config
+        return None
     try:
-        named = read_flat_file(path).values.get("model_config_path")
+        return read_flat_file(path).values
     except ConfigFileError as error:
-        raise ConfigError([f"ckpt_path: the run's {error}; give model_config_path"]) from error
+        raise ConfigError(
+            [f"ckpt_path: the run's {error}; give model_config_path and erase_concept"]
+        ) from error
+
+
+def _as_trained(config: SampleConfig, trained: dict[str, Value]) -> SampleConfig:
+    """The config with the model YAML that the training run's names."""
+    named = trained.get("model_config_path")
     if not isinstance(named, Text):
+        path = config.checkpoint().parent / "config.yaml"
         raise ConfigError([f"ckpt_path: {path} names no model_config_path; give it"])
     return override(config, model_config_path=named.raw)
+
+
+def _concept(trained: dict[str, Value] | None) -> str | None:
+    """The name of what a training run forgot, of several with `+` between."""
+    named = (trained or {}).get("template_name")
+    if named is None:
+        return None
+    return concept_label(tuple(text.raw for text in (named if isinstance(named, list) else [named])))

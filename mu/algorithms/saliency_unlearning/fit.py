@@ -12,7 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mu import ranks
@@ -32,6 +32,14 @@ from mu.run_folder import RunFolder, csv_bytes
 from mu.verbosity import bars_off
 
 _TERMS = ("loss", "forget", "retain")
+_WANDB_MODES = {
+    "offline": "offline",
+    "dryrun": "offline",
+    "online": "online",
+    "run": "online",
+    "disabled": "off",
+}
+"""What WANDB_MODE may say, as the key wandb says it."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +74,8 @@ def fit(
     history = LossHistory(folder, boundary)
     # A run that has done all its steps still ends as others do, with a loader that is not read.
     loader = data.train_loader(start_step=min(boundary.step, data.total_steps - 1))
-    logger = wandb_logger(config, folder.path) if ranks.is_main() else None
-    guard = GuardedLogger(logger) if logger is not None else None
+    loggers = run_loggers(config, folder.path) if ranks.is_main() else []
+    guards = [GuardedLogger(logger) for logger in loggers]
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # The loader cuts the steps itself and serves tensors that are in memory: workers would only copy them.
@@ -78,7 +86,7 @@ def fit(
         loop = pl.Trainer(
             **loop_devices(config.devices),
             max_epochs=1,  # all epochs of the config are one pass of the loader
-            logger=logger or False,
+            logger=loggers or False,
             callbacks=[
                 history,
                 *(callbacks if ranks.is_main() or is_sharded(trainer.model.ldm.unet) else ()),
@@ -107,7 +115,7 @@ def fit(
             signal.signal(signal.SIGINT, at_ctrl_c)
             raise KeyboardInterrupt from None
         finally:
-            if guard is not None:
+            for guard in guards:
                 guard.finish()
     last = history.rows[-data.steps_per_epoch :]
     means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
@@ -120,7 +128,9 @@ def _end_at_once(*_: object) -> None:
 
 
 class LossHistory(pl.Callback):
-    """Both terms of every step, in memory and in `metrics.csv`; goes on after the rows that are there.
+    """Both terms of every step, in memory, in `metrics.csv`, and with the same count of steps in the run's loggers.
+
+    Goes on after the rows that are there.
 
     Args:
         boundary: is told where a row cannot be written: the run then stops after this step, with a checkpoint.
@@ -134,20 +144,44 @@ class LossHistory(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         row = tuple(float(trainer.callback_metrics[name]) for name in _TERMS)
         self.rows.append(row)
+        terms = dict(zip(_TERMS, row, strict=True))
         try:
-            self.folder.metrics_csv.append(trainer.global_step, **dict(zip(_TERMS, row, strict=True)))
+            self.folder.metrics_csv.append(trainer.global_step, **terms)
         except WriteError as error:
             content = csv_bytes([("step", *_TERMS), *((step, *row) for step, row in enumerate(self.rows, 1))])
             self.boundary.fail(error, {self.folder.metrics_csv.path.name: content})
+        for logger in trainer.loggers:
+            logger.log_metrics(terms, step=trainer.global_step)
+
+
+def run_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+    """Lightning's loggers that the keys `logger` and `wandb`, and the variable WANDB_MODE, ask for."""
+    if config.logger == "tensorboard":
+        return [TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)]
+    logger = wandb_logger(config, folder)
+    return [] if logger is None else [logger]
+
+
+def wandb_mode(config: TrainConfig) -> str:
+    """`off`, `offline` or `online`: the key `wandb`, or else WANDB_MODE, or else what `logger` means.
+
+    WANDB_MODE may also bring less than the keys ask for: WANDB_MODE=offline makes `online` offline,
+    WANDB_MODE=disabled turns it off.
+    """
+    variable = _WANDB_MODES.get(os.environ.get("WANDB_MODE", "").strip().lower())
+    if config.logger in ("none", "tensorboard") or variable == "off":
+        return "off"
+    asked = config.wandb or variable or ("online" if config.logger == "wandb" else "off")
+    return "offline" if asked == "online" and variable == "offline" else asked
 
 
 def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:
-    """Lightning's Weights & Biases logger, or None where the config says off.
+    """Lightning's Weights & Biases logger, or None where `wandb_mode` says off.
 
-    `online` without a key is offline, with one warning; so is a run whose connection cannot be made. The environment
-    variable WANDB_MODE=offline makes it offline as asked, WANDB_MODE=disabled turns it off.
+    `online` without a key is offline, with one warning; so is a run whose connection cannot be made.
     """
-    if config.wandb == "off" or os.environ.get("WANDB_MODE") == "disabled":
+    mode = wandb_mode(config)
+    if mode == "off":
         return None
     import wandb
     from wandb.errors import Error as WandbError
@@ -158,7 +192,7 @@ def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:
         "name": folder.name,
         "config": as_dict(config),
     }
-    online = config.wandb == "online" and os.environ.get("WANDB_MODE", "online") == "online"
+    online = mode == "online"
     if online and not wandb.api.api_key:
         _log.warning("wandb: no API key on this machine; this run is kept offline in %s", folder / "wandb")
         online = False

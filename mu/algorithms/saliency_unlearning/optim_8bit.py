@@ -91,7 +91,7 @@ def _library() -> Any:
     except ImportError as error:
         raise MissingPackageError(
             "optimizer adam8bit needs the package bitsandbytes, which is not installed: "
-            "pip install '.[eight-bit]', or choose optimizer adam"
+            "pip install bitsandbytes, or choose optimizer adam"
         ) from error
     return bitsandbytes.functional
 

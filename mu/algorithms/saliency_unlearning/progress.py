@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import WandbLogger
+from PIL import Image
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from mu import ranks
@@ -36,7 +39,7 @@ TERMS = ("loss", "forget", "retain")
 
 
 class Progress(pl.Callback):
-    """Validation losses into `validation.csv`, pictures into `pictures/step_<step>.png`, both into wandb if it is on.
+    """Validation losses into `validation.csv`, pictures into `pictures/step_<step>.png`, both into the run's loggers.
 
     Args:
         config: `validate_every_steps` and `validation_draws`, `sample_every_steps`, `wandb_unsafe_pictures`.
@@ -72,9 +75,19 @@ class Progress(pl.Callback):
             with self._decorating(f"pictures/{path.name}"), encoders_at_hand(self.pictures.model):
                 self.pictures.snapshot(f"step {step}", path)
                 drawn = True
-            if drawn and (self.config.template != "i2p" or self.config.wandb_unsafe_pictures):
-                for logger in _wandb(trainer):
-                    logger.log_image("pictures", [str(path)], step=step)
+            for logger in trainer.loggers if drawn else ():
+                with self._decorating(f"pictures in {type(logger).__name__}"):
+                    self._send(logger, path, step)
+
+    def _send(self, logger: Logger, path: Path, step: int) -> None:
+        """Pictures to a logger; those that may be unsafe leave this machine only when asked."""
+        if isinstance(logger, WandbLogger):
+            if self.config.template != "i2p" or self.config.wandb_unsafe_pictures:
+                logger.log_image("pictures", [str(path)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            with Image.open(path) as opened:
+                pixels = np.asarray(opened.convert("RGB"))  # (H, W, 3)
+            logger.experiment.add_image("pictures", pixels, step, dataformats="HWC")
 
     def _decorating(self, what: str) -> AbstractContextManager[None]:
         """`decorating`; not on shards, where all processes take part, and one that gives up strands the rest."""
@@ -86,7 +99,7 @@ class Progress(pl.Callback):
         with self._decorating(f"validation at step {trainer.global_step}"), products(tf32=False):
             losses = validation_losses(module, self.batches)
             self.csv.append(trainer.global_step, **losses)
-        for logger in _wandb(trainer):
+        for logger in trainer.loggers:
             logger.log_metrics(
                 {f"validation/{name}": value for name, value in losses.items()}, step=trainer.global_step
             )
@@ -156,7 +169,3 @@ def _to(batch: Any, device: torch.device) -> Any:
         return tensor.to(device)
 
     return tuple(map(moved, batch))
-
-
-def _wandb(trainer: pl.Trainer) -> list[WandbLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]

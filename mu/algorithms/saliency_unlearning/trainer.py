@@ -188,7 +188,8 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         optimizer.zero_grad()  # type: ignore[union-attr]
         if schedule is not None:
             schedule.step()  # type: ignore[union-attr]
-        self.log_dict(terms, prog_bar=True, batch_size=len(batch["forget"][0]))
+        # Not by Lightning into the loggers: it counts this step as the one before.
+        self.log_dict(terms, prog_bar=True, logger=False, batch_size=len(batch["forget"][0]))
 
     def checked_terms(
         self, found: tuple[Tensor, Tensor, Tensor], images: Mapping[str, Sequence[str]]

@@ -26,6 +26,7 @@ _PLACES = [
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "keep_checkpoints",
+    "logger",
 ]
 """Keys that do not decide what a concept becomes, or (of the model) decide it through the model's fingerprint."""
 _FIRST_KEYS = """
@@ -122,9 +123,10 @@ def variants(config: BenchmarkConfig, name: str) -> list[Variant]:
 
 def deciding(config: Config) -> dict[str, Any]:
     """The keys that decide what a concept becomes."""
+    was = {"wandb": "off"}  # what null meant when these keys were first counted
     first = set(_FIRST_KEYS.split()) - ({"precision"} if isinstance(config, MaskConfig) else set())
     return {
-        key.name: value
+        key.name: was.get(key.name) if value is None else value
         for key in keys_of(type(config))
         if key.name not in _PLACES
         and ((value := getattr(config, key.name)) != key.default or key.name in first)

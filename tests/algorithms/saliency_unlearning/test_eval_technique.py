@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from PIL import Image
 
-from mu.algorithms.saliency_unlearning.eval_technique import SaliencyUnlearningTechnique
+from mu.algorithms.saliency_unlearning.eval_technique import SaliencyUnlearningTechnique, _device_number
 from mu.algorithms.saliency_unlearning.sampling import sample_images
 from mu.config import ConfigError, dump
 from mu.datasets.images import to_picture
@@ -117,3 +118,42 @@ def test_mistakes_are_told(technique: SaliencyUnlearningTechnique, run_folder: P
         SaliencyUnlearningTechnique(run_folder, "absent.yaml", **OPTIONS)
     with pytest.raises(ConfigError, match="devices: cpu,cpu are several"):
         SaliencyUnlearningTechnique(run_folder, **{**OPTIONS, "devices": "cpu,cpu"})
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_what_the_benchmark_library_hands_over_is_taken(run_folder: Path, device: Any) -> None:
+    options = {"sample_steps": 2, "device": device, "erase_concept": "Nudity"}
+    technique = SaliencyUnlearningTechnique(ckpt_path=str(run_folder), **options)
+    assert (technique.config.devices, technique.erase_concept) == ("cpu", "Nudity")
+    assert technique.generate(prompts=[CATS], seed=None)[0].size == (16, 16)
+    with pytest.raises(TypeError, match="devices and device are one option"):
+        SaliencyUnlearningTechnique(run_folder, devices="cpu", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "number"),
+    [(None, "0"), ("cuda", "0"), ("cuda:1", "1"), (torch.device("cuda", 2), "2"), (3, "3"), ("cpu", "cpu")],
+)
+def test_a_device_is_named_as_torch_names_it(device: Any, number: str) -> None:
+    assert _device_number(device) == number
+
+
+def test_the_concept_is_the_runs_own_where_nobody_names_it(
+    technique: SaliencyUnlearningTechnique, run_folder: Path, tiny_runs: Any, tmp_path: Path
+) -> None:
+    assert technique.erase_concept == "Noto"
+    alone = SaliencyUnlearningTechnique(
+        run_folder / "model.safetensors", tiny_runs.model_config, erase_concept="Noto", **OPTIONS
+    )
+    assert alone.erase_concept == "Noto"
+    shutil.copy(run_folder / "model.safetensors", tmp_path)
+    bare = SaliencyUnlearningTechnique(tmp_path / "model.safetensors", tiny_runs.model_config, **OPTIONS)
+    assert bare.erase_concept is None
+    (tmp_path / "config.yaml").write_text(
+        dump(
+            tiny_runs.train_config(
+                template_name=("Noto", "Blob"), styles=("Noto", "Blob", "Fluent"), masking="none"
+            )
+        )
+    )
+    assert SaliencyUnlearningTechnique(tmp_path, **OPTIONS).erase_concept == "Noto+Blob"

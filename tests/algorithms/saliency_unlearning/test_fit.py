@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +17,21 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from pytorch_lightning.loggers import Logger
 from torch.utils.data import DataLoader
 
 from mu.algorithms.saliency_unlearning import fit as fit_module
+from mu.algorithms.saliency_unlearning import progress
 from mu.algorithms.saliency_unlearning import trainer as trainer_module
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
-from mu.algorithms.saliency_unlearning.fit import fit, wandb_logger
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.fit import fit, run_loggers, wandb_logger, wandb_mode
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.run_state import read_run_state
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.atomic import WriteError
+from mu.config import ConfigError, check_paths
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 
@@ -285,6 +291,124 @@ def test_promise_26_a_connection_that_cannot_be_made_leaves_the_run_offline(
     assert caplog.messages == [f"wandb: timed out; this run is kept offline in {tmp_path / 'wandb'}"]
 
 
+NOT_SET: None = None
+
+
+@pytest.mark.parametrize(
+    ("logger", "wandb", "variable", "mode"),
+    [
+        (None, None, NOT_SET, "off"),
+        (None, None, "offline", "offline"),
+        (None, None, "dryrun", "offline"),
+        (None, None, "online", "online"),
+        (None, None, "disabled", "off"),
+        (None, None, "whatever", "off"),
+        (None, "off", "offline", "off"),
+        (None, "offline", "online", "offline"),
+        (None, "online", NOT_SET, "online"),
+        (None, "online", "offline", "offline"),
+        ("wandb", None, NOT_SET, "online"),
+        ("wandb", None, "offline", "offline"),
+        ("wandb", "offline", NOT_SET, "offline"),
+        ("wandb", None, "disabled", "off"),
+        ("none", None, "online", "off"),
+        ("tensorboard", None, "online", "off"),
+        ("none", "off", NOT_SET, "off"),
+    ],
+)
+def test_the_key_decides_over_wandb_and_without_it_the_variable(
+    monkeypatch: pytest.MonkeyPatch, logger: str | None, wandb: str | None, variable: str | None, mode: str
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert wandb_mode(TrainConfig(logger=logger, wandb=wandb)) == mode
+
+
+@pytest.mark.parametrize(
+    ("logger", "wandb"), [("wandb", "off"), ("none", "online"), ("tensorboard", "offline")]
+)
+def test_keys_of_loggers_that_contradict_each_other_are_a_mistake(logger: str, wandb: str) -> None:
+    with pytest.raises(ConfigError, match=r"logger: .* leave"):
+        TrainConfig(logger=logger, wandb=wandb)
+
+
+class Noted(Logger):
+    """Stands where a logger stands, and notes what it is sent."""
+
+    name, version = "noted", "0"
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.sent: list[tuple[int | None, dict[str, float]]] = []
+        self.finished = False
+        self.experiment = SimpleNamespace(finish=lambda: setattr(self, "finished", True))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.sent.append((step, dict(metrics)))
+
+
+def test_a_step_has_the_same_number_in_the_loggers_as_on_disk(
+    train: Callable[..., dict[str, float]],
+    tiny_runs: Any,
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pictures and validation losses go by `global_step`, which counts a step when it is done."""
+    loggers: list[Noted] = []
+
+    class Kept(Noted):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            loggers.append(self)
+
+    monkeypatch.setattr(fit_module, "WandbLogger", Kept)
+    train(tiny_runs.train_config(wandb="offline"))
+    (logger,) = loggers
+    rows = folder.metrics_csv.read()
+    assert logger.sent == [
+        (int(row["step"]), {name: float(row[name]) for name in ("loss", "forget", "retain")}) for row in rows
+    ]
+    assert [step for step, _ in logger.sent] == [1, 2, 3, 4]
+    assert logger.finished
+
+
+def test_tensorboard_that_is_not_installed_is_found_before_a_run(
+    tiny_runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs.train_config(logger="tensorboard", masking="none")
+    for name in ("tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert check_paths(config) == [
+        "logger: tensorboard needs the package of that name: pip install tensorboard"
+    ]
+
+
+def test_tensorboard_holds_losses_and_pictures_of_the_run(
+    train: Callable[..., dict[str, float]], tiny_runs: Any, folder: RunFolder
+) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = tiny_runs.train_config(logger="tensorboard", masking="none")
+    assert check_paths(config) == []
+    train(config)
+    path = folder.path / "pictures" / "step_000002.png"
+    path.parent.mkdir()
+    Image.new("RGB", (6, 4), (255, 0, 0)).save(path)
+    (logger,) = run_loggers(config, folder.path)
+    progress.Progress._send(SimpleNamespace(config=config), logger, path, 2)  # type: ignore[arg-type]
+    logger.finalize("success")
+    found = events.EventAccumulator(str(folder.path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("forget")] == [
+        (step, forget) for step, (_, forget, _) in enumerate(TERMS, start=1)
+    ]
+    (picture,) = found.Images("pictures")
+    assert (picture.step, picture.width, picture.height) == (2, 6, 4)
+
+
 @pytest.mark.slow
 def test_promise_26_no_secret_and_no_network_lose_no_run(
     train: Callable[..., dict[str, float]],
@@ -314,18 +438,24 @@ def test_promise_26_no_secret_and_no_network_lose_no_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("keys", "variable"), [({"wandb": "online"}, None), ({}, "offline")])
 def test_an_offline_run_is_kept_in_the_run_folder(
     train: Callable[..., dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
     tiny_runs: Any,
     folder: RunFolder,
     tmp_path: Path,
+    keys: dict[str, str],
+    variable: str | None,
 ) -> None:
     """The real thing, which starts a process of its own."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    losses = train(tiny_runs.train_config(wandb="online"))
+    if variable is None:
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+    else:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    losses = train(tiny_runs.train_config(**keys))
     assert losses["loss"] == 8.5
     (kept,) = (folder.path / "wandb").glob("offline-run-*")
     assert list(kept.glob("*.wandb"))

@@ -30,6 +30,8 @@ __all__ = [
     "EvaluateConfig",
     "MaskConfig",
     "ModelKeys",
+    "SaliencyUnlearningConfig",
+    "SaliencyUnlearningMaskConfig",
     "SampleConfig",
     "TrainConfig",
     "checkpoint_file",
@@ -43,6 +45,9 @@ __all__ = [
 ]
 
 C = TypeVar("C", bound=Config)
+
+SaliencyUnlearningConfig = TrainConfig
+SaliencyUnlearningMaskConfig = MaskConfig
 
 
 def _packaged(cls: type[C], name: str) -> C:

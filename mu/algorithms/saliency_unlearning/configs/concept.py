@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mu.algorithms.saliency_unlearning.configs.data_sets import (
     DATASET_TYPES,
@@ -88,6 +89,8 @@ class ModelKeys(Config):
 @dataclass(frozen=True, kw_only=True)
 class ConceptKeys(ModelKeys):
     """What is forgotten, and the images of it and of what is kept."""
+
+    replaces: ClassVar = {"forget_prompts": ("styles", "objects")}
 
     dataset_type: str = setting(
         "unlearncanvas",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mu.algorithms.saliency_unlearning.configs.concept import (
     EMOJI_CHECKPOINT,
@@ -38,6 +39,8 @@ _PRECISION_HELP = "Arithmetic of sampling; bf16 is faster, its images differ a l
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(ModelKeys):
     """Images from a checkpoint."""
+
+    replaces: ClassVar = {"prompts": ("prompts_path",), "prompts_path": ("prompts",)}
 
     prompts: tuple[str, ...] = setting(
         (), "Prompts: one, or a YAML list (commas do not separate them).", split=False, may_be_empty=True
@@ -175,6 +178,12 @@ class ScoringKeys(Config):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
     """What a checkpoint, or a folder of images, forgot and what it kept, on the grid of styles x objects."""
+
+    replaces: ClassVar = {
+        "ckpt_path": ("images_dir",),
+        "base_ckpt_path": ("base_images_dir",),
+        "base_images_dir": ("base_ckpt_path",),
+    }
 
     ckpt_path: str = setting(
         EMOJI_CHECKPOINT,

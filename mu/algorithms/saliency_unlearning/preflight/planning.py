@@ -261,6 +261,7 @@ def _plan(
     device_free = free_bytes(subject.device) if subject.cuda else 0
     lacking, warnings = disk_problems(files)
     warnings += subject.notes
+    warnings += config.doubts()
     problems.found += [ConfigError([message]) for message in lacking]
 
     def phases(activations: int, passes: Mapping[str, int]) -> Memory:

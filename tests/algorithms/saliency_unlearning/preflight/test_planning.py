@@ -287,6 +287,15 @@ def test_images_are_looked_at_before_the_model_loads(tiny_runs: Any, tmp_path: P
         MaskingAlgorithm(config).run_here()
 
 
+@pytest.mark.parametrize(("num_timesteps", "warned"), [(1, True), (1000, False)])
+def test_a_mask_of_the_first_timesteps_alone_is_a_warning(
+    tiny_runs: Any, tmp_path: Path, num_timesteps: int, warned: bool
+) -> None:
+    config = tiny_runs.mask_config(num_timesteps=num_timesteps, output_dir=str(tmp_path))
+    plan = planning.plan_mask(config)
+    assert any("num_timesteps: 1 draws from the first" in warning for warning in plan.warnings) == warned
+
+
 def test_too_little_memory_is_a_warning(
     tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
