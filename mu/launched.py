@@ -16,6 +16,7 @@ from types import TracebackType
 from mu.cli import terminable
 from mu.errors import MuError, Terminated
 from mu.launch import Outcome, Task, write_pickle
+from mu.memory import telling
 from mu.ranks import joined, leave, sendable, started_rank
 from mu.verbosity import verbosity
 
@@ -28,7 +29,7 @@ def main(folder: Path) -> int:
         (folder / f"ready-{started_rank()}").touch()
         task: Task = pickle.loads((folder / "task").read_bytes())
         level = logging.getLevelName(task.level).lower()
-        with verbosity(level, quiet=task.quiet), joined(task.devices):
+        with verbosity(level, quiet=task.quiet), joined(task.devices), telling("in one of the processes"):
             noting.note(Outcome(value=task.run(task.config)))
     leave()
     return 0

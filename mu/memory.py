@@ -1,6 +1,6 @@
 """What happens when memory runs out: less is done at once, or an error names what saves memory.
 
-torch is imported late, because commands that need no torch use this module for their error messages.
+torch is not imported: where no other module has, no error is torch's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from mu.errors import MuError
@@ -18,6 +19,9 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _ALLOCATION_ERRORS = ("DefaultCPUAllocator", "ALLOC_FAILED", "CUDA error: out of memory", "std::bad_alloc")
 """Words in a RuntimeError of torch that mean a failed allocation: CPU, cuDNN and cuBLAS, the driver, C++."""
+ADVICE = (
+    "a smaller batch_size or image_size, precision bf16, devices cpu, or closing other programs that use it"
+)
 SAMPLING_ADVICE = (
     "precision bf16 (in a mask or training run: sample_precision bf16), a smaller image_size, devices cpu, or closing "
     "other programs that use this memory"
@@ -36,11 +40,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError) or isinstance(error, MuError):
         return False
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in _ALLOCATION_ERRORS
-    )
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in _ALLOCATION_ERRORS)
 
 
 def reason_of(error: BaseException) -> str:
@@ -48,9 +51,24 @@ def reason_of(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def no_memory(doing: str, error: BaseException, *, advice: str) -> OutOfMemoryError:
-    """The error that names what saves memory, made of the one that the allocation gave."""
-    return OutOfMemoryError(f"out of memory {doing} ({reason_of(error)}). What saves memory: {advice}")
+@contextmanager
+def telling(doing: str, *, advice: str = ADVICE) -> Iterator[None]:
+    """Turns the error of an allocation inside into one that names what saves memory.
+
+    Args:
+        doing: what needs the memory, such as "while decoding an image".
+
+    Raises:
+        OutOfMemoryError: memory did not suffice.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory {doing} ({reason_of(error)}). What saves memory: {advice}"
+        ) from error
 
 
 def halved(count: int, *, reason: str, advice: str, what: str = "image", note: str = "") -> int:
@@ -113,8 +131,10 @@ class AtOnce:
                 if not is_out_of_memory(error):
                     raise
                 if not self.may_halve:
-                    doing = f"with {size} {self.what}s at a time on shared weights"
-                    raise no_memory(doing, error, advice=self.advice) from error
+                    raise OutOfMemoryError(
+                        f"out of memory with {size} {self.what}s at a time ({reason_of(error)}). With sharding full, "
+                        f"batches are not halved by themselves. What saves memory: {self.advice}"
+                    ) from error
                 reason = reason_of(error)
             else:
                 done += size

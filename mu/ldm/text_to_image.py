@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
-from mu.memory import SAMPLING_ADVICE, AtOnce
+from mu.memory import SAMPLING_ADVICE, AtOnce, telling
 
 PRECISIONS = ("auto", "fp32", "bf16")
 """Arithmetic of sampling: bf16 is autocast to bf16, auto see `sampling_precision`."""
@@ -56,7 +56,6 @@ class TextToImage:
         # Shards of weights meet in every pass, so a process cannot make passes of its own.
         sharded = any(hasattr(parameter, "full_tensor") for parameter in model.unet.parameters())
         self._sampling = AtOnce("image", advice=SAMPLING_ADVICE, note=_NOTE, may_halve=not sharded)
-        self._decoding = AtOnce("image", advice=SAMPLING_ADVICE)
 
     @torch.no_grad()
     def images(
@@ -99,13 +98,11 @@ class TextToImage:
                     else [torch.Generator().manual_seed(seeds[place]) for place in places],
                 )  # (B, C, h, w)
 
-        def decode(latents: Sequence[Tensor]) -> Tensor:
-            with self._arithmetic():
-                return self.model.decode(latents[0][None])[0].float().cpu()  # (3, H, W)
-
         for latents in self._sampling.pieces(range(len(prompts)), sample):
             for latent in latents:
-                yield from self._decoding.pieces([latent], decode)
+                with telling("while decoding an image", advice=SAMPLING_ADVICE), self._arithmetic():
+                    image = self.model.decode(latent[None])[0].float().cpu()  # (3, H, W)
+                yield image
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.half)

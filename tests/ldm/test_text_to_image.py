@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 import pytest
 import torch
@@ -12,64 +11,54 @@ from mu.datasets.images import to_uint8
 from mu.ldm import LatentDiffusion
 from mu.ldm.text_to_image import TextToImage, sampling_precision
 from mu.memory import OutOfMemoryError
-from tests.memory_limit import memory_left
-
-MB = 1_000_000
-linux = pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux alone")
+from tests.memory_limit import hungry
 
 
-def sampled(
-    model: LatentDiffusion, count: int, *, size: int = 32, sampler: TextToImage | None = None
-) -> torch.Tensor:
+def sampler_of(model: LatentDiffusion, **keys: str) -> TextToImage:
+    return TextToImage(model, steps=2, shape=(4, 8, 8), **keys)  # type: ignore[arg-type]
+
+
+def sampled(sampler: TextToImage, count: int, guidance_scale: float = 3.0) -> torch.Tensor:
     """(N, H, W, 3) grey levels."""
-    sampler = sampler or TextToImage(model, steps=1, shape=(4, size, size))
-    images = sampler.images([f"cat {i}" for i in range(count)], guidance_scale=1.0, seeds=range(count))
+    prompts = [f"cat {i}" for i in range(count)]
+    images = sampler.images(prompts, guidance_scale=guidance_scale, seeds=range(count))
     return to_uint8(torch.stack(list(images))).int()
 
 
-@linux
 def test_promise_22_the_batch_is_halved_when_memory_runs_out_while_sampling(
-    tiny_model: LatentDiffusion, caplog: pytest.LogCaptureFixture
+    tiny_model: LatentDiffusion, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = sampled(tiny_model, 192)
-    sampler = TextToImage(tiny_model, steps=1, shape=(4, 32, 32))
-    with memory_left(150 * MB), caplog.at_level(logging.WARNING):
-        found = sampled(tiny_model, 192, sampler=sampler)
+    expected = sampled(sampler_of(tiny_model), 7)
+    assert expected.float().std() > 5
+    monkeypatch.setattr(tiny_model.unet, "forward", hungry(tiny_model.unet.forward, holds=6))  # both branches
+    sampler = sampler_of(tiny_model)
+    with caplog.at_level(logging.WARNING):
+        found = sampled(sampler, 7)
+        assert torch.equal(sampled(sampler, 7), found)  # cut alike, and not tried in vain again
     assert (found - expected).abs().max() <= 1  # rounding
-    warnings = [record.getMessage() for record in caplog.records]
-    assert warnings[0].startswith("out of memory with 192 images at a time; going on with 96")
-    assert "may differ by rounding" in warnings[0]
-    # What did not fit once is not tried again.
-    count = len(warnings)
-    with memory_left(150 * MB), caplog.at_level(logging.WARNING):
-        sampled(tiny_model, 192, sampler=sampler)
-    assert len(caplog.records) == count
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("out of memory with 7 images at a time; going on with 3")
+    assert "may differ by rounding" in said
 
 
-@linux
-def test_promise_22_memory_that_does_not_suffice_for_one_image_names_the_keys(
-    tiny_model: LatentDiffusion,
+@pytest.mark.parametrize("part", ["sampling", "decoding"])
+def test_promise_22_memory_that_does_not_hold_one_image_is_an_error_that_names_keys(
+    tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    with (
-        memory_left(20 * MB),
-        pytest.raises(OutOfMemoryError, match=r"one image at a time .*sample_precision bf16"),
-    ):
-        sampled(tiny_model, 2, size=256)
+    module, name = (tiny_model.unet, "forward") if part == "sampling" else (tiny_model, "decode")
+    monkeypatch.setattr(module, name, hungry(getattr(module, name), holds=0))
+    doing = "with one image at a time" if part == "sampling" else "while decoding an image"
+    with pytest.raises(OutOfMemoryError, match=rf"{doing} \(.*allocate.*sample_precision bf16"):
+        sampled(sampler_of(tiny_model), 2)
 
 
 def test_each_image_is_decoded_by_itself(
     tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Decoding takes most of the memory; and pixels then follow from their latent alone."""
-    whole, sizes = tiny_model.decode, []
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(latents))
-        return whole(latents)
-
-    monkeypatch.setattr(tiny_model, "decode", decode)
-    sampled(tiny_model, 3, size=8)
-    assert sizes == [1, 1, 1]
+    """Decoding takes most of the memory; and pixels then follow from their latent alone, whatever the batch."""
+    expected = sampled(sampler_of(tiny_model), 3)
+    monkeypatch.setattr(tiny_model, "decode", hungry(tiny_model.decode, holds=1))
+    assert torch.equal(sampled(sampler_of(tiny_model), 3), expected)
 
 
 @pytest.mark.parametrize("given", ["fp32", "bf16"])
@@ -80,8 +69,7 @@ def test_a_precision_that_is_named_is_taken(given: str) -> None:
 def test_auto_is_fp32_on_the_cpu(tiny_model: LatentDiffusion) -> None:
     assert sampling_precision("auto", tiny_model.device) == "fp32"
     exact, auto, half = (
-        sampled(tiny_model, 2, sampler=TextToImage(tiny_model, steps=1, shape=(4, 8, 8), precision=precision))
-        for precision in ("fp32", "auto", "bf16")
+        sampled(sampler_of(tiny_model, precision=precision), 2) for precision in ("fp32", "auto", "bf16")
     )
     assert torch.equal(auto, exact)
     assert not torch.equal(half, exact)
