@@ -140,7 +140,7 @@ def image_features(
         DataError: an image cannot be read.
         OutOfMemoryError: memory does not suffice for one image.
     """
-    found = []
+    found: list[Tensor] = []
     at_once = AtOnce("image", advice=SCORING_ADVICE)
 
     def features(pixels: Sequence[Tensor]) -> Tensor:

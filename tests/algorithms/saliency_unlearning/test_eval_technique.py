@@ -17,6 +17,7 @@ from mu.algorithms.saliency_unlearning.eval_technique import SaliencyUnlearningT
 from mu.algorithms.saliency_unlearning.sampling import sample_images
 from mu.config import ConfigError, dump
 from mu.datasets.images import to_picture
+from tests.memory_limit import hungry
 
 ROOT = Path(__file__).parents[3]
 CATS, DOGS = "A Cats image in Noto style.", "A Dogs image in Blob style."
@@ -106,3 +107,13 @@ def test_mistakes_are_told(technique: SaliencyUnlearningTechnique, run_folder: P
         SaliencyUnlearningTechnique(run_folder, "absent.yaml", **OPTIONS)
     with pytest.raises(ConfigError, match="devices: cpu,cpu are several"):
         SaliencyUnlearningTechnique(run_folder, **{**OPTIONS, "devices": "cpu,cpu"})
+
+
+def test_promise_22_the_technique_halves_its_batch_when_memory_runs_out(
+    technique: SaliencyUnlearningTechnique, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = technique.generate([CATS, DOGS], seed=5)
+    unet = technique.model.unet
+    monkeypatch.setattr(unet, "forward", hungry(unet.forward, holds=2))  # one image with both branches
+    found = technique.generate([CATS, DOGS], seed=5)
+    assert max(difference(*pair) for pair in zip(found, expected, strict=True)) <= 1

@@ -90,6 +90,7 @@ def test_forgotten_prompts_come_first_and_are_framed_together(
         sample_steps=4,
         guidance_scale=2.5,
         image_size=32,
+        sample_precision="bf16",
     )
     taken = pictures(config, rows())
     taken.take("before")
@@ -100,7 +101,7 @@ def test_forgotten_prompts_come_first_and_are_framed_together(
         "steps": 4,
         "guidance_scale": 2.5,
         "image_size": 32,
-        "precision": "fp32",
+        "precision": "bf16",
     }
 
     path = taken.save(tmp_path / "new" / "before_after.png")
