@@ -29,6 +29,7 @@ from mu.evaluation.images import AskedImage, of_rows
 from mu.evaluation.metrics import read_predictions, unlearning_scores
 from mu.ldm import LatentDiffusion, save_checkpoint
 from mu.ldm.convert import convert_checkpoint
+from tests.memory_limit import hungry
 
 STYLES = ("Noto", "Fluent_Flat")
 OBJECTS = ("Cats", "Dogs", "Cars")
@@ -405,7 +406,6 @@ from pathlib import Path
 from mu.datasets.generated import GeneratedImages, SampleSettings
 from mu.evaluation.grid import Grid
 from mu.ldm import load_model
-from tests.memory_limit import hungry
 yaml, checkpoint, folder, styles = sys.argv[1:]
 images = GeneratedImages(load_model(yaml, checkpoint), folder, SampleSettings(2, 3.0, 16), subfolder="grids")
 grid = Grid(tuple(styles.split(",")), ("Cats", "Dogs", "Cars"), (188, 288))
