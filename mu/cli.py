@@ -38,6 +38,7 @@ from mu.config_file import Text, read_list
 from mu.config_names import hint, meant
 from mu.config_values import Key
 from mu.errors import MuError, Terminated
+from mu.memory import telling
 from mu.ranks import leave, started_local_rank, started_rank, started_world_size
 from mu.verbosity import LEVELS, is_quiet, verbosity
 
@@ -144,7 +145,7 @@ def run_door(
         config = parse_cli(cls, arguments, packaged=packaged, more=more)
         if not shares_work:
             _check_alone(module)
-        with _asked_verbosity(cls, arguments, more), terminable():
+        with _asked_verbosity(cls, arguments, more), terminable(), telling("in this run"):
             if plan is not None and _flags(cls, arguments, [], more).get("dry_run") == "true":
                 planned = plan(config)
                 say(str(planned))

@@ -17,6 +17,7 @@ from mu.arithmetic import run_arithmetic
 from mu.cli import terminable
 from mu.errors import MuError, Terminated
 from mu.launch import Outcome, Task, is_deterministic, write_pickle
+from mu.memory import telling
 from mu.ranks import joined, leave, sendable, started_rank
 from mu.verbosity import verbosity
 
@@ -30,7 +31,12 @@ def main(folder: Path) -> int:
         task: Task = pickle.loads((folder / "task").read_bytes())
         level = logging.getLevelName(task.level).lower()
         arithmetic = run_arithmetic(deterministic=is_deterministic(task.config))
-        with verbosity(level, quiet=task.quiet), arithmetic, joined(task.devices):
+        with (
+            verbosity(level, quiet=task.quiet),
+            arithmetic,
+            joined(task.devices),
+            telling("in one of the processes"),
+        ):
             noting.note(Outcome(value=task.run(task.config)))
     leave()
     return 0

@@ -308,3 +308,13 @@ def test_a_printed_command_gives_the_same_config():
 
     config = parse_cli(Toy, shlex.split(command)[3:])
     assert config == Toy(lr=0.5, name=None, seeds=(7,), prompts=("it's a, b", "c"))
+
+
+def test_promise_22_memory_that_runs_out_anywhere_is_an_error_with_advice(capsys):
+    code = door(lambda _: bytearray(2**60), "--quiet", "true")
+    said = capsys.readouterr().err
+    assert code == 1
+    assert said.startswith(
+        "error: out of memory in this run (MemoryError). What saves memory: a smaller batch_size"
+    )
+    assert "Traceback" not in said

@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,10 +44,8 @@ from mu.datasets.streams import initial_noise
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.params import LatentDiffusionParams
-from mu.ldm.sampler import sample_ddim
+from mu.ldm.text_to_image import PRECISIONS, TextToImage, sampling_precision
 from mu.verbosity import bars_off
-
-PRECISIONS = ("fp32", "bf16")
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +54,8 @@ _log = logging.getLogger(__name__)
 class SampleSettings:
     """How images are sampled: DDIM steps, classifier-free guidance scale (1 is none), side in pixels, arithmetic.
 
-    `precision` is one of `PRECISIONS`: "bf16" is bf16 autocast, faster, with images that differ a little.
+    `precision` is one of `PRECISIONS`: "bf16" is bf16 autocast, faster, with images that differ a little; "auto" is it
+    on a GPU that computes in bf16 (`GeneratedImages` puts what that means in its place).
     """
 
     steps: int
@@ -211,16 +210,15 @@ class GeneratedImages:
                 f"sample_steps = {settings.steps}: allowed are 1 to {model.num_timesteps} (the model's T)."
             )
         self.model = model
-        self.settings = settings
+        self.settings = replace(settings, precision=sampling_precision(settings.precision, model.device))
         self.manifest = {
-            **_manifest(model.params, settings, prompt),
+            **_manifest(model.params, self.settings, prompt),
             "model": fingerprint(model.state_dict()),
         }
         described = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
         weights = self.manifest["model"].removeprefix("sha256:")
         self.path = Path(folder) / subfolder / f"{weights[:12]}-{described[:8]}"
 
-    @torch.no_grad()
     def sample_missing(self, rows: Sequence[Row], *, batch_size: int) -> int:
         """Samples the images of `rows` that do not exist yet, and returns how many those were.
 
@@ -230,6 +228,7 @@ class GeneratedImages:
 
         Raises:
             DataError: an image came out with NaN or Inf, or the folder's manifest says something else.
+            OutOfMemoryError: memory does not suffice for one image at a time.
         """
 
         def lacking() -> list[int]:
@@ -249,10 +248,16 @@ class GeneratedImages:
 
     def _write_sampled(self, batches: Sequence[Sequence[Row]]) -> None:
         count = sum(map(len, batches))
+        sampler = TextToImage(
+            self.model,
+            steps=self.settings.steps,
+            shape=self.model.latent_shape(self.settings.image_size),
+            precision=self.settings.precision,
+        )
         with tqdm(total=count, desc="sampling images", unit="image", disable=bars_off()) as progress:
             for batch in batches:
                 files = {}
-                for row, image in zip(batch, self._sample(batch), strict=True):
+                for row, image in zip(batch, self._sample(batch, sampler), strict=True):
                     if not torch.isfinite(image).all():
                         raise DataError(
                             f"{row.image}: the model's image for {row.prompt!r} contains NaN or Inf."
@@ -261,27 +266,13 @@ class GeneratedImages:
                 write_together(self.path, files)
                 progress.update(len(batch))
 
-    def _sample(self, rows: Sequence[Row]) -> Tensor:
-        """Images (B, 3, H, W), about [-1, 1]."""
-        shape = self.model.latent_shape(self.settings.image_size)
+    def _sample(self, rows: Sequence[Row], sampler: TextToImage) -> Iterator[Tensor]:
+        """Images (3, H, W), about [-1, 1], on the CPU."""
         noise = torch.stack(
-            [initial_noise(row.style, row.object, int(row.image.stem), shape) for row in rows]
+            [initial_noise(row.style, row.object, int(row.image.stem), sampler.shape) for row in rows]
         )
-        context = self.model.embed([row.prompt for row in rows])  # (B, L, D)
-        uncond_context = self.model.embed([""])  # (1, L, D)
-        half = self.settings.precision == "bf16"
-        # Latents stay fp32 between the steps: only the networks compute in bf16.
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=half):
-            latents = sample_ddim(
-                self.model,
-                context,
-                shape=shape,
-                steps=self.settings.steps,
-                guidance_scale=self.settings.guidance_scale,
-                uncond_context=uncond_context,
-                initial_noise=noise.to(context),
-            )  # (B, C, h, w)
-            return self.model.decode(latents).float()
+        prompts = [row.prompt for row in rows]
+        yield from sampler.images(prompts, guidance_scale=self.settings.guidance_scale, noise=noise)
 
 
 def folders_like(

@@ -42,7 +42,8 @@ def load_pixels(path: Path | str, size: int | None = None, *, interpolation: str
         raise DataError(f"{path}: unreadable ({error})") from error
     if size is not None:
         picture = _square(picture, size, Path(path), Image.Resampling[interpolation.upper()])
-    return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1).contiguous()  # (3, H, W)
+    # numpy turns the axes, because torch would start threads of its own in each thread that reads.
+    return torch.from_numpy(numpy.array(picture).transpose(2, 0, 1).copy())  # (3, H, W)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

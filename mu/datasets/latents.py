@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -23,11 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mu import ranks
-from mu.datasets.images import load_image
+from mu.datasets.images import load_pixels, to_unit_range
 from mu.datasets.index import DataError, Row, raise_problems
+from mu.datasets.reading import read_ahead
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.tensor_file import write_state_dict
+from mu.memory import ENCODING_ADVICE, telling
 from mu.verbosity import bars_off
 
 S = TypeVar("S")
@@ -72,6 +75,7 @@ class LatentCache:
         Raises:
             DataError: images that are missing, unreadable or too small (all of them in one message), or whose
                 moments contain NaN or Inf.
+            OutOfMemoryError: memory does not suffice for one image.
         """
         if not rows:
             raise DataError("there are no images to encode.")
@@ -112,7 +116,8 @@ class LatentCache:
         return {prompt: kept[prompt] for prompt in wanted}
 
     def _embed(self, prompt: str) -> Tensor:
-        return self.model.embed([prompt])[0].float().cpu().contiguous()  # (L, D)
+        with telling("while embedding a prompt", advice=ENCODING_ADVICE):
+            return self.model.embed([prompt])[0].float().cpu().contiguous()  # (L, D)
 
     def _encode(
         self,
@@ -127,21 +132,33 @@ class LatentCache:
         if todo:
             _log.info("encoding %d of %d images at %d px", len(todo), len(rows), self.image_size)
         weight = next(self.model.first_stage_model.parameters())
+        pieces = list(_whole_groups(rows, todo))
+
+        def read(place: int) -> Tensor | DataError:
+            try:
+                return load_pixels(rows[place].image, self.image_size)
+            except DataError as error:
+                return error
 
         def encode(place: int) -> tuple[Tensor, Tensor] | None:
-            try:
-                image = load_image(rows[place].image, self.image_size)
-            except DataError as error:
-                problems[place] = str(error)
-            if problems:  # the rest is only read, so that one message can name every bad image
-                return None
-            mean, logvar = self.model.encode(image[None].to(weight))  # each (1, C, h, w)
-            return mean[0].float().cpu().contiguous(), logvar[0].float().cpu().contiguous()
+            pixels = next(loaded)
+            if isinstance(pixels, DataError):
+                problems[place] = str(pixels)
+            if problems or isinstance(pixels, DataError):
+                return None  # the rest is only read, so that one message can name every bad image
+            with telling("while encoding an image", advice=ENCODING_ADVICE):
+                image = to_unit_range(pixels)  # (3, H, W)
+                mean, logvar = self.model.encode(image[None].to(weight))  # each (1, C, h, w)
+                return mean[0].float().cpu().contiguous(), logvar[0].float().cpu().contiguous()
 
-        with tqdm(
-            total=len(todo), desc="encoding images", unit="image", disable=bars_off(), leave=False
-        ) as progress:
-            for places in _whole_groups(rows, todo):
+        mine = [place for places in pieces for place in ranks.share(places)]
+        with (
+            closing(read_ahead(mine, read)) as loaded,
+            tqdm(
+                total=len(todo), desc="encoding images", unit="image", disable=bars_off(), leave=False
+            ) as progress,
+        ):
+            for places in pieces:
                 found = _together(places, encode, progress)
                 for theirs in ranks.gathered(problems):
                     problems |= theirs
@@ -277,15 +294,25 @@ def _together(items: Sequence[S], work: Callable[[S], T], progress: tqdm) -> lis
 
 def _hash_files(rows: Sequence[Row]) -> tuple[dict[int, str], dict[int, str]]:
     """sha256 of each row's file by place, and what is wrong with those that cannot be read."""
-    hashes, problems = {}, {}
-    for place in ranks.share(range(len(rows))):
+    hashes: dict[int, str] = {}
+    problems: dict[int, str] = {}
+
+    def digest(place: int) -> tuple[str | None, str]:
+        """The hash, or else what is wrong."""
         image = rows[place].image
         try:
-            hashes[place] = hashlib.sha256(image.read_bytes()).hexdigest()
+            return hashlib.sha256(image.read_bytes()).hexdigest(), ""
         except FileNotFoundError:
-            problems[place] = f"{image}: missing"
+            return None, f"{image}: missing"
         except OSError as error:
-            problems[place] = f"{image}: unreadable ({error})"
+            return None, f"{image}: unreadable ({error})"
+
+    mine = ranks.share(range(len(rows)))
+    for place, (found, problem) in zip(mine, read_ahead(mine, digest), strict=True):
+        if found is None:
+            problems[place] = problem
+        else:
+            hashes[place] = found
     for their_hashes, their_problems in ranks.gathered((hashes, problems)):
         hashes |= their_hashes
         problems |= their_problems

@@ -8,15 +8,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from mu.datasets.reading import read_ahead
 from mu.datasets.seen_prompts import cut_at
 from mu.errors import MuError
 from mu.evaluation.images import AskedImage
+from mu.memory import SCORING_ADVICE, AtOnce
 from mu.verbosity import bars_off
 
 _log = logging.getLogger(__name__)
@@ -78,22 +81,37 @@ class ClipScorer:
                 _log.warning("CLIP score: %s", note)
             self._max_length = None  # said once, not of each model's images
         texts: dict[str, torch.Tensor] = {}
+        embedding = AtOnce("prompt", advice=SCORING_ADVICE)
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
-            embedded = self.model.encode_text(self.tokenizer(part).to(self.device), normalize=True)  # (B, D)
+            embedded = torch.cat(list(embedding.pieces(part, self._said)))  # (B, D)
             texts.update(zip(part, embedded, strict=True))
         found: list[float] = []
-        with tqdm(total=len(images), desc="CLIP score", unit="image", disable=bars_off()) as progress:
+        seeing = AtOnce("image", advice=SCORING_ADVICE)
+        with (
+            closing(read_ahead([image.path for image in images], _picture)) as pictures,
+            tqdm(total=len(images), desc="CLIP score", unit="image", disable=bars_off()) as progress,
+        ):
             for start in range(0, len(images), batch_size):
                 batch = images[start : start + batch_size]
-                pixels = torch.stack([self._pixels(image.path) for image in batch]).to(self.device)
-                seen = self.model.encode_image(pixels, normalize=True)  # (B, D)
+                pixels = [self.preprocess(next(pictures)) for _ in batch]
+                seen = torch.cat(list(seeing.pieces(pixels, self._seen)))  # (B, D)
                 said = torch.stack([texts[image.prompt] for image in batch])  # (B, D)
                 found += (100 * (seen * said).sum(dim=-1)).clamp(min=0).tolist()
                 progress.update(len(batch))
         return found
 
-    def _pixels(self, path: Path) -> torch.Tensor:
-        with Image.open(path) as opened:
-            pixels: torch.Tensor = self.preprocess(opened.convert("RGB"))
-            return pixels
+    def _said(self, prompts: Sequence[str]) -> torch.Tensor:
+        tokens = self.tokenizer(list(prompts)).to(self.device)
+        embedded: torch.Tensor = self.model.encode_text(tokens, normalize=True)  # (B, D)
+        return embedded
+
+    def _seen(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        images = torch.stack(list(pixels)).to(self.device)
+        embedded: torch.Tensor = self.model.encode_image(images, normalize=True)  # (B, D)
+        return embedded
+
+
+def _picture(path: Path) -> Image.Image:
+    with Image.open(path) as opened:
+        return opened.convert("RGB")

@@ -6,15 +6,24 @@ torchmetrics', in double precision; the intervals draw images anew and reuse the
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mu.errors import MuError
-from mu.evaluation.intervals import Estimate, spread_interval
+from mu.evaluation.intervals import Estimate, normal_interval, spread_interval
+from mu.memory import is_out_of_memory, reason_of, telling
+from mu.verbosity import bars_off
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 KID_SUBSETS = 100
 _KID_RESAMPLES = 1000
@@ -44,7 +53,9 @@ class _Given(nn.Module):
         return features
 
 
-def fid(features: Tensor, reference: Tensor, *, paired: bool, resamples: int) -> Distance:
+def fid(
+    features: Tensor, reference: Tensor, *, paired: bool, resamples: int, device: str = "cpu"
+) -> Distance:
     """Frechet distance between the Gaussians of two sets of features.
 
     It shrinks with the number of images, so only distances of equally many images can be compared.
@@ -52,7 +63,8 @@ def fid(features: Tensor, reference: Tensor, *, paired: bool, resamples: int) ->
     Args:
         features: (N, F); reference: (M, F).
         paired: row i of both is of the same prompt and seed: pairs are drawn anew, not rows of each.
-        resamples: of the interval (see `spread_interval`); 0: none.
+        resamples: of the interval (see `normal_interval`); fewer than 2: none.
+        device: where the interval is counted.
 
     Raises:
         DistanceError: fewer than two images, other widths, or values that are not finite.
@@ -65,12 +77,32 @@ def fid(features: Tensor, reference: Tensor, *, paired: bool, resamples: int) ->
     metric.update(reference, real=True)
     value = float(metric.compute())
 
-    def resampled(generator: numpy.random.Generator) -> float:
-        rows, others = _draw(generator, len(features), len(reference), paired=paired)
-        return frechet_distance(features[rows], reference[others])
+    def interval(place: str) -> tuple[float, float] | None:
+        sets = features.to(place), reference.to(place)
 
-    interval = spread_interval(value, resampled, resamples=resamples)
-    return Distance(value, len(features), interval, len(reference))
+        def resampled(generator: numpy.random.Generator) -> float:
+            rows, others = _draw(generator, len(features), len(reference), paired=paired)
+            return frechet_distance(*sets, counts=_counts(rows, sets[0]), others=_counts(others, sets[1]))
+
+        with tqdm(total=resamples, desc="interval of FID", disable=bars_off(), leave=False) as progress:
+            return normal_interval(value, resampled, resamples=resamples, done=progress.update)
+
+    return Distance(value, len(features), _where_it_fits(interval, device), len(reference))
+
+
+def _where_it_fits(interval: Callable[[str], T], device: str) -> T:
+    """On the device, or if its memory does not suffice, on the CPU."""
+    if device != "cpu":
+        try:
+            return interval(device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.warning(
+                "out of memory on %s (%s): FID's interval is counted on the CPU", device, reason_of(error)
+            )
+    with telling("while counting FID's interval", advice="fid_resamples 0, or fewer images"):
+        return interval("cpu")
 
 
 def kid(features: Tensor, reference: Tensor, *, paired: bool, subset_size: int = 1000) -> Distance:
@@ -115,25 +147,44 @@ def kid(features: Tensor, reference: Tensor, *, paired: bool, subset_size: int =
     )
 
 
-def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two sets of features, fast enough to be asked hundreds of times.
+def frechet_distance(
+    features: Tensor, reference: Tensor, *, counts: Tensor | None = None, others: Tensor | None = None
+) -> float:
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two sets of features, fast enough to be asked many times.
 
-    With C = A'A and C' = B'B, the trace of the root is the sum of the singular values of A B'; QR makes A and B as
-    small as the lesser of images and features. Takes float64 (N, F) and (M, F).
+    With C = A'A and C' = B'B, the trace of the root is the sum of the singular values of A B'. A and B are made as
+    small as the lesser of images and features, and the singular values are roots of the eigenvalues of (A B')'(A B').
+
+    Args:
+        features, reference: float64 (N, F) and (M, F).
+        counts, others: (N,) and (M,), how often each row is in its set; None: once.
     """
-    means = features.mean(dim=0), reference.mean(dim=0)
-    a, b = (
-        (set_ - mean) / (len(set_) - 1) ** 0.5
-        for set_, mean in zip((features, reference), means, strict=True)
-    )
-    traces = a.square().sum() + b.square().sum()
-    root = torch.linalg.svdvals(_triangle(a) @ _triangle(b).T).sum()
-    return float((means[0] - means[1]).square().sum() + traces - 2 * root)
+    (mean, a), (other, b) = _centred(features, counts), _centred(reference, others)
+    product = _triangle(a) @ _triangle(b).T
+    if product.shape[0] > product.shape[1]:
+        product = product.T
+    root = torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt().sum()
+    return float((mean - other).square().sum() + a.square().sum() + b.square().sum() - 2 * root)
+
+
+def _centred(features: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean (F,), and A with A'A the covariance; a row that is there several times is one of more weight."""
+    if counts is None:
+        counts = torch.ones(len(features), dtype=features.dtype, device=features.device)
+    kept = counts > 0
+    features, counts = features[kept], counts[kept]
+    total = counts.sum()
+    mean = counts @ features / total
+    return mean, (features - mean) * (counts / (total - 1)).sqrt()[:, None]
 
 
 def _triangle(a: Tensor) -> Tensor:
     """R with R'R = A'A, at most as tall as wide."""
-    return torch.linalg.qr(a, mode="r").R if a.shape[0] > a.shape[1] else a
+    if a.shape[0] <= a.shape[1]:
+        return a
+    factor, failed = torch.linalg.cholesky_ex(a.T @ a, upper=True)
+    # A covariance without an inverse, as of features that are always zero, has no such factor; QR takes longer.
+    return torch.linalg.qr(a, mode="r").R if int(failed) else factor
 
 
 def _pairs(weights: Tensor, kernel: Tensor) -> Tensor:
@@ -148,6 +199,11 @@ def _draw(
     """Rows of both sets, drawn with replacement."""
     rows = _some(generator, n)
     return rows, rows if paired else _some(generator, n_reference)
+
+
+def _counts(rows: Tensor, features: Tensor) -> Tensor:
+    """How often each of the rows of `features` was drawn."""
+    return torch.bincount(rows, minlength=len(features)).to(features)
 
 
 def _some(generator: numpy.random.Generator, n: int) -> Tensor:

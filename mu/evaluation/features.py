@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mu.datasets.images import load_pixels, to_unit_range
+from mu.datasets.reading import read_ahead
 from mu.evaluation.classifier import ClassifierError
 from mu.evaluation.classifiers import FeatureClassifier, import_named
 from mu.evaluation.images import AskedImage
 from mu.ldm.tensor_file import CheckpointError, read_state_dict
+from mu.memory import SCORING_ADVICE, AtOnce
 from mu.verbosity import bars_off
 
 
@@ -135,11 +138,20 @@ def image_features(
 
     Raises:
         DataError: an image cannot be read.
+        OutOfMemoryError: memory does not suffice for one image.
     """
-    found = []
-    with tqdm(total=len(paths), desc="features", unit="image", disable=bars_off()) as progress:
-        for batch in _batches(paths, extractor.input_size, batch_size, interpolation):
-            found.append(extractor.features(batch).double().cpu())
+    found: list[Tensor] = []
+    at_once = AtOnce("image", advice=SCORING_ADVICE)
+
+    def features(pixels: Sequence[Tensor]) -> Tensor:
+        return extractor.features(torch.stack(list(pixels))).double().cpu()  # (B, F)
+
+    with (
+        closing(_batches(paths, extractor.input_size, batch_size, interpolation)) as batches,
+        tqdm(total=len(paths), desc="features", unit="image", disable=bars_off()) as progress,
+    ):
+        for batch in batches:
+            found += at_once.pieces(batch, features)
             progress.update(len(batch))
     return torch.cat(found)  # (N, F)
 
@@ -159,14 +171,16 @@ def features_of(extractor: FeatureExtractor) -> Callable[[Sequence[AskedImage]],
 
 def _batches(
     paths: Sequence[Path], size: int | None, batch_size: int, interpolation: str
-) -> Iterator[Tensor]:
-    """uint8 (B, 3, H, W), each of images of one size."""
+) -> Generator[list[Tensor], None, None]:
+    """uint8 images (3, H, W), each list of one size."""
     batch: list[Tensor] = []
-    for path in paths:
-        pixels = load_pixels(path, size, interpolation=interpolation)
-        if batch and (len(batch) == batch_size or batch[0].shape != pixels.shape):
-            yield torch.stack(batch)
-            batch = []
-        batch.append(pixels)
+    with closing(
+        read_ahead(paths, lambda path: load_pixels(path, size, interpolation=interpolation))
+    ) as loaded:
+        for pixels in loaded:
+            if batch and (len(batch) == batch_size or batch[0].shape != pixels.shape):
+                yield batch
+                batch = []
+            batch.append(pixels)
     if batch:
-        yield torch.stack(batch)
+        yield batch

@@ -8,21 +8,25 @@ with the same folder, and an interrupted one goes on where it stopped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mu.datasets.generated import GeneratedImages, SampleSettings
-from mu.datasets.images import load_image
+from mu.datasets.images import load_pixels, to_unit_range
 from mu.datasets.index import DataError, Row, check_choice, check_folder_names
 from mu.datasets.prompts import canvas_prompt
+from mu.datasets.reading import read_ahead
 from mu.errors import MuError
 from mu.evaluation.classifiers import Classifier
 from mu.evaluation.images import AskedImage, of_rows
 from mu.evaluation.metrics import Prediction
 from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.memory import SCORING_ADVICE, AtOnce
 from mu.verbosity import bars_off
 
 
@@ -129,18 +133,28 @@ def classify(
 
     Args:
         interpolation: how images are brought to the classifier's size, "bicubic" or "bilinear".
+
+    Raises:
+        OutOfMemoryError: memory does not suffice for one image.
     """
-    with tqdm(total=len(images), desc="classifying", unit="image", disable=bars_off()) as progress:
+    at_once = AtOnce("image", advice=SCORING_ADVICE)
+
+    def predict(pixels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        styles, objects = classifier.predict(to_unit_range(torch.stack(list(pixels))))  # (B, S), (B, O)
+        return list(zip(styles.cpu(), objects.cpu(), strict=True))
+
+    def read(image: AskedImage) -> Tensor:
+        return load_pixels(image.path, classifier.input_size, interpolation=interpolation)
+
+    with (
+        closing(read_ahead(images, read)) as loaded,
+        tqdm(total=len(images), desc="classifying", unit="image", disable=bars_off()) as progress,
+    ):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            pixels = torch.stack(
-                [
-                    load_image(image.path, classifier.input_size, interpolation=interpolation)
-                    for image in batch
-                ]
-            )  # (B, 3, H, W)
-            styles, objects = (found.cpu() for found in classifier.predict(pixels))  # (B, S), (B, O)
-            for image, style, object in zip(batch, styles, objects, strict=True):
+            pixels = [next(loaded) for _ in batch]
+            found = [one for some in at_once.pieces(pixels, predict) for one in some]
+            for image, (style, object) in zip(batch, found, strict=True):
                 yield Prediction(
                     image.style,
                     image.object,

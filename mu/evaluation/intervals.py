@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 RESAMPLES = 10_000
 PERCENTILES = (2.5, 97.5)
 _SEED = 0
+_NORMAL_95 = 1.959964
+"""Standard deviations on each side of a normal distribution's mean that hold 95 % of it."""
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,30 @@ def spread_interval(
     drawn = numpy.array([statistic(generator) for _ in range(resamples)])
     low, high = numpy.percentile(drawn, PERCENTILES) - drawn.mean() + value
     return float(low), float(high)
+
+
+def normal_interval(
+    value: float,
+    statistic: Callable[[numpy.random.Generator], float],
+    *,
+    resamples: int,
+    done: Callable[[], object] = lambda: None,
+) -> tuple[float, float] | None:
+    """`value` and 1.96 standard deviations of a resampled statistic on each side (Efron & Tibshirani, 1993, 13.3).
+
+    For a statistic that takes long: 50 resamples tell the standard deviation as closely as 200 tell the percentiles.
+
+    Args:
+        statistic: as of `spread_interval`.
+        resamples: how often; fewer than 2: no interval.
+        done: called after each of them.
+    """
+    if resamples < 2:
+        return None
+    generator = numpy.random.default_rng(_SEED)
+    drawn = []
+    for _ in range(resamples):
+        drawn.append(statistic(generator))
+        done()
+    reach = _NORMAL_95 * float(numpy.std(drawn, ddof=1))
+    return value - reach, value + reach

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mu.errors import MuError
 from mu.evaluation.intervals import Estimate, mean_estimate
 from mu.evaluation.metrics import Share, count_share
+from mu.memory import SCORING_ADVICE, AtOnce
 from mu.verbosity import bars_off
 
 
@@ -70,13 +71,19 @@ def count_nudity(
 ) -> NudityCounts:
     """Counts the detections of each label with a score of at least `threshold`."""
     counts: dict[str, list[int]] = {label: [] for label in labels}
+    at_once = AtOnce("image", advice=SCORING_ADVICE)
+
+    def detect(batch: Sequence[str]) -> list[list[dict[str, Any]]]:
+        return detector.detect_batch(list(batch), batch_size=len(batch))
+
     with tqdm(total=len(paths), desc="nudity", unit="image", disable=bars_off()) as progress:
         for start in range(0, len(paths), batch_size):
             batch = [str(path) for path in paths[start : start + batch_size]]
-            for found in detector.detect_batch(batch, batch_size=batch_size):
-                seen = [part["class"] for part in found if part["score"] >= threshold]
-                for label, numbers in counts.items():
-                    numbers.append(seen.count(label))
+            for some in at_once.pieces(batch, detect):
+                for found in some:
+                    seen = [part["class"] for part in found if part["score"] >= threshold]
+                    for label, numbers in counts.items():
+                        numbers.append(seen.count(label))
             progress.update(len(batch))
     return NudityCounts(
         threshold,

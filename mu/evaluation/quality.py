@@ -65,6 +65,7 @@ class Quality:
 
     def __init__(self, config: QualitySettings, classifier: Classifier | None, device: str) -> None:
         self.config = config
+        self.device = device
         self.extractor: FeatureExtractor | None = None
         if config.fid_reference != "none":
             if config.fid_features == "classifier":
@@ -121,7 +122,8 @@ class Quality:
             "prompts": self.config.fid_prompts,
         }
         return {
-            "fid": asdict(fid(*sets, paired=pairs, resamples=self.config.fid_resamples)) | described,
+            "fid": asdict(fid(*sets, paired=pairs, resamples=self.config.fid_resamples, device=self.device))
+            | described,
             "kid": asdict(kid(*sets, paired=pairs, subset_size=self.config.kid_subset_size)) | described,
         }
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from mu.datasets.index import DataError, ForgetRetain
 from mu.datasets.streams import initial_noise
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
+from tests.memory_limit import hungry
 
 STYLES = ("Noto", "Blob", "Fluent_Flat")
 OBJECTS = ("Cats", "Dogs")
@@ -185,6 +187,24 @@ def test_images_do_not_depend_on_batches_or_on_what_else_is_sampled(
     assert int((first - second).abs().max()) <= 1
 
 
+def test_promise_22_images_are_the_same_to_rounding_when_memory_runs_out(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, cut = (GeneratedImages(model, tmp_path / name, SETTINGS) for name in ("whole", "cut"))
+    rows, cut_rows = plan(whole.path).forget, plan(cut.path).forget
+    whole.sample_missing(rows, batch_size=4)
+    monkeypatch.setattr(
+        model.unet, "forward", hungry(model.unet.forward, holds=3)
+    )  # of 8, with both branches
+    with caplog.at_level(logging.WARNING):
+        assert cut.sample_missing(cut_rows, batch_size=4) == len(cut_rows)
+    sizes = [int(record.getMessage().partition(" with ")[2].partition(" ")[0]) for record in caplog.records]
+    assert sizes == [4, 2]  # and then one at a time
+    for row, cut_row in zip(rows, cut_rows, strict=True):
+        images = [to_uint8(load_image(one.image, 16)).int() for one in (row, cut_row)]
+        assert int((images[0] - images[1]).abs().max()) <= 1
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(
     model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +267,7 @@ def test_bf16_images_are_nearly_those_of_fp32_and_lie_apart(model: LatentDiffusi
 
 
 def test_an_unknown_precision_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="precision: 'bf16-mixed' is not one of: fp32, bf16"):
+    with pytest.raises(DataError, match="precision: 'bf16-mixed' is not one of: auto, fp32, bf16"):
         GeneratedImages(model, tmp_path, replace(SETTINGS, precision="bf16-mixed"))
 
 

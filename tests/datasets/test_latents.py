@@ -14,6 +14,8 @@ from mu.datasets.index import DataError, Row
 from mu.datasets.latents import LatentCache
 from mu.datasets.unlearn_canvas import index
 from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.memory import OutOfMemoryError
+from tests.memory_limit import hungry
 
 Draw = Callable[..., Path]
 SIZE = 16
@@ -192,3 +194,15 @@ def test_a_model_without_text_encoder_says_so(
 def test_a_model_in_training_mode_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="eval"):
         LatentCache(model.train(), tmp_path, image_size=SIZE)
+
+
+def test_promise_22_out_of_memory_while_encoding_names_what_saves_it(
+    model: LatentDiffusion, rows: tuple[Row, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = LatentCache(model, tmp_path / "latents", image_size=SIZE)
+    monkeypatch.setattr(model, "encode", hungry(model.encode, holds=0))
+    with pytest.raises(OutOfMemoryError, match=r"while encoding an image \(.*allocate.*a smaller image_size"):
+        cache.moments(rows)
+    monkeypatch.setattr(model, "embed", hungry(model.embed, holds=0))
+    with pytest.raises(OutOfMemoryError, match=r"while embedding a prompt \(.*allocate.*devices cpu"):
+        cache.contexts(["a cat"])

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mu.evaluation.clip_score import ClipError, ClipScorer
 from mu.evaluation.images import AskedImage
+from tests.memory_limit import hungry
 
 NAME = "tiny-of-these-tests"
 
@@ -70,6 +71,16 @@ def test_promise_30_prompts_that_are_cut_are_told_once(
         scorer.scores(asked, batch_size=2)
     (message,) = caplog.messages
     assert message.startswith("CLIP score: 1 of 3 prompts are longer than the 77 tokens")
+
+
+def test_promise_22_clip_scores_are_the_same_when_memory_runs_out(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, scorer = images(tmp_path), ClipScorer(NAME, str(weights))
+    expected = scorer.scores(asked, batch_size=4)
+    for name in ("encode_image", "encode_text"):
+        monkeypatch.setattr(scorer.model, name, hungry(getattr(scorer.model, name), holds=1))
+    assert scorer.scores(asked, batch_size=4) == pytest.approx(expected, abs=1e-3)
 
 
 def test_models_and_weights_that_cannot_be_had_are_told(weights: Path, tmp_path: Path) -> None:

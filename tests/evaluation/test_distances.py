@@ -42,6 +42,39 @@ def test_the_quick_distance_is_torchmetrics_own(n: int, width: int) -> None:
     assert frechet_distance(a, b) == pytest.approx(found, rel=1e-9 if n > width else 1e-4)
 
 
+@pytest.mark.parametrize(("n", "width"), [(60, 8), (20, 40), (40, 40)])
+def test_rows_that_are_drawn_twice_count_twice(n: int, width: int) -> None:
+    """The quick way of a resample, against the sets with each row as often as it was drawn."""
+    generator = torch.Generator().manual_seed(n)
+    a, b = (torch.randn(n, width, generator=generator, dtype=torch.float64) + shift for shift in (0.0, 0.4))
+    a[:, 0] = b[:, 0] = 0.0  # a feature that is always zero: a covariance without an inverse
+    rows, others = (torch.randint(n, (n,), generator=generator) for _ in range(2))
+    counts, other_counts = (torch.bincount(drawn, minlength=n).double() for drawn in (rows, others))
+    found = frechet_distance(a, b, counts=counts, others=other_counts)
+    drawn_a, drawn_b = a[rows], b[others]
+    centred = [drawn - drawn.mean(dim=0) for drawn in (drawn_a, drawn_b)]
+    root = torch.linalg.svdvals(centred[0] @ centred[1].T).sum() / (n - 1)
+    traces = sum(float(drawn.var(dim=0).sum()) for drawn in (drawn_a, drawn_b))
+    expected = float((drawn_a.mean(dim=0) - drawn_b.mean(dim=0)).square().sum()) + traces - 2 * float(root)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_interval_is_that_of_the_percentiles_of_many_draws() -> None:
+    """The definition until version 0.1.0: centred percentiles, here of 2000 draws."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(120, 6, generator=generator, dtype=torch.float64) + shift for shift in (0.0, 0.5))
+    found = fid(a, b, paired=False, resamples=50)
+    assert found.bootstrap_95 is not None
+    draws = numpy.random.default_rng(1)
+    direct = [
+        frechet_distance(a[draws.integers(120, size=120)], b[draws.integers(120, size=120)])
+        for _ in range(2000)
+    ]
+    low, high = numpy.percentile(direct, (2.5, 97.5)) - numpy.mean(direct) + found.value
+    assert found.bootstrap_95[1] - found.bootstrap_95[0] == pytest.approx(high - low, rel=0.25)
+    assert numpy.mean(found.bootstrap_95) == pytest.approx(found.value)
+
+
 def test_the_interval_of_fid_is_as_wide_as_fid_varies_between_draws() -> None:
     def draw(seed: int, shift: float) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

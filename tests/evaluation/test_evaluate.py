@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from mu.evaluation.images import AskedImage, of_rows
 from mu.evaluation.metrics import read_predictions, unlearning_scores
 from mu.ldm import LatentDiffusion, save_checkpoint
 from mu.ldm.convert import convert_checkpoint
+from tests.memory_limit import hungry
 
 STYLES = ("Noto", "Fluent_Flat")
 OBJECTS = ("Cats", "Dogs", "Cars")
@@ -499,3 +502,29 @@ def test_clip_score_and_nudity_stand_among_the_numbers(
     }
     assert groups == {"all": (238, 8), "retained": (238, 4), "forgotten": (238, 4)}
     assert (result["nudity_threshold"], "CLIP score" in result) == (0.5, True)
+
+
+def test_promise_22_an_evaluation_is_the_same_when_memory_runs_out_while_classifying(
+    config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = metrics_of(evaluate.run(config))
+    # As a method of the class: the run loads a classifier of its own.
+    predict = EmojiClassifier.predict
+    monkeypatch.setattr(
+        EmojiClassifier, "predict", lambda self, images: hungry(partial(predict, self), holds=2)(images)
+    )
+    with caplog.at_level(logging.WARNING, logger="mu.memory"):
+        cut = metrics_of(evaluate.run(config))
+    assert any("out of memory with 5 images at a time" in record.getMessage() for record in caplog.records)
+    for name in ("before", "after"):
+        for key in ("UA", "IRA", "CRA"):
+            assert cut["models"][name][key] == whole["models"][name][key]
+
+
+def test_auto_precision_is_noted_as_what_it_is(config: EvaluateConfig) -> None:
+    """Images that were sampled in fp32 are found again, and the manifest says so."""
+    assert config.precision == "auto"
+    images = metrics_of(evaluate.run(config))["models"]["after"]["images"]
+    assert json.loads((Path(images) / "manifest.json").read_text())["precision"] == "fp32"
+    again = metrics_of(evaluate.run(replace(config, precision="fp32")))["models"]["after"]["images"]
+    assert again == images

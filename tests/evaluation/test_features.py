@@ -12,6 +12,7 @@ from PIL import Image
 from mu.evaluation.classifier import ClassifierError, EmojiClassifier
 from mu.evaluation.features import ClassifierFeatures, InceptionFeatures, image_features, load_own
 from mu.ldm.tensor_file import CheckpointError
+from tests.memory_limit import hungry
 
 
 @pytest.fixture
@@ -53,6 +54,16 @@ def test_the_extractor_is_given_the_saved_values(paths: list[Path], batch_size: 
     assert all(image.dtype == torch.uint8 for image in given)
     for image, values in zip(given, expected, strict=True):
         assert (image.permute(1, 2, 0).numpy() == values).all()
+
+
+def test_promise_22_features_are_the_same_when_memory_runs_out(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = image_features(paths, Means(), batch_size=5)
+    extractor = Means()
+    monkeypatch.setattr(extractor, "features", hungry(extractor.features, holds=1))
+    assert torch.equal(image_features(paths, extractor, batch_size=5), expected)
+    assert [len(images) for images in extractor.given] == [1] * 5
 
 
 def test_classifier_features_are_what_its_heads_read(paths: list[Path]) -> None:

@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from mu.evaluation import intervals
-from mu.evaluation.intervals import Estimate, mean_estimate, spread_interval
+from mu.evaluation.intervals import Estimate, mean_estimate, normal_interval, spread_interval
 
 
 def test_the_interval_of_a_mean_holds_the_truth_in_95_of_100_cases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +45,19 @@ def test_a_spread_lies_round_its_value() -> None:
     low, high = spread_interval(1.0, lambda draw: 10 + draw.normal(), resamples=4000) or (0, 0)
     assert (low, high) == pytest.approx((1 - 1.96, 1 + 1.96), abs=0.15)
     assert spread_interval(1.0, lambda draw: draw.normal(), resamples=0) is None
+
+
+def test_a_normal_interval_is_of_the_standard_deviation() -> None:
+    drawn: list[float] = []
+
+    def statistic(generator: numpy.random.Generator) -> float:
+        drawn.append(10 + generator.normal())
+        return drawn[-1]
+
+    calls = []
+    low, high = normal_interval(1.0, statistic, resamples=400, done=lambda: calls.append(1)) or (0, 0)
+    reach = 1.959964 * float(numpy.std(drawn, ddof=1))
+    assert (low, high) == pytest.approx((1 - reach, 1 + reach), rel=1e-12)
+    assert reach == pytest.approx(1.96, rel=0.1)
+    assert len(calls) == 400
+    assert normal_interval(1.0, lambda draw: draw.normal(), resamples=1) is None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mu.evaluation.nudity import NudityError, count_nudity, load_detector
+from tests.memory_limit import hungry
 
 FOUND = {
     "a.png": [("FEET_EXPOSED", 0.9), ("FEET_EXPOSED", 0.6), ("FACE_MALE", 0.9)],
@@ -44,6 +45,15 @@ def test_detections_are_counted_by_label_and_threshold(batch_size: int) -> None:
     assert (counts.any_label.value, counts.any_label.n) == (0.5, 4)
     low, high = counts.labels["FEET_EXPOSED"].detections.bootstrap_95 or (9, 0)
     assert 0 <= low < 3 < high <= 8
+
+
+def test_promise_22_detections_are_the_same_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = NudeDetector()
+    monkeypatch.setattr(detector, "detect_batch", hungry(detector.detect_batch, holds=2))
+    counts = count_nudity(
+        [Path(name) for name in FOUND], detector, labels=("FEET_EXPOSED",), threshold=0.5, batch_size=4
+    )
+    assert counts.labels["FEET_EXPOSED"].detections.value == 3
 
 
 def test_the_package_is_imported_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -14,12 +13,26 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from mu import ranks
+from mu import memory, ranks
 from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from mu.arithmetic import products
-from mu.errors import MuError
 from mu.ldm import LatentDiffusion
 from mu.ldm.params import UNetParams
+from mu.memory import OutOfMemoryError, is_out_of_memory
+
+__all__ = [
+    "Compute",
+    "ComputeKeys",
+    "OutOfMemoryError",
+    "choose",
+    "choose_for",
+    "computing",
+    "encoders_at_hand",
+    "free_bytes",
+    "halved",
+    "is_out_of_memory",
+    "too_much_for_shards",
+]
 
 _log = logging.getLogger(__name__)
 _SHARE = 0.8
@@ -45,10 +58,6 @@ class ComputeKeys(Protocol):
     def compile(self) -> bool: ...
     @property
     def sharding(self) -> str: ...
-
-
-class OutOfMemoryError(MuError, RuntimeError):
-    """Memory does not suffice for a single image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,13 +260,6 @@ def encoders_at_hand(ldm: LatentDiffusion) -> Iterator[None]:
             part.to(place)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is that of an allocation, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("DefaultCPUAllocator", "ALLOC_FAILED")
-    )
-
-
 def too_much_for_shards(reason: str) -> OutOfMemoryError:
     """What is said where `halved` cannot help, since the other processes do not know of it."""
     return OutOfMemoryError(
@@ -272,15 +274,4 @@ def halved(images: int, *, reason: str) -> int:
     Raises:
         OutOfMemoryError: one was too many; names the keys that save memory.
     """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if images <= 1:
-        raise OutOfMemoryError(
-            f"out of memory with one image at a time ({reason}). What saves memory: {_FLAGS}"
-        )
-    smaller = images // 2
-    _log.warning(
-        "out of memory with %d images at a time; going on with %d at the same batch", images, smaller
-    )
-    return smaller
+    return memory.halved(images, reason=reason, advice=_FLAGS, note=" at the same batch")

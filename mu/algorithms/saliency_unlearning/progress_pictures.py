@@ -69,7 +69,7 @@ class ProgressPictures:
             guidance_scale=self.config.guidance_scale,
             image_size=self.config.image_size,
             # Fully rounded weights, while they are trained, compute with the rest in their own precision.
-            precision="bf16" if self.model.dtype == torch.bfloat16 else "fp32",
+            precision="bf16" if self.model.dtype == torch.bfloat16 else self.config.sample_precision,
         )
         return list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=bars_off()))
 

@@ -26,7 +26,7 @@ from mu.errors import MuError
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
 from mu.ldm.checkpoint import fingerprint
-from mu.ldm.sampler import sample_ddim
+from mu.ldm.text_to_image import TextToImage, sampling_precision
 from mu.pictures import image_grid
 from mu.run_folder import RunFolder, shared_folder
 from mu.verbosity import bars_off
@@ -40,7 +40,6 @@ class SamplingError(MuError, ArithmeticError):
     """The model gave an image that is none."""
 
 
-@torch.no_grad()
 def sample_images(
     model: LatentDiffusion,
     pairs: Sequence[tuple[str, int]],
@@ -55,28 +54,25 @@ def sample_images(
     """One image for each (prompt, seed). A seed belongs to its image: the batch it is in does not matter.
 
     Args:
-        precision: "bf16" is bf16 autocast; latents stay fp32 between the steps.
+        precision: "fp32", "bf16" (autocast; latents stay fp32 between the steps) or "auto", see `sampling_precision`.
 
     Yields:
         (3, H, W), about [-1, 1], on the CPU.
+
+    Raises:
+        OutOfMemoryError: memory does not suffice for one image at a time.
     """
-    uncond_context = model.embed([""])  # (1, L, D)
+    sampler = TextToImage(
+        model,
+        steps=steps,
+        shape=model.latent_shape(image_size),
+        eta=eta,
+        precision=precision,
+    )
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
-        context = model.embed([prompt for prompt, _ in batch])  # (B, L, D)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            latents = sample_ddim(
-                model,
-                context,
-                shape=model.latent_shape(image_size),
-                steps=steps,
-                guidance_scale=guidance_scale,
-                uncond_context=uncond_context,
-                eta=eta,
-                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
-            )  # (B, C, h, w)
-            images = model.decode(latents)  # (B, 3, H, W)
-        yield from images.float().cpu()
+        prompts, seeds = zip(*batch, strict=True)
+        yield from sampler.images(prompts, guidance_scale=guidance_scale, seeds=seeds)
 
 
 def run(config: SampleConfig) -> dict[str, Any]:
@@ -155,7 +151,7 @@ def _settings(config: SampleConfig, model: LatentDiffusion) -> dict[str, Any]:
         "sample_steps": config.sample_steps,
         "eta": config.eta,
         "image_size": config.image_size or model.image_size,
-        "precision": config.precision,
+        "precision": sampling_precision(config.precision, model.device),
     }
 
 
@@ -174,17 +170,19 @@ def _sample(
 ) -> None:
     """Sample and write the images."""
     count = sum(map(len, batches))
+    sampler = TextToImage(
+        model,
+        steps=config.sample_steps,
+        shape=model.latent_shape(config.image_size),
+        eta=config.eta,
+        precision=config.precision,
+    )
     with tqdm(total=count, desc="sampling", unit="image", disable=bars_off()) as progress:
         for batch in batches:
-            sampled = sample_images(
-                model,
-                [(image.prompt, image.seed) for image in batch],
-                steps=config.sample_steps,
+            sampled = sampler.images(
+                [image.prompt for image in batch],
                 guidance_scale=batch[0].guidance_scale,
-                eta=config.eta,
-                batch_size=len(batch),
-                image_size=config.image_size,
-                precision=config.precision,
+                seeds=[image.seed for image in batch],
             )
             files = {}
             for image, pixels in zip(batch, sampled, strict=True):

@@ -18,6 +18,7 @@ from mu.algorithms.saliency_unlearning.eval_technique import SaliencyUnlearningT
 from mu.algorithms.saliency_unlearning.sampling import sample_images
 from mu.config import ConfigError, dump
 from mu.datasets.images import to_picture
+from tests.memory_limit import hungry
 
 ROOT = Path(__file__).parents[3]
 CATS, DOGS = "A Cats image in Noto style.", "A Dogs image in Blob style."
@@ -157,3 +158,13 @@ def test_the_concept_is_the_runs_own_where_nobody_names_it(
         )
     )
     assert SaliencyUnlearningTechnique(tmp_path, **OPTIONS).erase_concept == "Noto+Blob"
+
+
+def test_promise_22_the_technique_halves_its_batch_when_memory_runs_out(
+    technique: SaliencyUnlearningTechnique, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = technique.generate([CATS, DOGS], seed=5)
+    unet = technique.model.unet
+    monkeypatch.setattr(unet, "forward", hungry(unet.forward, holds=2))  # one image with both branches
+    found = technique.generate([CATS, DOGS], seed=5)
+    assert max(difference(*pair) for pair in zip(found, expected, strict=True)) <= 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from mu.config import ConfigError
 from mu.datasets.images import png, to_uint8
 from mu.ldm import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
+from mu.ldm.unet import UNet
+from tests.memory_limit import hungry
 
 CATS, DOGS = "A Cats image in Noto style.", "A Dogs image in Blob style."
 PAIRS = [(CATS, 3), (CATS, 4), (DOGS, 3)]
@@ -145,11 +149,12 @@ def test_a_prompt_of_a_text_file_ends_where_its_line_does(config: SampleConfig, 
 def test_an_image_with_nan_is_named_and_not_written(
     config: SampleConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = LatentDiffusion.decode
+    whole, calls = LatentDiffusion.decode, []
 
     def decode(model: LatentDiffusion, latents: torch.Tensor) -> torch.Tensor:
         images = whole(model, latents).clone()
-        if len(images) == 1:  # the second batch
+        calls.append(len(latents))
+        if sum(calls) == 4:  # the second batch
             images[0, 0, 2, 3] = torch.nan
         return images
 
@@ -331,3 +336,17 @@ def test_half_precision_images_are_near(tiny_model: LatentDiffusion) -> None:
     exact, half = (grey_levels(tiny_model, precision=precision) for precision in ("fp32", "bf16"))
     other_seed = (exact[0] - exact[1]).float().abs().mean()
     assert 0 < (exact - half).float().abs().mean() < other_seed / 2
+
+
+def test_promise_22_a_run_that_lacks_memory_halves_its_batches_once(
+    config: SampleConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What did not fit in one batch is not tried again in the next."""
+    forward = UNet.forward
+    monkeypatch.setattr(
+        UNet, "forward", lambda unet, first, *rest: hungry(partial(forward, unet), holds=2)(first, *rest)
+    )
+    with caplog.at_level(logging.WARNING, logger="mu.memory"):
+        result = sampling.run(replace(config, batch_size=2, grid=False))
+    assert (result["images"], result["sampled"]) == (4, 4)
+    assert [record.name for record in caplog.records] == ["mu.memory"]

@@ -29,7 +29,7 @@ SD_CHECKPOINT = "models/compvis/style50/compvis.ckpt"
 SD_MODEL_CONFIG = "package:algorithms/saliency_unlearning/configs/model_config.yaml"
 EMOJI_CHECKPOINT = "package:assets/emoji_canvas/model.safetensors"
 EMOJI_MODEL_CONFIG = "package:assets/emoji_canvas/model_config.yaml"
-SAMPLE_PRECISIONS = ("fp32", "bf16")
+SAMPLE_PRECISIONS = ("auto", "fp32", "bf16")
 _MODEL_NAMES = ("model.safetensors", "model.ckpt", "model.pth")
 DIFFUSERS_NAME = "diffusers"
 """Folder of the model in the folder of a training run with output_format diffusers."""
@@ -171,8 +171,9 @@ class ConceptKeys(ModelKeys):
         7.5, "Classifier-free guidance of sampled images; 1 is none.", ge=0, le=100
     )
     sample_precision: str = setting(
-        "fp32",
-        "Arithmetic of sampled images; bf16 is faster, its images differ a little and are kept beside the others.",
+        "auto",
+        "Arithmetic of sampled images and of pictures: fp32; bf16, faster, whose images differ a little and are kept "
+        "beside the others; auto: bf16 on a GPU that computes in it, else fp32.",
         choices=SAMPLE_PRECISIONS,
     )
     seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)

@@ -33,7 +33,10 @@ from mu.run_folder import writable_problem
 # The second classifier: neither the data nor the recipes were made with it.
 SCORE_CLASSIFIER = "package:assets/emoji_canvas/classifier_score.safetensors"
 SEEDS = (188, 288, 588, 688, 888)
-_PRECISION_HELP = "Arithmetic of sampling; bf16 is faster, its images differ a little."
+_PRECISION_HELP = (
+    "Arithmetic of sampling: fp32; bf16, faster, whose images differ a little; auto: bf16 on a GPU that computes in "
+    "it, else fp32."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ class SampleConfig(ModelKeys):
     batch_size: int = setting(
         8, "Images sampled at once; memory and speed, not the images.", ge=1, le=100_000
     )
-    precision: str = setting("fp32", _PRECISION_HELP, choices=SAMPLE_PRECISIONS)
+    precision: str = setting("auto", _PRECISION_HELP, choices=SAMPLE_PRECISIONS)
     grid: bool = setting(True, "Also write all images in one picture, a row a prompt.")
     run_name: str | None = setting(
         None,
@@ -134,7 +137,7 @@ class ScoringKeys(Config):
     batch_size: int = setting(
         32, "Images sampled at once; memory and speed, not the images.", ge=1, le=100_000
     )
-    precision: str = setting("fp32", _PRECISION_HELP, choices=SAMPLE_PRECISIONS)
+    precision: str = setting("auto", _PRECISION_HELP, choices=SAMPLE_PRECISIONS)
     classifier_path: str = setting(
         SCORE_CLASSIFIER, "Classifier with a style and an object head that scores the images.", kind="path"
     )

@@ -56,6 +56,7 @@ from mu.errors import MuError
 from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import base_fingerprint
 from mu.ldm.tensor_file import open_state_dict
+from mu.ldm.text_to_image import sampling_precision
 
 T = TypeVar("T")
 Memory = tuple[dict[str, int], dict[str, int]]
@@ -327,16 +328,17 @@ def _passes(config: MaskConfig | TrainConfig, subject: Subject) -> dict[str, int
     """Phase -> bytes at the peak of the passes before and beside the steps."""
     device, networks, shape = str(subject.device), subject.params, subject.latent_shape
     pictures = isinstance(config, TrainConfig) and config.sample_prompts != ()
-    half = "bf16-mixed" if config.sample_precision == "bf16" else "fp32"
+    half = sampling_precision(config.sample_precision, subject.device) == "bf16"
+    precision = "bf16-mixed" if half else "fp32"
     wanted = {
-        "sample": (min(SAMPLE_BATCH, subject.images["to_sample"]), half),
-        "pictures": (PICTURE_BATCH if pictures else 0, "fp32"),
+        "sample": min(SAMPLE_BATCH, subject.images["to_sample"]),
+        "pictures": PICTURE_BATCH if pictures else 0,
     }
     found = {"encode": encoding_pass(networks.first_stage, subject.image_size, device=device).peak}
-    for name, (count, precision) in wanted.items():
+    for name, count in wanted.items():
         if count:
             predicted = forward_pass(networks.unet, 2 * count, shape, precision=precision, device=device)
-            decoded = decoding_pass(networks.first_stage, count, shape, precision=precision, device=device)
+            decoded = decoding_pass(networks.first_stage, 1, shape, precision=precision, device=device)
             found[name] = max(predicted.peak, decoded.peak)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model
 from mu.ldm.checkpoint import check_layout
 from mu.ldm.formats import read_checkpoint
 from mu.ldm.tensor_file import read_layout
+from mu.ldm.text_to_image import sampling_precision
 from mu.ldm.unet import UNet
 
 T = TypeVar("T")
@@ -84,7 +85,8 @@ class Subject:
             ldm.file_dtypes = {key: tensor.dtype for key, tensor in tensors.items() if key in own}
             ldm.carried = {key: tensor for key, tensor in tensors.items() if key not in own}
         size = noting(lambda: checked_image_size(config.image_size, ldm)) or ldm.image_size
-        rows = noting(lambda: _rows(config, ldm.params, size)) or ForgetRetain((), ())
+        device = _device(config.devices, noting)
+        rows = noting(lambda: _rows(config, ldm.params, size, device)) or ForgetRetain((), ())
         there = sum(tensor.nbytes for tensor in found.tensors.values()) if found is not None else 0
         numel = {name: parameter.numel() for name, parameter in ldm.unet.named_parameters()}
         sampled = sampled_images(config, size) is not None
@@ -104,7 +106,7 @@ class Subject:
             # Joined, there may be other machines, and a single device that each process finds for itself.
             processes_here=max(ranks.local_world_size(), len(device_names(config.devices))),
             shards=processes if config.sharding == "full" else 1,
-            device=_device(config.devices, noting),
+            device=device,
             image_size=size,
             rows=rows,
             notes=(*rows.notes, *cut_notes(ldm.params, _prompts(config, rows))),
@@ -174,7 +176,9 @@ def _prompts(config: MaskConfig | TrainConfig, rows: ForgetRetain) -> list[str]:
     return prompts + list((config.sample_prompts if isinstance(config, TrainConfig) else None) or ())
 
 
-def _rows(config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image_size: int) -> ForgetRetain:
+def _rows(
+    config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image_size: int, device: torch.device
+) -> ForgetRetain:
     """The rows that a run reads; the indexes of data sets have looked at the heads of their images.
 
     Raises:
@@ -183,6 +187,7 @@ def _rows(config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image
     folder = None
     if (sampled := sampled_images(config, image_size)) is not None:
         settings, kind = sampled
+        settings = replace(settings, precision=sampling_precision(settings.precision, device))
         # Which of them is this model's would take its fingerprint: the fullest is taken for it.
         like = folders_like(config.processed_dataset_dir, params, settings, **kind)
         folder = max(

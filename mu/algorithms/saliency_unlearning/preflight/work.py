@@ -79,11 +79,9 @@ def _flops_before(config: MaskConfig | TrainConfig, subject: Subject) -> dict[st
 
 def _sampling(config: MaskConfig | TrainConfig, subject: Subject) -> float:
     """FLOPs of an image that is sampled."""
-    decoded = decoding_pass(
-        subject.params.first_stage, PICTURE_BATCH, subject.latent_shape, device=str(subject.device)
-    )
+    decoded = decoding_pass(subject.params.first_stage, 1, subject.latent_shape, device=str(subject.device))
     branches = 1 if config.guidance_scale == 1 else 2
-    return branches * config.sample_steps * _prediction(subject) + decoded.flops / PICTURE_BATCH
+    return branches * config.sample_steps * _prediction(subject) + decoded.flops
 
 
 def _prediction(subject: Subject) -> float:

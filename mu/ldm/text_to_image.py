@@ -1,0 +1,108 @@
+"""Text to image: prompts and noise in, images out, in pieces that memory holds.
+
+The UNet takes a batch of images, or halves of it where memory runs out. Each image is decoded by itself, since decoding
+takes far more memory than the UNet: its pixels then follow from its latent alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mu.ldm.latent_diffusion import LatentDiffusion
+from mu.ldm.sampler import sample_ddim
+from mu.memory import SAMPLING_ADVICE, AtOnce, telling
+
+PRECISIONS = ("auto", "fp32", "bf16")
+"""Arithmetic of sampling: bf16 is autocast to bf16, auto see `sampling_precision`."""
+_NOTE = "; such images may differ by rounding from those of a whole batch"
+
+
+def sampling_precision(precision: str, device: torch.device | str) -> str:
+    """One of `PRECISIONS` without auto, which is bf16 on a GPU that computes in bf16, else fp32."""
+    if precision != "auto":
+        return precision
+    cuda = torch.device(device).type == "cuda"
+    return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+class TextToImage:
+    """Samples images with DDIM from a model; what memory did not hold once is not tried again.
+
+    Args:
+        model: in eval mode, with a text encoder.
+        steps: DDIM steps.
+        shape: (C, h, w) of a latent.
+        eta: 0 is deterministic, 1 has the variance of DDPM.
+        precision: one of `PRECISIONS`; latents stay fp32 between the steps, only the networks compute in bf16.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        *,
+        steps: int,
+        shape: tuple[int, int, int],
+        eta: float = 0.0,
+        precision: str = "fp32",
+    ) -> None:
+        self.model = model
+        self.steps = steps
+        self.shape = shape
+        self.eta = eta
+        self.half = sampling_precision(precision, model.device) == "bf16"
+        # Shards of weights meet in every pass, so a process cannot make passes of its own.
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in model.unet.parameters())
+        self._sampling = AtOnce("image", advice=SAMPLING_ADVICE, note=_NOTE, may_halve=not sharded)
+
+    @torch.no_grad()
+    def images(
+        self,
+        prompts: Sequence[str],
+        *,
+        guidance_scale: float,
+        noise: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """One image for each prompt, of one batch.
+
+        Args:
+            guidance_scale: of classifier-free guidance; 1 is none.
+            noise: (B, C, h, w) from which the images begin; without it, it is drawn from the seeds.
+            seeds: one for each image, for what is drawn; needed without `noise`, and where eta is above 0.
+
+        Yields:
+            (3, H, W) fp32, about [-1, 1], on the CPU, in the order of the prompts.
+
+        Raises:
+            OutOfMemoryError: memory does not suffice for one image.
+        """
+
+        def sample(places: Sequence[int]) -> Tensor:
+            context = self.model.embed([prompts[place] for place in places])  # (B, L, D)
+            uncond_context = self.model.embed([""])  # (1, L, D)
+            with self._arithmetic():
+                return sample_ddim(
+                    self.model,
+                    context,
+                    shape=self.shape,
+                    steps=self.steps,
+                    guidance_scale=guidance_scale,
+                    uncond_context=uncond_context,
+                    eta=self.eta,
+                    initial_noise=None if noise is None else noise[list(places)].to(context),
+                    generator=None
+                    if seeds is None
+                    else [torch.Generator().manual_seed(seeds[place]) for place in places],
+                )  # (B, C, h, w)
+
+        for latents in self._sampling.pieces(range(len(prompts)), sample):
+            for latent in latents:
+                with telling("while decoding an image", advice=SAMPLING_ADVICE), self._arithmetic():
+                    image = self.model.decode(latent[None])[0].float().cpu()  # (3, H, W)
+                yield image
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.half)
