@@ -68,6 +68,8 @@ def fit(
     loader = data.train_loader(start_step=min(boundary.step, data.total_steps - 1))
     logger = wandb_logger(config, folder.path) if ranks.is_main() else None
     guard = GuardedLogger(logger) if logger is not None else None
+    if guard is not None and not guard.begin():
+        logger = None
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # The loader cuts the steps itself and serves tensors that are in memory: workers would only copy them.
