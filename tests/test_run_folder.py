@@ -165,3 +165,26 @@ def test_promise_17_space_and_permission_are_found_before_a_run(tmp_path):
 def test_an_unwritable_folder_is_found(tmp_path):
     tmp_path.chmod(0o500)
     assert "cannot be written to" in str(writable_problem(tmp_path / "x"))
+
+
+def test_promise_27_of_a_row_that_is_cut_off_by_a_full_disk_nothing_stays(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE cuts the second row in the middle, as a full disk would."""
+    program = """
+import resource, signal, sys
+from pathlib import Path
+from mu.atomic import WriteError
+from mu.run_folder import MetricsCsv
+metrics = MetricsCsv(Path(sys.argv[1]))
+metrics.append(1, loss=0.5)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+try:
+    metrics.append(2, loss=0.25)
+except WriteError as error:
+    assert "metrics.csv: the row of a step could not be written (File too large)" in str(error), error
+else:
+    raise SystemExit("not refused")
+"""
+    path = tmp_path / "metrics.csv"
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+    assert path.read_bytes() == b"step,loss\r\n1,0.5\r\n"

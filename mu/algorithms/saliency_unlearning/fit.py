@@ -74,8 +74,8 @@ def fit(
     history = LossHistory(folder, boundary)
     # A run that has done all its steps still ends as others do, with a loader that is not read.
     loader = data.train_loader(start_step=min(boundary.step, data.total_steps - 1))
-    loggers = run_loggers(config, folder.path) if ranks.is_main() else []
-    guards = [GuardedLogger(logger) for logger in loggers]
+    guards = [GuardedLogger(logger) for logger in run_loggers(config, folder.path)] if ranks.is_main() else []
+    loggers = [guard.logger for guard in guards if guard.begin()]
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # The loader cuts the steps itself and serves tensors that are in memory: workers would only copy them.

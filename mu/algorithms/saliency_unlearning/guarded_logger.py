@@ -19,39 +19,48 @@ class GuardedLogger:
     """Lets one of Lightning's loggers fail without ending its run: a warning, and from then on nothing is sent to it.
 
     Its methods are replaced on the object itself: a wrapper would be no `WandbLogger` to those who look for one.
+    `begin` comes first, `finish` last.
 
     Args:
-        logger: with `log_image` and a run to finish (`experiment.finish`), if it has them.
+        logger: with `experiment`; and with `log_image` and a run to finish (`experiment.finish`), if it has them.
     """
 
     def __init__(self, logger: Logger) -> None:
-        self.logger = logger
-        self._failed = False
-        for name in ("log_metrics", "log_image", "log_hyperparams", "log_graph", "save", "finalize"):
+        self.logger: Any = logger
+        self._begun = self._failed = False
+        for name in _METHODS:
             if (method := getattr(logger, name, None)) is not None:
                 setattr(logger, name, self._guarded(method))
 
-    def finish(self) -> None:
-        """End the logger's run: the next one of this process would go on in it."""
-        self._guarded(lambda: getattr(self.logger.experiment, "finish", lambda: None)(), always=True)()
+    def begin(self) -> bool:
+        """Begin the logger's run, as Lightning will; False where that failed: then Lightning must not have it."""
+        self._try(lambda: self.logger.experiment)
+        self._begun = not self._failed
+        return self._begun
 
-    def _guarded(self, method: Callable[..., Any], *, always: bool = False) -> Callable[..., None]:
+    def finish(self) -> None:
+        """End the logger's run, also one that has failed: the next one of this process would go on in it."""
+        if self._begun:
+            self._try(lambda: getattr(self.logger.experiment, "finish", lambda: None)())
+
+    def _guarded(self, method: Callable[..., Any]) -> Callable[..., None]:
         def guarded(*args: Any, **options: Any) -> None:
-            if self._failed and not always:
-                return
-            warned, self._failed = self._failed, True
-            try:
-                method(*args, **options)
-                self._failed = warned
-            except (OSError, *_wandb_errors()) as error:
-                if not warned:
-                    name = type(self.logger).__name__
-                    _log.warning("%s failed (%s); nothing more is logged to it", name, first_line(error))
+            if not self._failed:
+                self._try(lambda: method(*args, **options))
 
         return guarded
 
+    def _try(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except _errors() as error:
+            if not self._failed:
+                name = type(self.logger).__name__
+                _log.warning("%s failed (%s); nothing more is logged to it", name, first_line(error))
+            self._failed = True
 
-def _wandb_errors() -> tuple[type[Exception], ...]:
-    """The root of the errors of Weights & Biases, where it is in use."""
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What a logger may meet: a disk, a connection, and the errors of Weights & Biases where it is in use."""
     module = sys.modules.get("wandb.errors")
-    return () if module is None else (module.Error,)
+    return (OSError,) if module is None else (OSError, module.Error)

@@ -60,9 +60,10 @@ def decorating(what: str, *errors: type[Exception]) -> Iterator[None]:
         what: is made, for the warning.
         errors: more that making it may meet.
     """
+    passed_over = (MuError, OSError, MemoryError, Image.DecompressionBombError, *errors)
     try:
         yield
-    except (MuError, OSError, MemoryError, Image.DecompressionBombError, *errors) as error:
+    except passed_over as error:
         reason = first_line(error)
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -145,7 +145,7 @@ class StepBoundary(pl.Callback):
         # Signals and clocks do not reach all processes between the same two steps.
         told = ranks.gathered((self._asked, due, self._failed is not None))
         asked = next((number for number, *_ in told if number is not None), None)
-        _, due, failed = told[0]
+        due, failed = told[0][1:]
         if asked is not None or due or failed:
             content = self._content(trainer)  # on shards, a meeting
             ranks.on_main(lambda: self._save(content))

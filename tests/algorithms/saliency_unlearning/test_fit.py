@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -138,28 +137,26 @@ def test_promise_27_losses_that_cannot_be_written_stop_the_run_with_a_checkpoint
     assert table.partition(b"\n")[0] == b"step,loss,forget,retain\r"
 
 
-def test_promise_27_a_full_disk_names_the_losses_and_the_checkpoint_and_keeps_the_last_one(
+def test_promise_27_where_no_checkpoint_can_be_written_either_the_last_one_stays(
     train: Callable[..., dict[str, float]], tiny_runs: Any, folder: RunFolder
 ) -> None:
-    steps, limits = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    path, checkpoints, steps = folder.path / "metrics.csv", folder.path / "checkpoints", 0
 
     def fill_up(_: Any) -> None:
         nonlocal steps
         steps += 1
         if steps == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (90, limits[1]))
+            path.unlink()
+            path.symlink_to("/dev/full")
+            (checkpoints / "step-00000003.safetensors" / "full").mkdir(parents=True)
 
-    try:
-        with pytest.raises(WriteError, match=r"metrics\.csv: .*\. Nor could a checkpoint: .*step-00000003"):
-            train(tiny_runs.train_config(checkpoint_every_steps=2), fill_up)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert [path.name for path in (folder.path / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
-    assert read_run_state(folder.path / "checkpoints" / "step-00000002.safetensors").step == 2
-    rows = (folder.path / "metrics.csv").read_bytes().split(b"\r\n")
-    assert rows == [b"step,loss,forget,retain", b"1,3.0,1.0,4.0", b"2,5.0,2.0,6.0", b""]  # none is cut off
+    with pytest.raises(WriteError, match=r"metrics\.csv: .*\. Nor could a checkpoint: .*step-00000003"):
+        train(tiny_runs.train_config(checkpoint_every_steps=2), fill_up)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step-00000002.safetensors",
+        "step-00000003.safetensors",
+    ]
+    assert read_run_state(checkpoints / "step-00000002.safetensors").step == 2
 
 
 # ---- Weights & Biases

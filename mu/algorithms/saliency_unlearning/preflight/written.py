@@ -137,7 +137,8 @@ def _run_checkpoints(config: TrainConfig, steps: int, state: int, *, there: int)
 
 def _patch_bytes(config: TrainConfig, subject: Subject, selected: Mapping[str, int]) -> int:
     """Of a patch in which all entries that may move have changed."""
-    parts, cast = {}, {}
+    parts: dict[str, TensorPatch] = {}
+    cast: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for name, parameter in subject.unet.named_parameters():
         key, size = UNET_PREFIX + name, parameter.numel()
         old = subject.ldm.file_dtypes.get(key, torch.float32)
