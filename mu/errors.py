@@ -10,6 +10,8 @@ class MuError(Exception):
     from it, beside the built-in class that fits (`class CheckpointError(MuError, ValueError)`).
     """
 
+    exit_code = 1
+    """Of a command that ends with it; 2 for a mistake in the settings, and where nothing has begun."""
     in_all_processes = False
     """Whether every process of the run has raised it (see `mu.ranks`), so that one of them is enough to print it."""
 

@@ -27,6 +27,13 @@ _sound: set[tuple[Path, int, int]] = set()
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
+def depth_problem(picture: Image.Image) -> str | None:
+    """Why an image with more than 8 bits a channel is not read; None of any other."""
+    if picture.mode.startswith(("I", "F")):
+        return f"{picture.mode} pixels (more than 8 bits) are not read; save it as 8-bit RGB"
+    return None
+
+
 def is_image(path: Path) -> bool:
     """Whether a file's name ends as an image's does."""
     return path.suffix.lower() in SUFFIXES
@@ -97,6 +104,8 @@ def _problem(path: Path, *, decode: bool = False) -> str | None:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as opened:  # reads the header alone
                 width, height = opened.size
+                if (problem := depth_problem(opened)) is not None:
+                    return problem
                 if decode:
                     opened.load()
     except FileNotFoundError:

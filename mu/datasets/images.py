@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -11,8 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mu.atomic import write_atomically
-from mu.datasets.image_files import UNREADABLE
-from mu.datasets.index import DataError
+from mu.datasets.image_files import UNREADABLE, depth_problem
+from mu.datasets.index import DataError, raise_problems
+
+UNUSABLE = "images cannot be used"
+ADVICE = "Replace them, or delete them together with their rows."
 
 
 def load_image(path: Path | str, size: int, *, interpolation: str = "bicubic") -> Tensor:
@@ -28,10 +33,8 @@ def load_pixels(path: Path | str, size: int | None = None, *, interpolation: str
     """As `load_image`, but the 8-bit values themselves, uint8 (3, H, W); with size None the whole image as saved."""
     try:
         with Image.open(path) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"{path}: {opened.mode} pixels (more than 8 bits) are not read; save it as 8-bit RGB"
-                )
+            if (problem := depth_problem(opened)) is not None:
+                raise DataError(f"{path}: {problem}")
             picture = _on_white(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
@@ -42,6 +45,25 @@ def load_pixels(path: Path | str, size: int | None = None, *, interpolation: str
     if size is not None:
         picture = _square(picture, size, Path(path), Image.Resampling[interpolation.upper()])
     return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def check_images(paths: Sequence[Path], size: int) -> None:
+    """Read images as `load_image` does, several at once, and keep none of them.
+
+    Raises:
+        DataError: as `load_image` does, of all of them together.
+    """
+
+    def problem(path: Path) -> str | None:
+        try:
+            load_pixels(path, size)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as readers:
+        found = [told for told in readers.map(problem, paths) if told is not None]
+    raise_problems(found, what=UNUSABLE, advice=ADVICE)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

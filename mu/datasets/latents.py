@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mu import ranks
-from mu.datasets.images import load_image
+from mu.datasets.images import ADVICE, UNUSABLE, load_image
 from mu.datasets.index import DataError, Row, raise_problems
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
@@ -154,8 +154,8 @@ class LatentCache:
         ranks.on_main(
             lambda: raise_problems(
                 [problems[place] for place in sorted(problems)],
-                what="images cannot be used",
-                advice="Replace them, or delete them together with their rows.",
+                what=UNUSABLE,
+                advice=ADVICE,
             )
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from mu.algorithms.saliency_unlearning.masking import (
     Mask,
     check_mask,
     load_mask,
-    load_mask_metadata,
     random_mask,
 )
 from mu.algorithms.saliency_unlearning.masking_algorithm import MaskingAlgorithm
@@ -36,10 +35,8 @@ from mu.algorithms.saliency_unlearning.run_state import RunState, read_run_state
 from mu.algorithms.saliency_unlearning.runs import Result, open_run, parts_of, save_result
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
-    find_mask,
     model_of,
     read_both,
-    unet_fingerprint,
     verify_tensors,
     write_patch,
     write_unlearned,
@@ -66,11 +63,13 @@ class SaliencyUnlearningAlgorithm:
 
     def __init__(self, config: TrainConfig | Mapping[str, Any], **overrides: Any) -> None:
         self.config = config_of(TrainConfig, config, **overrides)
+        self._plan: Plan | None = None  # of the run that was begun, in the main process
 
     def plan(self) -> Plan:
-        """What `run` would do, need and write, with its time, memory and sizes. Nothing is made or loaded.
+        """What `run` would do and write, with sizes. Nothing is made, sampled or encoded.
 
-        What `run` would fail of is in the plan's `problems`.
+        What `run` would fail of is in the plan's `problems` and `later_problems`; to find all of it, the checkpoint
+        and the images are read.
 
         Raises:
             ConfigError: a path is missing.
@@ -103,19 +102,17 @@ class SaliencyUnlearningAlgorithm:
         """As `run`, in this process: as one of its group, if it has joined one (`mu.ranks.joined`)."""
         config = self.config
         started = time.monotonic()
-        warnings = ranks.on_main(lambda: plan_training(config).require().warnings)
+        warnings, mask_path = ranks.on_main(self._checked)
         resumed = _resumed(config) if config.resume is not None else None
         with (
             open_run(config, resumed) as folder,
             Checkpoints(folder.path, config) as checkpoints,
         ):
             say_warnings(warnings, folder.logger)
-            # Once, and for all processes: in a folder of runs, this run will itself be the newest.
-            mask_path = ranks.on_main(lambda: find_mask(config)) if config.masking == "saliency" else None
             source = ranks.on_main(config.checkpoint)
             ldm = model_of(config)
             mask = self._mask(ldm, mask_path)
-            data = SaliencyUnlearnDataHandler(config, ldm)
+            data = SaliencyUnlearnDataHandler(config, ldm, rows=self._plan.rows if self._plan else None)
             model = SaliencyUnlearnModel(ldm, config.train_method, mask)
             folder.logger.info("%(selected)d of %(total)d weights of the UNet may move", model.counts)
             checkpoints.identify(model, data.rows, resumed)
@@ -147,6 +144,11 @@ class SaliencyUnlearningAlgorithm:
                 return result
 
             return ranks.on_main(finish)
+
+    def _checked(self) -> tuple[Sequence[str], Path | None]:
+        """Warnings and mask of the plan, which is kept in this process, once nothing in it stops the run."""
+        self._plan = plan_training(self.config).require()
+        return self._plan.warnings, self._plan.mask
 
     def _write(self, folder: RunFolder, model: SaliencyUnlearnModel, source: Path) -> Result:
         """Write the checkpoint and the patch, compared with the original; `checkpoint`, `patch`, `weights_changed`."""
@@ -206,8 +208,7 @@ class SaliencyUnlearningAlgorithm:
         config = self.config
         if mask_path is not None:
             mask = load_mask(mask_path)
-            metadata = load_mask_metadata(mask_path)
-            check_mask(mask, ldm.unet, metadata=metadata, fingerprint=unet_fingerprint(ldm))
+            check_mask(mask, ldm.unet)  # whether it was made from these very weights, the plan has found out
         elif config.masking == "random":
             pool = names_of(ldm.unet, config.train_method) if config.mask_pool == "train_method" else None
             parameters = dict(ldm.unet.named_parameters())

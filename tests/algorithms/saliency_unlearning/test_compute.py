@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning import compute as compute_module
@@ -21,7 +22,6 @@ from mu.algorithms.saliency_unlearning.compute import (
     is_out_of_memory,
 )
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
-from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
 from mu.ldm import LatentDiffusion
 from tests.algorithms.saliency_unlearning.test_trainer import tiny_batch
