@@ -36,6 +36,7 @@ from mu.algorithms.saliency_unlearning.runs import Result, open_run, parts_of, s
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
     model_of,
+    original_of,
     read_both,
     verify_tensors,
     write_patch,
@@ -111,18 +112,17 @@ class SaliencyUnlearningAlgorithm:
             say_warnings(warnings, folder.logger)
             source = ranks.on_main(config.checkpoint)
             ldm = model_of(config)
+            original = original_of(source, ldm.params, use_ema=config.use_ema) if ranks.is_main() else {}
             mask = self._mask(ldm, mask_path)
             data = SaliencyUnlearnDataHandler(config, ldm, rows=self._plan.rows if self._plan else None)
             model = SaliencyUnlearnModel(ldm, config.train_method, mask)
             folder.logger.info("%(selected)d of %(total)d weights of the UNet may move", model.counts)
-            checkpoints.identify(model, data.rows, resumed)
+            checkpoints.identify(model, data.rows, original, resumed)
 
             pictures = ProgressPictures(config, ldm, data.rows)
             ranks.on_main(lambda: pictures.take("before"))
             losses = self._train(model, data, folder, pictures, checkpoints=checkpoints, resumed=resumed)
             gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
-            with ranks.in_step():
-                model.verify_unmasked()
             model.verify_same_everywhere()
 
             def finish() -> Result:

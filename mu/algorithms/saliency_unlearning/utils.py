@@ -27,6 +27,7 @@ from mu.ldm.ema import EMA_PREFIX, ema_name, has_ema, updated_ema, with_ema_weig
 from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import bits_of, make_patch
 from mu.ldm.patch_file import save_patch
+from mu.ldm.tensor_file import open_state_dict
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,14 @@ def model_of(config: ModelKeys) -> LatentDiffusion:
     return load_model(
         resolve_path(config.model_config_path), checkpoint, device=device, use_ema=config.use_ema
     )
+
+
+def original_of(source: Path, params: LatentDiffusionParams, *, use_ema: bool) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint in its own dtypes, mapped: a value is read from the disk when it is used.
+
+    They stay those of the file that was opened, should another one be put in its place.
+    """
+    return read_checkpoint(source, params, use_ema=use_ema, read=open_state_dict).tensors
 
 
 def unet_fingerprint(model: LatentDiffusion) -> str:
