@@ -5,9 +5,11 @@ Files are written whole or not at all (`mu.atomic`). Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import fcntl
+import io
 import itertools
 import json
 import logging
@@ -23,7 +25,7 @@ from types import TracebackType
 from typing import IO, cast
 
 from mu import ranks
-from mu.atomic import write_atomically
+from mu.atomic import WriteError, write_atomically
 from mu.config import Config, dump
 from mu.errors import MuError
 from mu.verbosity import console_level
@@ -208,7 +210,12 @@ class MetricsCsv:
         self._columns: tuple[str, ...] | None = None
 
     def append(self, step: int, **values: float) -> None:
-        """Adds a row; a column without a value stays blank. Raises ValueError for a column the file has not."""
+        """Adds a row; a column without a value stays blank.
+
+        Raises:
+            ValueError: a column that the file has not.
+            WriteError: it could not be written; of a row that was cut off, nothing stays.
+        """
         if not self._writes:
             return
         if self._columns is None and self.path.exists():
@@ -233,8 +240,24 @@ class MetricsCsv:
             return list(csv.DictReader(file))
 
     def _write(self, row: Iterable[object]) -> None:
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(row)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "ab") as file:
+                file.write(csv_bytes([row]))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise WriteError(
+                f"{self.path}: the row of a step could not be written ({error.strerror or error}); free some space, "
+                "then go on with the run"
+            ) from error
+
+
+def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
+    """Rows as `MetricsCsv` writes them."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
 
 
 class ConsoleHandler(logging.Handler):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mu.ldm.diffusers_tensors import UNET_PREFIX
 from mu.ldm.schedule import schedule_buffers
 from mu.ldm.tensor_file import CheckpointError, fingerprint, read_state_dict, write_state_dict
 
@@ -128,6 +129,7 @@ def save_checkpoint(
     *,
     metadata: Mapping[str, str] | None = None,
     ema: Mapping[str, Tensor] | None = None,
+    unet_dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model as a CompVis checkpoint, each tensor in the dtype it had in the file it was loaded from.
 
@@ -140,25 +142,31 @@ def save_checkpoint(
         path: `.safetensors`, `.ckpt`, `.pth` or `.pt`.
         ema: EMA copies of the weights as they are now, see `mu.ldm.ema.updated_ema`.
         metadata: see `write_state_dict`.
+        unet_dtype: see `tensors_of`.
 
     Raises:
         CheckpointError: a tensor holds NaN or Inf, or has it in the file's dtype; or see `write_state_dict`.
     """
-    write_state_dict({**tensors_of(model, path), **(ema or {})}, path, metadata)
+    tensors = tensors_of(model, path, unet_dtype=unet_dtype)
+    write_state_dict({**tensors, **(ema or {})}, path, metadata)
 
 
-def tensors_of(model: LatentDiffusion, path: str | Path) -> dict[str, Tensor]:
+def tensors_of(
+    model: LatentDiffusion, path: str | Path, *, unet_dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """A model's tensors in the dtypes of the file that it was loaded from, with those that it carries.
 
     Args:
         path: where they are to be written, for errors.
+        unet_dtype: of the UNet's weights instead; None: as in the file.
 
     Raises:
         CheckpointError: see `save_checkpoint`.
     """
     tensors: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
-        tensors[key] = tensor.to(model.file_dtypes.get(key, tensor.dtype))
+        dtype = unet_dtype if key.startswith(UNET_PREFIX) else None
+        tensors[key] = tensor.to(dtype or model.file_dtypes.get(key, tensor.dtype))
         if not tensor.is_meta and not _is_finite(tensors[key]):
             cause = (
                 "the training diverged" if not _is_finite(tensor) else f"too large for {tensors[key].dtype}"

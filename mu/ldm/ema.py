@@ -20,9 +20,14 @@ def ema_name(key: str) -> str:
     return EMA_PREFIX + key.removeprefix("model.").replace(".", "")
 
 
+def is_ema_copy(key: str) -> bool:
+    """Whether a key is of the EMA copy of a weight, and not of one of the counters."""
+    return key.startswith(EMA_PREFIX) and key not in _COUNTERS
+
+
 def has_ema(keys: Iterable[str]) -> bool:
     """Whether a checkpoint has EMA copies of weights, and not just their counters."""
-    return any(key.startswith(EMA_PREFIX) and key not in _COUNTERS for key in keys)
+    return any(map(is_ema_copy, keys))
 
 
 def with_ema_weights(tensors: Mapping[str, Tensor], *, source: str | Path) -> dict[str, Tensor]:

@@ -5,6 +5,9 @@ payloads and denormals come back as they were. It is no arithmetic, though: wher
 one on top of the other gives nonsense. Each patch therefore knows the SHA-256 of the values that it was made from and
 of those that it leads to, tensor by tensor, at its entries and nowhere else. So a patch is refused where its entries
 hold anything but its base's values, and patches that share no entry may come and go in any order.
+
+A run may write its UNet in another dtype than that of its base (`save_dtype`). Its patch notes both dtypes: the base is
+cast first, and cast back when the patch has been removed, where the new dtype holds every number of the old one.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from torch import Tensor
 
 from mu.errors import MuError
 from mu.ldm.diffusers_tensors import UNET_PREFIX
-from mu.ldm.ema import EMA_PREFIX, has_ema
+from mu.ldm.ema import EMA_PREFIX, ema_name, has_ema
 from mu.ldm.tensor_file import fingerprint
+from mu.ldm.unet_dtype import holds
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a type -> the integers that hold its bits."""
@@ -77,6 +81,8 @@ class Patch:
     """Of the UNet that the patch was made from, as masks note it."""
     has_ema: bool
     """Whether the checkpoint that it was made from has an EMA copy of the UNet; its changes are then in the patch."""
+    cast: Mapping[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
+    """CompVis name -> dtypes in the base and in what the patch leads to, of tensors of which they differ."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What else its maker noted, such as the concept that was forgotten."""
     source: str = "the patch"
@@ -102,17 +108,22 @@ def base_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def make_patch(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, metadata: Mapping[str, Any] | None = None
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> Patch:
     """The patch that turns the UNet of one checkpoint, and its EMA copy, into those of another.
 
     Args:
         before: all tensors of a checkpoint under CompVis' names; those of other networks are not looked at.
-        after: the same, changed.
+        after: the same, changed; its tensors may be in other float dtypes, see `Patch.cast`.
         metadata: see `Patch.metadata`.
+        base: the `base_fingerprint` of `before`, where it is known.
 
     Raises:
-        PatchError: they differ in names, shapes or types.
+        PatchError: they differ in names or shapes, or in dtypes that are not floats.
     """
     names = [name for name in before if name.startswith((UNET_PREFIX, EMA_PREFIX))]
     others = {name for name in after if name.startswith((UNET_PREFIX, EMA_PREFIX))}
@@ -121,20 +132,24 @@ def make_patch(
             f"no patch can be made: only one of both checkpoints has {listed(differing)}; a patch is between "
             "two states of one model"
         )
-    tensors = {}
+    tensors, cast = {}, {}
     for name in names:
         old, new = before[name], after[name]
-        if (old.dtype, old.shape) != (new.dtype, new.shape):
+        floats = old.is_floating_point() and new.is_floating_point()
+        if old.shape != new.shape or (old.dtype != new.dtype and not floats):
             raise PatchError(
                 f"no patch can be made: {name} is {old.dtype} {tuple(old.shape)} before and {new.dtype} "
                 f"{tuple(new.shape)} after"
             )
-        if (made := _tensor_patch(old, new)) is not None:
+        if old.dtype != new.dtype:
+            cast[name] = old.dtype, new.dtype
+        if (made := _tensor_patch(old.to(new.dtype), new)) is not None:
             tensors[name] = made
     return Patch(
         tensors=tensors,
-        base_fingerprint=base_fingerprint(before),
+        base_fingerprint=base_fingerprint(before) if base is None else base,
         has_ema=has_ema(before),
+        cast=cast,
         metadata=dict(metadata or {}),
     )
 
@@ -144,7 +159,7 @@ def apply_patch(
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint after a patch; the given ones are not changed.
 
-    EMA copies in the patch are passed over where the checkpoint has none.
+    EMA copies in the patch are passed over where the checkpoint has none. What the patch has in another dtype is cast.
 
     Args:
         tensors: all tensors of a checkpoint, under CompVis' names.
@@ -154,7 +169,7 @@ def apply_patch(
         PatchError: a changed entry does not hold the value that the patch was made from, or a tensor is missing or of
             another shape or type.
     """
-    return _toggled(tensors, patch, source=source, removing=False)
+    return _toggled(cast_for(tensors, patch, source=source), patch, source=source, removing=False)
 
 
 def remove_patch(
@@ -162,15 +177,56 @@ def remove_patch(
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint without a patch that was applied to it, to the bit what they were before.
 
+    They come back in the base's dtypes, unless these would round: then another patch is still in them, and they stay in
+    those of the patch.
+
     Raises:
-        PatchError: see `apply_patch`; or there are EMA copies of which the patch does not know the old values.
+        PatchError: see `apply_patch`; there are EMA copies of which the patch does not know the old values; or the base
+            was rounded to another dtype, and its own values are not in the patch.
     """
+    if lost := [name for name, (old, new) in patch.cast.items() if name in tensors and not holds(new, old)]:
+        old, new = patch.cast[lost[0]]
+        raise PatchError(
+            f"{patch.source} cannot be removed from {source}: it is of a run that wrote {listed(lost)} in {new}, which "
+            f"rounded the base's {old}. Take the checkpoint that the run was begun with"
+        )
     if has_ema(tensors) and not patch.has_ema:
         raise PatchError(
             f"{source} has EMA copies of its weights, {patch.source} has not: their old values are not in it. Applying "
             "it wrote a patch beside the output that has them: remove that one"
         )
-    return _toggled(tensors, patch, source=source, removing=True)
+    removed = _toggled(cast_for(tensors, patch, source=source), patch, source=source, removing=True)
+    narrow = {name: removed[name].to(old) for name, (old, _) in patch.cast.items() if name in removed}
+    exact = all(
+        torch.equal(bits_of(t.to(removed[name].dtype)), bits_of(removed[name])) for name, t in narrow.items()
+    )
+    return removed | narrow if exact else removed
+
+
+def cast_for(tensors: Mapping[str, Tensor], patch: Patch, *, source: object) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in the dtypes of what a patch leads to, see `Patch.cast`.
+
+    EMA copies that the patch does not know take the dtype of their weights: a narrower one would keep old values.
+
+    Raises:
+        PatchError: a tensor has neither the dtype of the base nor that which the patch leads to.
+    """
+    wanted = dict(patch.cast)
+    if not patch.has_ema:
+        copies = {ema_name(name): new for name, (_, new) in patch.cast.items()}
+        wanted |= {name: (tensors[name].dtype, new) for name, new in copies.items() if name in tensors}
+    result = dict(tensors)
+    for name, (old, new) in wanted.items():
+        if name not in tensors:  # an EMA copy; a weight that is missing is found where it is changed
+            continue
+        if tensors[name].dtype not in (old, new):
+            raise PatchError(
+                f"{patch.source} is not a patch of {source}: {name} was {old} in its base and {new} after, the "
+                f"checkpoint has {tensors[name].dtype}. Give the checkpoint that it was made from, in the type that it "
+                "had"
+            )
+        result[name] = tensors[name].to(new)
+    return result
 
 
 def _tensor_patch(before: Tensor, after: Tensor) -> TensorPatch | None:

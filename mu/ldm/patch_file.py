@@ -28,7 +28,7 @@ SUFFIX = ".patch.safetensors"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
-_OWN_KEYS = ("patch_format", "tensors", "base_fingerprint", "has_ema", "weights_changed")
+_OWN_KEYS = ("patch_format", "tensors", "base_fingerprint", "has_ema", "weights_changed", "cast")
 _AGAIN = "get it again, or make it again by training"
 
 
@@ -62,13 +62,15 @@ def stored_form(patch: Patch, path: Path) -> tuple[dict[str, Tensor], dict[str, 
         "tensors": {
             name: {
                 "shape": list(part.shape),
-                "dtype": str(part.dtype).removeprefix("torch."),
+                "dtype": _name_of(part.dtype),
                 "old": part.old,
                 "new": part.new,
             }
             for name, part in patch.tensors.items()
         },
     }
+    if patch.cast:
+        own["cast"] = {name: [*map(_name_of, dtypes)] for name, dtypes in patch.cast.items()}
     stored: dict[str, Tensor] = {}
     for name, part in patch.tensors.items():
         for kind, tensor in (("xor", part.values), ("bits", part.bits), ("index", part.index)):
@@ -107,6 +109,7 @@ def load_patch(path: str | Path) -> Patch:
         tensors=parts,
         base_fingerprint=own["base_fingerprint"],
         has_ema=own["has_ema"],
+        cast={name: (_dtype(old), _dtype(new)) for name, (old, new) in own.get("cast", {}).items()},
         metadata={key: value for key, value in own.items() if key not in _OWN_KEYS},
         source=str(path),
     )
@@ -132,6 +135,8 @@ def _parsed(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         and _FINGERPRINT.fullmatch(own["base_fingerprint"])
         and isinstance(own.get("has_ema"), bool)
         and isinstance(own.get("weights_changed"), int)
+        and isinstance(own.get("cast", {}), dict)
+        and all(_is_sound_cast(name, told, own["tensors"]) for name, told in own.get("cast", {}).items())
     )
     if not sound:
         raise PatchError(f"{path} is damaged: its metadata does not describe a patch; {_AGAIN}")
@@ -144,16 +149,42 @@ def _is_sound(name: str, told: object) -> bool:
         and isinstance(told, dict)
         and told.keys() == {"shape", "dtype", "old", "new"}
         and is_shape(told["shape"])
-        and isinstance(told["dtype"], str)
-        and isinstance(getattr(torch, told["dtype"], None), torch.dtype)
-        and getattr(torch, told["dtype"]).itemsize in INTEGERS
+        and _is_dtype(told["dtype"])
         and all(isinstance(told[key], str) and _SHA256.fullmatch(told[key]) for key in ("old", "new"))
     )
 
 
+def _is_sound_cast(name: str, told: object, tensors: Mapping[str, Any]) -> bool:
+    return (
+        name.startswith((UNET_PREFIX, EMA_PREFIX))
+        and isinstance(told, list)
+        and len(told) == 2
+        and all(_is_dtype(dtype) and _dtype(dtype).is_floating_point for dtype in told)
+        and told[0] != told[1]
+        and (name not in tensors or tensors[name]["dtype"] == told[1])
+    )
+
+
+def _is_dtype(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(getattr(torch, name, None), torch.dtype)
+        and getattr(torch, name).itemsize in INTEGERS
+    )
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _part(name: str, told: Mapping[str, Any], stored: dict[str, Tensor], path: Path) -> TensorPatch:
     """One tensor's changed entries, taken out of `stored` and checked: they are as many as marked, and do change."""
-    dtype: torch.dtype = getattr(torch, told["dtype"])
+    dtype = _dtype(told["dtype"])
     values, bits, index = (stored.pop(f"{kind}/{name}", None) for kind in ("xor", "bits", "index"))
     if values is None:
         raise PatchError(f"{path} is damaged: it lacks the values of {name}; {_AGAIN}")

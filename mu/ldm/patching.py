@@ -13,7 +13,16 @@ from mu.ldm.diffusers_folder import is_diffusers_folder, write_diffusers_folder
 from mu.ldm.ema import EMA_PREFIX, has_ema, updated_ema, with_ema_weights
 from mu.ldm.formats import COMPVIS, kind_of, read_checkpoint
 from mu.ldm.model_config import load_model_config
-from mu.ldm.patch import Patch, PatchError, apply_patch, bits_of, listed, make_patch, remove_patch
+from mu.ldm.patch import (
+    Patch,
+    PatchError,
+    apply_patch,
+    bits_of,
+    cast_for,
+    listed,
+    make_patch,
+    remove_patch,
+)
 from mu.ldm.patch_file import SUFFIX, load_patch, save_patch
 from mu.ldm.tensor_file import FINGERPRINT_KEY, PICKLE_SUFFIXES, read_state_dict, write_state_dict
 
@@ -109,7 +118,8 @@ def apply_patches(
 ) -> tuple[dict[str, Tensor], Patch | None]:
     """Apply patches that were made from the same base; their order makes no difference.
 
-    An EMA copy that a patch does not know is updated as `mu.ldm.ema.updated_ema` does it.
+    An EMA copy that a patch does not know is updated as `mu.ldm.ema.updated_ema` does it. Patches of runs that wrote
+    another dtype than their base's give that dtype, see `Patch.cast`.
 
     Args:
         overlap: what becomes of an entry that several of them change. refuse: an error. add: its value in the base
@@ -120,14 +130,20 @@ def apply_patches(
         updated that is not in them), the one patch that does.
 
     Raises:
-        PatchError: see `apply_patch`; they are of different bases; they overlap and that is refused; a sum is not
-            finite.
+        PatchError: see `apply_patch`; they are of different bases or lead to different dtypes; they overlap and that is
+            refused; a sum is not finite.
     """
     bases = {patch.base_fingerprint for patch in patches}
     if len(bases) > 1:
         raise PatchError(
             "the patches were made from different bases: "
             + "; ".join(f"{patch.source} from {patch.base_fingerprint}" for patch in patches)
+        )
+    differing = [patch for patch in patches if _weights_cast(patch) != _weights_cast(patches[0])]
+    if differing:
+        raise PatchError(
+            f"{patches[0].source} and {differing[0].source} lead to UNets of different dtypes; only patches of runs "
+            "with the same save_dtype can be applied to one checkpoint"
         )
     overlaps = [(a, b, _overlap(a, b)) for a, b in itertools.combinations(patches, 2)]
     overlapping = [(a, b, counts) for a, b, counts in overlaps if counts]
@@ -138,17 +154,24 @@ def apply_patches(
             f"{a.source} and {b.source} both change {sum(counts.values()):,} entries of {listed(counts)}{more}; "
             "what is to become of them is not defined. Apply one of them; or add up their changes (overlap add)"
         )
+    base = dict(tensors)
+    for patch in patches:
+        base = cast_for(base, patch, source=source)
     if overlapping:
-        after = _sum(tensors, patches, source=source)
+        after = _sum(base, patches, source=source)
     else:
-        after = dict(tensors)
+        after = base
         for patch in patches:
             after = apply_patch(after, patch, source=source)
     if not overlapping and not (has_ema(tensors) and not all(patch.has_ema for patch in patches)):
         return after, None
-    after |= updated_ema(after, tensors, use_ema=False, source=str(source))
+    after |= updated_ema(after, base, use_ema=False, source=str(source))
     names = [patch.source for patch in patches]
     return after, make_patch(tensors, after, metadata={"combined_from": names})
+
+
+def _weights_cast(patch: Patch) -> dict[str, object]:
+    return {name: dtypes for name, dtypes in patch.cast.items() if not name.startswith(EMA_PREFIX)}
 
 
 def _overlap(a: Patch, b: Patch) -> dict[str, int]:

@@ -19,6 +19,7 @@ from mu.ldm.patch import Patch, PatchError, apply_patch, base_fingerprint, bits_
 from mu.ldm.patch_file import load_patch, save_patch
 from mu.ldm.patching import apply_patches, patch_checkpoint
 from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dict
+from mu.ldm.unet_dtype import WithUNetDtype
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "sd_v1_state_dict_shapes.json"
 UNET = "model.diffusion_model."
@@ -214,8 +215,9 @@ def test_what_does_not_fit_is_refused() -> None:
         apply_patches(before, [patch, make_patch(other, moved(other, {BIAS: [0]}))])
     with pytest.raises(PatchError, match="only one of both"):
         make_patch(before, {WEIGHT: before[WEIGHT]})
-    with pytest.raises(PatchError, match="no patch can be made"):
-        make_patch(before, {**before, WEIGHT: before[WEIGHT].half()})
+    for wrong in (before[WEIGHT].int(), before[WEIGHT][1:]):
+        with pytest.raises(PatchError, match="no patch can be made"):
+            make_patch(before, {**before, WEIGHT: wrong})
 
 
 def test_an_entry_elsewhere_does_not_matter() -> None:
@@ -293,6 +295,114 @@ def test_values_that_lead_elsewhere_are_refused(patch_path: Path) -> None:
     )
     with pytest.raises(PatchError, match="is damaged: its values do not lead"):
         apply_patch(base(), load_patch(patch_path))
+
+
+# ---- a UNet that was written in another dtype
+
+
+def in_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return {name: tensor.clone() for name, tensor in WithUNetDtype(tensors, dtype).items()}
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_patch_into_a_wider_dtype_comes_and_goes_exactly(
+    narrow: torch.dtype, ema: bool, tmp_path: Path
+) -> None:
+    before = base(narrow, ema=ema)
+    after = moved(in_dtype(before, torch.float32), {WEIGHT: slice(0, 9), WIDE: [7]}, by=1e-5)
+    assert {tensor.dtype for name, tensor in after.items() if name.startswith(UNET)} == {torch.float32}
+    patch = through_file(make_patch(before, after), tmp_path / "p.safetensors")
+    assert patch.weights_changed == 10
+    assert patch.base_fingerprint == base_fingerprint(before)
+    assert patch.cast == dict.fromkeys((WEIGHT, BIAS, WIDE), (narrow, torch.float32))
+    assert same(apply_patch(before, patch), after)
+    assert same(remove_patch(after, patch), before)
+    with pytest.raises(PatchError, match="already applied"):
+        apply_patch(after, patch)
+    other = torch.float64
+    with pytest.raises(PatchError, match=f"was {narrow} in its base and torch.float32 after, .* {other}"):
+        apply_patch(in_dtype(before, other), patch)
+
+
+def test_patches_into_a_wider_dtype_come_and_go_in_any_order() -> None:
+    """As long as one is left in the file, its values need the wider dtype."""
+    before = base(torch.float16, ema=True)
+    wide = in_dtype(before, torch.float32)
+    places: list[dict[str, slice | list[int]]] = [{WEIGHT: slice(0, 9), BIAS: [0]}, {WEIGHT: slice(9, 30)}]
+    first, second = (make_patch(before, moved(wide, where, by=1e-5)) for where in places)
+    both = moved(moved(wide, places[0], by=1e-5), places[1], by=1e-5)
+    applied, combined = apply_patches(before, [first, second])
+    assert combined is None
+    assert same(applied, both)
+    assert same(remove_patch(both, first), moved(wide, places[1], by=1e-5))
+    for one, other in ((first, second), (second, first)):
+        assert same(remove_patch(remove_patch(both, one), other), before)
+        assert same(apply_patch(remove_patch(both, one), one), both)
+
+
+def test_patches_into_a_wider_dtype_add_up(tmp_path: Path) -> None:
+    before = base(torch.float16)
+    wide = in_dtype(before, torch.float32)
+    patches = [make_patch(before, moved(wide, {WEIGHT: slice(i, i + 9)}, by=1e-5)) for i in (0, 4)]
+    summed, combined = apply_patches(before, patches, overlap="add")
+    assert combined is not None
+    step = (wide[WEIGHT] + 1e-5) - wide[WEIGHT]
+    expected = (wide[WEIGHT].double() + 2 * step.double()).float().view(-1)[4:9]
+    assert torch.equal(summed[WEIGHT].view(-1)[4:9], expected)
+    assert same(remove_patch(summed, through_file(combined, tmp_path / "p.safetensors")), before)
+
+
+def test_a_patch_into_a_narrower_dtype_is_applied_and_cannot_be_removed(tmp_path: Path) -> None:
+    before = base()
+    after = moved(in_dtype(before, torch.float16), {WEIGHT: [3]})
+    patch = through_file(make_patch(before, after), tmp_path / "p.safetensors")
+    assert same(apply_patch(before, patch), after)
+    with pytest.raises(PatchError, match=r"wrote 3 tensors: .* in torch.float16, which rounded .*float32"):
+        remove_patch(after, patch)
+
+
+def test_ema_copies_that_a_patch_does_not_know_follow_into_its_dtype() -> None:
+    """In their own one, the small change would be rounded away: they would still have what was forgotten."""
+    before = base(torch.float16)
+    after = moved(in_dtype(before, torch.float32), {WEIGHT: slice(None)}, by=1e-5)
+    patch = make_patch(before, after)
+    copies = {ema_name(name): before[name].clone() for name in (WEIGHT, BIAS, WIDE)}
+    applied, combined = apply_patches({**before, **copies}, [patch])
+    assert torch.equal(applied[ema_name(WEIGHT)], after[WEIGHT])
+    assert torch.equal(applied[ema_name(WIDE)], before[WIDE].float())
+    assert combined is not None
+    assert same(remove_patch(applied, combined), {**before, **copies})
+
+
+def test_patches_into_different_dtypes_are_not_applied_together() -> None:
+    before = base(torch.float16)
+    plain = make_patch(before, moved(before, {WEIGHT: [3]}))
+    wider = make_patch(before, moved(in_dtype(before, torch.float32), {WIDE: [3]}))
+    with pytest.raises(PatchError, match="the same save_dtype"):
+        apply_patches(before, [plain, wider])
+    with pytest.raises(PatchError, match=r"changes .*a\.weight, torch.float16 .* has torch.float32"):
+        apply_patch(apply_patch(before, wider), plain)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        [],
+        {"first_stage_model.w": ["float16", "float32"]},
+        {BIAS: ["float16"]},
+        {BIAS: ["float32", "float32"]},
+        {BIAS: ["int16", "float32"]},
+        {BIAS: ["load", "float32"]},
+        {WEIGHT: ["float32", "float16"]},  # its values are of float32
+    ],
+)
+def test_a_cast_that_is_none_is_refused(cast: Any, patch_path: Path) -> None:
+    stored, described = read_state_dict(patch_path)
+    described.pop("format")
+    write_state_dict(stored, patch_path, {**described, "cast": json.dumps(cast)})
+    with pytest.raises(PatchError, match="does not describe a patch"):
+        load_patch(patch_path)
 
 
 # ---- checkpoints

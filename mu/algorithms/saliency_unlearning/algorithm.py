@@ -14,10 +14,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, find_run_state
 from mu.algorithms.saliency_unlearning.compute import choose, computing
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.configs.patching import PATCH_NAME
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
 from mu.algorithms.saliency_unlearning.fit import fit
 from mu.algorithms.saliency_unlearning.masking import (
@@ -32,21 +35,28 @@ from mu.algorithms.saliency_unlearning.preflight import Plan, plan_training, say
 from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.algorithms.saliency_unlearning.run_state import RunState, read_run_state
-from mu.algorithms.saliency_unlearning.runs import Result, open_run, parts_of, save_result
+from mu.algorithms.saliency_unlearning.runs import Result, decorating, open_run, parts_of, save_result
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
+    check_save_dtype,
+    count_moved,
+    load_written_,
     model_of,
     original_of,
-    read_both,
+    remove_checkpoint,
+    rounding_warning,
     verify_tensors,
+    verify_trained,
     write_patch,
     write_unlearned,
 )
 from mu.config import config_of, require_paths
 from mu.devices import peak_memory_bytes
+from mu.errors import MuError
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
-from mu.run_folder import RunFolder
+from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
+from mu.run_folder import RESULT, RunFolder
 
 __all__ = ["MaskingAlgorithm", "SaliencyUnlearnAlgorithm", "SaliencyUnlearningAlgorithm"]
 
@@ -84,9 +94,10 @@ class SaliencyUnlearningAlgorithm:
 
         Returns:
             `run`, the run's folder; `checkpoint`; `patch`, its path (None without); `pictures`, before and after (None
-            without); `mask`, its path (None without); `weights_selected`, `weights_changed` (in the file),
-            `weights_total`; `steps`; `loss`, `forget_loss` and `retain_loss` of the last epoch; `seconds`;
-            `peak_memory_bytes`, of the process so far.
+            without); `mask`, its path (None without); `weights_selected`; `weights_changed`, that differ from the
+            original in the file; `weights_moved`, that did so before they were rounded to the file's dtype, and
+            `weights_rounded_back`, the others of them; `weights_total`; `steps`; `loss`, `forget_loss` and
+            `retain_loss` of the last epoch; `seconds`; `peak_memory_bytes`, of the process so far.
 
         Raises:
             ConfigError: a path is missing; names the command that makes what is missing. Or `resume` leads to a run
@@ -110,9 +121,12 @@ class SaliencyUnlearningAlgorithm:
             Checkpoints(folder.path, config) as checkpoints,
         ):
             say_warnings(warnings, folder.logger)
+            if mask_path is not None:
+                folder.logger.info("mask: %s", mask_path)
             source = ranks.on_main(config.checkpoint)
             ldm = model_of(config)
             original = original_of(source, ldm.params, use_ema=config.use_ema) if ranks.is_main() else {}
+            check_save_dtype(ldm, config.save_dtype)
             mask = self._mask(ldm, mask_path)
             data = SaliencyUnlearnDataHandler(config, ldm, rows=self._plan.rows if self._plan else None)
             model = SaliencyUnlearnModel(ldm, config.train_method, mask)
@@ -120,18 +134,22 @@ class SaliencyUnlearningAlgorithm:
             checkpoints.identify(model, data.rows, original, resumed)
 
             pictures = ProgressPictures(config, ldm, data.rows)
-            ranks.on_main(lambda: pictures.take("before"))
+            ranks.on_main(lambda: _draw(pictures, "before"))
             losses = self._train(model, data, folder, pictures, checkpoints=checkpoints, resumed=resumed)
             gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
             model.verify_same_everywhere()
 
             def finish() -> Result:
-                pictures.take("after")
-                written = self._write(folder, model, source)
+                written, new = self._write(folder, model, source, original)
+                # What was trained is on disk. All that follows tells of it.
+                patch = self._patch(folder, original, new, source)
+                load_written_(ldm, new)
+                _draw(pictures, "after")
                 result = {
                     "run": folder.path,
                     **written,
-                    "pictures": pictures.save(folder.path / "pictures" / "before_after.png"),
+                    "patch": patch,
+                    "pictures": _saved(pictures, folder.path / "pictures" / "before_after.png"),
                     "mask": mask_path,
                     "weights_selected": model.counts["selected"],
                     "weights_total": model.counts["total"],
@@ -140,7 +158,8 @@ class SaliencyUnlearningAlgorithm:
                     "seconds": time.monotonic() - started,
                     "peak_memory_bytes": peak_memory_bytes(),
                 }
-                save_result(folder, result)
+                with decorating(RESULT):
+                    save_result(folder, result)
                 return result
 
             return ranks.on_main(finish)
@@ -150,15 +169,46 @@ class SaliencyUnlearningAlgorithm:
         self._plan = plan_training(self.config).require()
         return self._plan.warnings, self._plan.mask
 
-    def _write(self, folder: RunFolder, model: SaliencyUnlearnModel, source: Path) -> Result:
-        """Write the checkpoint and the patch, compared with the original; `checkpoint`, `patch`, `weights_changed`."""
+    def _write(
+        self, folder: RunFolder, model: SaliencyUnlearnModel, source: Path, original: Mapping[str, Tensor]
+    ) -> tuple[Result, Mapping[str, Tensor]]:
+        """Write the checkpoint, and compare it with the original and with what was trained; one that fails is removed.
+
+        Returns:
+            `checkpoint` and the counts of weights; and the tensors of the file, in its own dtypes.
+        """
         config, ldm = self.config, model.ldm
         checkpoint = write_unlearned(ldm, config, folder.path, source=source)
-        old, new = read_both(source, checkpoint, params=ldm.params, use_ema=config.use_ema)
-        changed = verify_tensors(old, new, model.selected, before=source, after=checkpoint)
+        try:
+            new = original_of(checkpoint, ldm.params)  # not its SHA-256: what follows sees every bit
+            cast = WithUNetDtype(original, SAVE_DTYPES[config.save_dtype])
+            changed = verify_tensors(cast, new, model.selected, before=source, after=checkpoint)
+            verify_trained(ldm, new, model.selected, after=checkpoint)
+        except MuError:
+            remove_checkpoint(checkpoint)
+            raise
+        moved = count_moved(ldm, original, model.selected)
         folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
-        patch = write_patch(old, new, config, folder.path, source=source) if config.patch else None
-        return {"checkpoint": checkpoint, "patch": patch, "weights_changed": changed}
+        if warning := rounding_warning(moved=moved, changed=changed, lr=config.lr):
+            folder.logger.warning("%s", warning)
+        written = {
+            "checkpoint": checkpoint,
+            "weights_changed": changed,
+            "weights_moved": moved,
+            "weights_rounded_back": moved - changed,
+        }
+        return written, new
+
+    def _patch(
+        self, folder: RunFolder, old: Mapping[str, Tensor], new: Mapping[str, Tensor], source: Path
+    ) -> Path | None:
+        """Write the patch, where one is wanted."""
+        patch = None
+        if self.config.patch:
+            with decorating(PATCH_NAME):
+                base = self._plan.unet_fingerprint if self._plan is not None else None
+                patch = write_patch(old, new, self.config, folder.path, source=source, base=base)
+        return patch
 
     def _train(
         self,
@@ -221,6 +271,18 @@ class SaliencyUnlearningAlgorithm:
 
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
+
+
+def _draw(pictures: ProgressPictures, moment: str) -> None:
+    with decorating(f"pictures {moment}"):
+        pictures.take(moment)
+
+
+def _saved(pictures: ProgressPictures, path: Path) -> Path | None:
+    saved = None
+    with decorating(path.name):
+        saved = pictures.save(path)
+    return saved
 
 
 def _unlearning(config: TrainConfig) -> Result:

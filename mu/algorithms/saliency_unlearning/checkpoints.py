@@ -40,7 +40,8 @@ MAY_DIFFER = frozenset(
     {
         *("devices", "wandb", "wandb_project"),
         *("resume", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints"),
-        *("output_dir", "processed_dataset_dir", "output_format", "patch", "sample_prompts", "sample_seeds"),
+        *("output_dir", "processed_dataset_dir", "output_format", "save_dtype", "patch"),
+        *("sample_prompts", "sample_seeds"),
         # Looked at beside the training.
         *("sample_every_steps", "validate_every_steps", "validation_draws", "wandb_unsafe_pictures"),
         *("report", "show_unsafe_pictures"),

@@ -19,14 +19,16 @@ from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.algorithms.saliency_unlearning.guarded_logger import GuardedLogger
 from mu.algorithms.saliency_unlearning.rank_strategy import loop_devices
 from mu.algorithms.saliency_unlearning.run_state import RunState
 from mu.algorithms.saliency_unlearning.shards import is_sharded
 from mu.algorithms.saliency_unlearning.step_boundary import StepBoundary
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
+from mu.atomic import WriteError
 from mu.config import as_dict
 from mu.errors import Terminated
-from mu.run_folder import RunFolder
+from mu.run_folder import RunFolder, csv_bytes
 from mu.verbosity import bars_off
 
 _TERMS = ("loss", "forget", "retain")
@@ -55,15 +57,17 @@ def fit(
 
     Raises:
         TrainingError: a loss or gradient was not finite; no weight was changed by it.
+        WriteError: the losses of a step could not be written; a checkpoint that has them was, if that could.
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after the step, its checkpoint and the loggers are done.
     """
     boundary = StepBoundary(trainer.model, folder, checkpoints, total_steps=data.total_steps)
     if resumed is not None:
         boundary.restore(resumed)
-    history = LossHistory(folder)
+    history = LossHistory(folder, boundary)
     # A run that has done all its steps still ends as others do, with a loader that is not read.
     loader = data.train_loader(start_step=min(boundary.step, data.total_steps - 1))
     logger = wandb_logger(config, folder.path) if ranks.is_main() else None
+    guard = GuardedLogger(logger) if logger is not None else None
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # The loader cuts the steps itself and serves tensors that are in memory: workers would only copy them.
@@ -103,8 +107,8 @@ def fit(
             signal.signal(signal.SIGINT, at_ctrl_c)
             raise KeyboardInterrupt from None
         finally:
-            if logger is not None:
-                logger.experiment.finish()  # else the next run of this process would go on in this one
+            if guard is not None:
+                guard.finish()
     last = history.rows[-data.steps_per_epoch :]
     means = [sum(row[i] for row in last) / len(last) for i in range(len(_TERMS))]
     return dict(zip(("loss", "forget_loss", "retain_loss"), means, strict=True))
@@ -116,16 +120,25 @@ def _end_at_once(*_: object) -> None:
 
 
 class LossHistory(pl.Callback):
-    """Both terms of every step, in memory and in `metrics.csv`; goes on after the rows that are there."""
+    """Both terms of every step, in memory and in `metrics.csv`; goes on after the rows that are there.
 
-    def __init__(self, folder: RunFolder) -> None:
+    Args:
+        boundary: is told where a row cannot be written: the run then stops after this step, with a checkpoint.
+    """
+
+    def __init__(self, folder: RunFolder, boundary: StepBoundary) -> None:
         self.folder = folder
+        self.boundary = boundary
         self.rows = [tuple(float(row[name]) for name in _TERMS) for row in folder.metrics_csv.read()]
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         row = tuple(float(trainer.callback_metrics[name]) for name in _TERMS)
         self.rows.append(row)
-        self.folder.metrics_csv.append(trainer.global_step, **dict(zip(_TERMS, row, strict=True)))
+        try:
+            self.folder.metrics_csv.append(trainer.global_step, **dict(zip(_TERMS, row, strict=True)))
+        except WriteError as error:
+            content = csv_bytes([("step", *_TERMS), *((step, *row) for step, row in enumerate(self.rows, 1))])
+            self.boundary.fail(error, {self.folder.metrics_csv.path.name: content})
 
 
 def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:

@@ -6,6 +6,7 @@ Neither touches what is trained: nothing is drawn from a random stream that trai
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +19,8 @@ from mu.algorithms.saliency_unlearning.compute import encoders_at_hand
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import TrainSteps
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
+from mu.algorithms.saliency_unlearning.runs import decorating
+from mu.algorithms.saliency_unlearning.shards import is_sharded
 from mu.algorithms.saliency_unlearning.trainer import (
     ForgetBatch,
     RetainBatch,
@@ -64,16 +67,24 @@ class Progress(pl.Callback):
             self._validate(trainer, module)
         if _is_due(step, self.config.sample_every_steps):
             path = self.folder.path / "pictures" / f"step_{step:06d}.png"
-            with encoders_at_hand(self.pictures.model):
+            drawn = False
+            with self._decorating(f"pictures/{path.name}"), encoders_at_hand(self.pictures.model):
                 self.pictures.snapshot(f"step {step}", path)
-            if self.config.template != "i2p" or self.config.wandb_unsafe_pictures:
+                drawn = True
+            if drawn and (self.config.template != "i2p" or self.config.wandb_unsafe_pictures):
                 for logger in _wandb(trainer):
                     logger.log_image("pictures", [str(path)], step=step)
 
+    def _decorating(self, what: str) -> AbstractContextManager[None]:
+        """`decorating`; not on shards, where all processes take part, and one that gives up strands the rest."""
+        return nullcontext() if is_sharded(self.pictures.model.unet) else decorating(what)
+
     def _validate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, SaliencyUnlearnTrainer)
-        losses = validation_losses(module, self.batches)
-        self.csv.append(trainer.global_step, **losses)
+        losses: dict[str, float] = {}
+        with self._decorating(f"validation at step {trainer.global_step}"):
+            losses = validation_losses(module, self.batches)
+            self.csv.append(trainer.global_step, **losses)
         for logger in _wandb(trainer):
             logger.log_metrics(
                 {f"validation/{name}": value for name, value in losses.items()}, step=trainer.global_step

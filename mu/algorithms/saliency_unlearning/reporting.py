@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
 
 from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import EvaluateConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import load_mask_metadata
+from mu.algorithms.saliency_unlearning.runs import decorating
 from mu.devices import peak_memory_bytes
 from mu.evaluation.report import (
     TrainingRun,
@@ -24,17 +26,25 @@ from mu.evaluation.report import (
 from mu.launch import on_ranks
 
 REPORT_NAME = "report.html"
+_FAULTS = (TemplateError, SafetensorError, yaml.YAMLError)
+"""What making a report may meet: its template, and the mask and its settings, which lie elsewhere."""
 
 
-def report_training(config: TrainConfig, folder: Path) -> Path:
-    """Writes the report of a finished training run into its folder; returns its path. Raises WriteError."""
-    training = _training(folder)
-    return write_report(
-        folder / REPORT_NAME,
-        training=training,
-        other_configs=_mask_config(training),
-        show_unsafe=config.show_unsafe_pictures,
-    )
+def report_training(config: TrainConfig, folder: Path) -> Path | None:
+    """Writes the report of a finished training run into its folder; returns its path.
+
+    Where it cannot be written, a warning says why, and it is None: the run has succeeded without.
+    """
+    report = None
+    with decorating(REPORT_NAME, *_FAULTS):
+        training = _training(folder)
+        report = write_report(
+            folder / REPORT_NAME,
+            training=training,
+            other_configs=_mask_config(training),
+            show_unsafe=config.show_unsafe_pictures,
+        )
+    return report
 
 
 def measured(config: EvaluateConfig) -> dict[str, object]:
@@ -42,7 +52,7 @@ def measured(config: EvaluateConfig) -> dict[str, object]:
 
     Returns:
         What `mu.evaluation.evaluate.run` does, with `seconds`, `peak_memory_bytes` (of the main process so far) and the
-        path `report`.
+        path `report` (None where a warning says why it could not be written).
     """
     return on_ranks(_measured, config, config.devices)
 
@@ -63,16 +73,18 @@ def _reported(config: EvaluateConfig, result: dict[str, object], *, seconds: flo
         return result
     folder = Path(str(result["run"]))
     made_in = Path(str(result["checkpoint"])).parent if "checkpoint" in result else None
-    training = _training(made_in) if made_in is not None and is_training_run(made_in) else None
-    report = write_report(
-        folder / REPORT_NAME,
-        evaluation=read_evaluation(folder),
-        training=training,
-        spent=spent,
-        other_configs=_mask_config(training),
-        show_unsafe=config.show_unsafe_pictures,
-    )
-    return {**result, "report": str(report)}
+    report = None
+    with decorating(REPORT_NAME, *_FAULTS):
+        training = _training(made_in) if made_in is not None and is_training_run(made_in) else None
+        report = write_report(
+            folder / REPORT_NAME,
+            evaluation=read_evaluation(folder),
+            training=training,
+            spent=spent,
+            other_configs=_mask_config(training),
+            show_unsafe=config.show_unsafe_pictures,
+        )
+    return {**result, "report": None if report is None else str(report)}
 
 
 def _training(folder: Path) -> TrainingRun:

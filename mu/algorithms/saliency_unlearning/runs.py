@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import run_of
+from mu.algorithms.saliency_unlearning.compute import is_out_of_memory
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.run_state import Head
 from mu.algorithms.saliency_unlearning.utils import run_name
+from mu.errors import MuError
 from mu.run_folder import RESULT, RunFolder, shared_folder
 
 Result = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def open_run(config: MaskConfig | TrainConfig, resumed: Head | None = None) -> RunFolder:
@@ -37,6 +47,39 @@ def save_result(folder: RunFolder, result: Result) -> None:
 def parts_of(config: MaskConfig | TrainConfig) -> int:
     """Into how many parts weights, gradients and the optimizer's state are cut."""
     return ranks.world_size() if config.sharding == "full" else 1
+
+
+@contextmanager
+def decorating(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Do what a run only decorates itself with: where it cannot be done, a warning says so, and the run goes on.
+
+    What is caught: an error of this package, of the operating system (a full disk), memory that does not suffice, and a
+    picture that is none. Anything else is a defect, and is raised.
+
+    Args:
+        what: is made, for the warning.
+        errors: more that making it may meet.
+    """
+    try:
+        yield
+    except (MuError, OSError, MemoryError, Image.DecompressionBombError, *errors) as error:
+        reason = first_line(error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"out of memory: {first_line(error)}"
+    else:
+        return
+    # Only here is the error gone, which holds the tensors of what failed.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    _log.warning("%s could not be made (%s); the run goes on without", what, reason)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _plain(value: Any) -> Any:

@@ -18,8 +18,9 @@ from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, ResumeError
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.run_state import RunState
-from mu.atomic import write_atomically
+from mu.atomic import WriteError, write_atomically
 from mu.errors import Terminated
+from mu.ldm.tensor_file import CheckpointError
 from mu.run_folder import RunFolder
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -51,6 +52,8 @@ class StepBoundary(pl.Callback):
         self.step = 0
         """Steps that are done."""
         self._asked: int | None = None  # the signal that asked for a stop
+        self._failed: WriteError | None = None  # why the run has to stop
+        self._unwritten: Mapping[str, bytes] = {}  # tables that are not on disk as they should be
         self._before: dict[int, Any] = {}  # signal -> what handles it outside of `taking_signals`
         self._to_load: RunState | None = None
 
@@ -86,6 +89,15 @@ class StepBoundary(pl.Callback):
         finally:
             self._give_signals_back()
             self._before = {}
+
+    def fail(self, error: WriteError, tables: Mapping[str, bytes]) -> None:
+        """Stop the run after this step, with a checkpoint, because something of it could not be written.
+
+        Args:
+            error: is raised then.
+            tables: name -> what should be in the run's folder under it, for the checkpoint.
+        """
+        self._failed, self._unwritten = error, tables
 
     def _ask_to_stop(self, signum: int, _: object) -> None:
         self._asked = signum
@@ -131,13 +143,24 @@ class StepBoundary(pl.Callback):
         last = self.step == self.total_steps and bool(self.checkpoints.paths)
         due = self.checkpoints.is_due(self.step) or last
         # Signals and clocks do not reach all processes between the same two steps.
-        told = ranks.gathered((self._asked, due))
-        asked = next((number for number, _ in told if number is not None), None)
-        if asked is not None or told[0][1]:
+        told = ranks.gathered((self._asked, due, self._failed is not None))
+        asked = next((number for number, *_ in told if number is not None), None)
+        _, due, failed = told[0]
+        if asked is not None or due or failed:
             content = self._content(trainer)  # on shards, a meeting
-            ranks.on_main(lambda: self.checkpoints.save(self.step, content))
+            ranks.on_main(lambda: self._save(content))
         if asked is not None:
             raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
+
+    def _save(self, content: Mapping[str, Any]) -> None:
+        try:
+            self.checkpoints.save(self.step, content)
+        except CheckpointError as error:
+            if self._failed is not None:
+                raise WriteError(f"{self._failed}. Nor could a checkpoint: {error}") from error
+            raise
+        if self._failed is not None:
+            raise self._failed
 
     def _content(self, trainer: pl.Trainer) -> dict[str, Any]:
         return {
@@ -146,12 +169,19 @@ class StepBoundary(pl.Callback):
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedules": [schedule.scheduler.state_dict() for schedule in trainer.lr_scheduler_configs],
             "tables": {
-                path.name: torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())
+                path.name: _as_bytes(path.read_bytes())
                 for path in self.folder.path.glob("*.csv")
-            },
+                if path.name not in self._unwritten
+            }
+            | {name: _as_bytes(content) for name, content in self._unwritten.items()},
         }
 
     def _layout(self) -> str:
         """How the weights that move lie in memory: the optimizer's vectors are in that order."""
         strides = [parameter.stride() for _, parameter in self.model.parameters_to_train()]
         return hashlib.sha256(repr(strides).encode()).hexdigest()
+
+
+def _as_bytes(content: bytes) -> torch.Tensor:
+    """(n,) uint8."""
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy())

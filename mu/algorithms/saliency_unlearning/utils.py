@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from mu.algorithms.saliency_unlearning.model import TrainingError
 from mu.config import resolve_path
 from mu.datasets.index import concept_label, concept_names
 from mu.devices import resolve_devices
-from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model, save_checkpoint
-from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict, tensors_of
+from mu.ldm import CheckpointError, LatentDiffusion, LatentDiffusionParams, load_model
+from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict, tensors_of, write_state_dict
 from mu.ldm.convert import model_spec
 from mu.ldm.diffusers_folder import write_diffusers_folder
 from mu.ldm.diffusers_tensors import UNET_PREFIX
@@ -28,6 +29,7 @@ from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import bits_of, make_patch
 from mu.ldm.patch_file import save_patch
 from mu.ldm.tensor_file import open_state_dict
+from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +48,9 @@ def model_of(config: ModelKeys) -> LatentDiffusion:
     )
 
 
-def original_of(source: Path, params: LatentDiffusionParams, *, use_ema: bool) -> Mapping[str, Tensor]:
+def original_of(
+    source: Path, params: LatentDiffusionParams, *, use_ema: bool = False
+) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint in its own dtypes, mapped: a value is read from the disk when it is used.
 
     They stay those of the file that was opened, should another one be put in its place.
@@ -114,7 +118,8 @@ def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path, *, 
     """Write the unlearned model into a run's folder, in the form that `output_format` names; returns its path.
 
     Where the checkpoint that training started from has an EMA copy of the UNet, so has a CompVis checkpoint written
-    here, updated: nobody gets the forgotten concept back by taking it. A diffusers folder has none.
+    here, updated: nobody gets the forgotten concept back by taking it. A diffusers folder has none. The UNet and its
+    EMA copy are written in the dtype that `save_dtype` names, all else as in that checkpoint.
 
     Args:
         source: the checkpoint that training started from.
@@ -122,18 +127,37 @@ def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path, *, 
     Raises:
         CheckpointError: see `mu.ldm.save_checkpoint` and `mu.ldm.diffusers_folder.write_diffusers_folder`.
     """
+    dtype = SAVE_DTYPES[config.save_dtype]
     if config.output_format == "diffusers":
         path = folder / DIFFUSERS_NAME
-        write_diffusers_folder(tensors_of(ldm, path), path, ldm.params)
+        write_diffusers_folder(tensors_of(ldm, path, unet_dtype=dtype), path, ldm.params)
         return path
     path = folder / f"model.{config.output_format}"
-    ema: dict[str, Tensor] = {}
+    tensors = tensors_of(ldm, path, unet_dtype=dtype)
     if ldm.file_has_ema:
-        before = read_checkpoint(source, ldm.params).tensors
-        ema = updated_ema(tensors_of(ldm, path), before, use_ema=config.use_ema, source=source)
+        before = WithUNetDtype(original_of(source, ldm.params), dtype)
+        tensors |= updated_ema(tensors, before, use_ema=config.use_ema, source=source)
     spec = model_spec(ldm.params, title=f"{concept_label(config.concepts)} unlearned")
-    save_checkpoint(ldm, path, metadata=spec if path.suffix == ".safetensors" else None, ema=ema)
+    write_state_dict(tensors, path, spec if path.suffix == ".safetensors" else None)
     return path
+
+
+def check_save_dtype(ldm: LatentDiffusion, save_dtype: str) -> None:
+    """Check, before anything is trained, that the UNet can be written in the dtype that `save_dtype` names.
+
+    Raises:
+        CheckpointError: it has weights that are too large for it; names one.
+    """
+    dtype = SAVE_DTYPES[save_dtype]
+    if dtype is None:
+        return
+    for name, parameter in ldm.unet.named_parameters():
+        largest = float(parameter.detach().abs().max())
+        if largest > torch.finfo(dtype).max:
+            raise CheckpointError(
+                f"save_dtype is {save_dtype}, which ends at {torch.finfo(dtype).max:g}: {name} has {largest:g}; take "
+                "bf16 or fp32"
+            )
 
 
 def verify_written(
@@ -143,6 +167,7 @@ def verify_written(
     *,
     params: LatentDiffusionParams | None = None,
     use_ema: bool = False,
+    save_dtype: str = "source",
 ) -> int:
     """Compare two checkpoints, bit by bit, outside the entries that were allowed to move.
 
@@ -152,6 +177,8 @@ def verify_written(
         selected: UNet-relative name -> bool tensor of the entries that may differ.
         params: the model of both; without it, only CompVis checkpoints can be compared.
         use_ema: training started from the EMA copy of the UNet in `before`.
+        save_dtype: a name of `SAVE_DTYPES`: the UNet of `after` has that dtype, and is compared with that of `before`
+            cast to it.
 
     Returns:
         The number of weights that do differ; their EMA copies are not counted.
@@ -161,7 +188,8 @@ def verify_written(
             that was not there before, or an EMA copy still has the old value of a weight that changed.
     """
     old, new = read_both(before, after, params=params, use_ema=use_ema)
-    return verify_tensors(old, new, selected, before=before, after=after)
+    cast = WithUNetDtype(old, SAVE_DTYPES[save_dtype])
+    return verify_tensors(cast, new, selected, before=before, after=after)
 
 
 def read_both(
@@ -179,7 +207,7 @@ def read_both(
 def verify_tensors(
     old: Mapping[str, Tensor], new: Mapping[str, Tensor], selected: Mask, *, before: Path, after: Path
 ) -> int:
-    """What `verify_written` does, with the tensors of both checkpoints; the paths are for errors."""
+    """What `verify_written` does, with the tensors of both checkpoints in one dtype; the paths are for errors."""
     lost = [name for name in old if name.startswith(UNET_PREFIX) and name not in new]
     if lost:
         raise TrainingError(f"{after}: {len(lost)} tensors of {before} are missing: {', '.join(lost[:5])}")
@@ -212,26 +240,108 @@ def verify_tensors(
     return changed
 
 
+def verify_trained(ldm: LatentDiffusion, new: Mapping[str, Tensor], selected: Mask, *, after: Path) -> None:
+    """Check that a written checkpoint holds, in its own dtype, what was trained.
+
+    Args:
+        new: its tensors, under CompVis' names.
+        after: its path, for errors.
+
+    Raises:
+        TrainingError: a tensor of which something may have moved is another on disk than in memory.
+    """
+    for name, parameter in ldm.unet.named_parameters():
+        if name not in selected:
+            continue
+        tensor = new[UNET_PREFIX + name]
+        if not torch.equal(bits_of(parameter.to(tensor.dtype)), bits_of(tensor)):
+            raise TrainingError(
+                f"{after}: {name} reads back otherwise than it was written; the disk may be failing"
+            )
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove an unlearned checkpoint, a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def count_moved(ldm: LatentDiffusion, old: Mapping[str, Tensor], selected: Mask) -> int:
+    """How many of the selected weights training has moved, as they are in memory: before the file's dtype rounds them.
+
+    Args:
+        ldm: the trained model, before `load_written_`.
+        old: the tensors of the checkpoint that training started from, under CompVis' names.
+        selected: UNet-relative name -> bool tensor of the entries that may have moved.
+    """
+    moved = 0
+    for name, parameter in ldm.unet.named_parameters():
+        if name in selected:
+            original = old[UNET_PREFIX + name].to(parameter.dtype)
+            moved += int((bits_of(parameter) != bits_of(original)).count_nonzero())
+    return moved
+
+
+@torch.no_grad()
+def load_written_(ldm: LatentDiffusion, new: Mapping[str, Tensor]) -> None:
+    """Give the UNet in memory the values of a written checkpoint, which its dtype may have rounded.
+
+    What is drawn afterwards is what anybody gets who loads the file.
+    """
+    for name, parameter in ldm.unet.named_parameters():
+        parameter.copy_(new[UNET_PREFIX + name])
+
+
+def rounding_warning(*, moved: int, changed: int, lr: float) -> str | None:
+    """What to say when rounding to the file's dtype has undone more than half of a training; else None.
+
+    Args:
+        moved: weights that differ from the original in memory.
+        changed: those that do so in the file.
+        lr: what they were moved with.
+    """
+    lost = moved - changed
+    if 2 * lost <= moved:
+        return None
+    return (
+        f"most of the training is not in the file: {lost:,} of {moved:,} weights that moved were rounded back to the "
+        f"original's values, because the file's dtype is too coarse for lr {lr:g}. Set save_dtype fp32, or a higher lr"
+    )
+
+
 def write_patch(
-    old: Mapping[str, Tensor], new: Mapping[str, Tensor], config: TrainConfig, folder: Path, *, source: Path
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    config: TrainConfig,
+    folder: Path,
+    *,
+    source: Path,
+    base: str | None = None,
 ) -> Path:
     """Write what turns the checkpoint that training started from into the unlearned one, and back; returns its path.
 
     EMA copies in the original are in the patch, also where the unlearned checkpoint, a diffusers folder, has none.
     With `use_ema`, what is patched is the original with its EMA weights in the place of the raw ones.
 
+    With another `save_dtype` than the original's, the patch notes both dtypes.
+
     Args:
         old, new: see `read_both`.
         folder: of the run.
         source: the checkpoint that training started from, for errors.
+        base: the fingerprint of its UNet, where it is known.
 
     Raises:
         PatchError: they are not two states of one UNet.
         CheckpointError: the patch could not be written.
     """
     if has_ema(old) and not has_ema(new):
-        new = {**new, **updated_ema(new, old, use_ema=False, source=source)}
-    save_patch(make_patch(old, new, metadata=described_concept(config)), folder / PATCH_NAME)
+        cast = WithUNetDtype(old, SAVE_DTYPES[config.save_dtype])
+        new = {**new, **updated_ema(new, cast, use_ema=False, source=source)}
+    patch = make_patch(old, new, metadata=described_concept(config), base=base)
+    save_patch(patch, folder / PATCH_NAME)
     return folder / PATCH_NAME
 
 

@@ -226,6 +226,12 @@ class TrainConfig(ComputeKeys):
         "Form of the unlearned checkpoint: CompVis' by its suffix, or a diffusers folder.",
         choices=("safetensors", "ckpt", "pth", "diffusers"),
     )
+    save_dtype: str = setting(
+        "source",
+        "Type of the UNet's weights in the unlearned checkpoint, and of their EMA copy where there is one. source: as "
+        "in the original. In fp16 and bf16, small changes round back to what was there.",
+        choices=("source", "fp32", "fp16", "bf16"),
+    )
     patch: bool = setting(
         True,
         "Also write model.patch.safetensors, only what changed: apply_patch makes the unlearned checkpoint from the "
@@ -324,8 +330,8 @@ class TrainConfig(ComputeKeys):
             )
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
-        elif is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
-            # the unlearned checkpoint, its patch, and what goes with them
+        elif self.save_dtype == "source" and is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
+            # The unlearned checkpoint, its patch, and what goes with them. In another type, the plan knows their sizes.
             needed = int(checkpoint_bytes(checkpoint) * (1 + self._patch_share())) + 50_000_000
             if (problem := space_problem(self.output_dir, needed)) is not None:
                 yield ("output_dir", "ckpt_path"), problem

@@ -32,6 +32,7 @@ from mu.ldm.ema import ema_name
 from mu.ldm.patch import INTEGERS, Patch, TensorPatch, places_kind
 from mu.ldm.patch_file import stored_form
 from mu.ldm.tensor_file import FINGERPRINT_KEY
+from mu.ldm.unet_dtype import SAVE_DTYPES
 
 _TEXT_BYTES = 20_000
 _TEXT = "config.yaml, log.txt, metrics and environment"
@@ -93,7 +94,8 @@ def training_files(
     output = Path(config.output_dir)
     suffix = config.output_format
     name = DIFFUSERS_NAME if suffix == "diffusers" else f"model.{suffix}"
-    tensors = tensors_of(subject.ldm, output / name)
+    dtype = SAVE_DTYPES[config.save_dtype]
+    tensors = tensors_of(subject.ldm, output / name, unet_dtype=dtype)
     if subject.ldm.file_has_ema and suffix != "diffusers" and not config.use_ema:
         copies = {ema_name(key): value for key, value in tensors.items() if key.startswith(UNET_PREFIX)}
         tensors |= copies
@@ -135,12 +137,15 @@ def _run_checkpoints(config: TrainConfig, steps: int, state: int, *, there: int)
 
 def _patch_bytes(config: TrainConfig, subject: Subject, selected: Mapping[str, int]) -> int:
     """Of a patch in which all entries that may move have changed."""
-    parts = {}
+    parts, cast = {}, {}
     for name, parameter in subject.unet.named_parameters():
+        key, size = UNET_PREFIX + name, parameter.numel()
+        old = subject.ldm.file_dtypes.get(key, torch.float32)
+        dtype = SAVE_DTYPES[config.save_dtype] or old
+        if dtype != old:
+            cast |= dict.fromkeys((key, ema_name(key)) if subject.ldm.file_has_ema else (key,), (old, dtype))
         if not (count := selected.get(name, 0)):
             continue
-        key = UNET_PREFIX + name
-        dtype, size = subject.ldm.file_dtypes.get(key, torch.float32), parameter.numel()
         kind = places_kind(count, size)
         index = torch.empty(count, dtype=torch.int32, device="meta") if kind == "index" else None
         bits = torch.empty(-(-size // 8), dtype=torch.uint8, device="meta") if kind == "bits" else None
@@ -160,6 +165,7 @@ def _patch_bytes(config: TrainConfig, subject: Subject, selected: Mapping[str, i
         tensors=parts,
         base_fingerprint=DIGEST,
         has_ema=subject.ldm.file_has_ema,
+        cast=cast,
         metadata=described_concept(config),
     )
     stored, metadata = stored_form(patch, Path(PATCH_NAME))
