@@ -50,7 +50,7 @@ _DRY_RUN = {"dry_run": ("true", "false")}
 """The flag of commands that have a plan."""
 _DRY_RUN_HELP = (
     "--dry_run",
-    "    Load, make and write nothing: print the plan, with its time, memory and sizes, and what stands in its way.",
+    "    Make and write nothing: print what would be written, with sizes, and all that stands in its way.",
 )
 _ALONE = ("quiet", *_DRY_RUN)
 """Flags that mean true without a value."""
@@ -60,7 +60,7 @@ class Planned(Protocol):
     """What a command would do; its text is printed."""
 
     @property
-    def can_run(self) -> bool: ...
+    def exit_code(self) -> int: ...
 
 
 class OutputClosed(Exception):
@@ -136,7 +136,7 @@ def run_door(
         module: name after `python -m`.
         first_words: keys whose values may come first without their names, in this order.
         shares_work: `run` works in as many processes as are started together; otherwise they are refused.
-        plan: what `--dry_run` prints in the place of a run; a plan that cannot be carried out is exit code 2.
+        plan: what `--dry_run` prints in the place of a run, and then ends with the exit code that the run would.
     """
     more = _DRY_RUN if plan is not None else {}
     arguments = _named(sys.argv[1:] if argv is None else argv, first_words)
@@ -149,7 +149,7 @@ def run_door(
             if plan is not None and _flags(cls, arguments, [], more).get("dry_run") == "true":
                 planned = plan(config)
                 say(str(planned))
-                return 0 if planned.can_run else 2
+                return planned.exit_code
             if not is_quiet():
                 say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
             result = run(config)

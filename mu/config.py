@@ -68,6 +68,8 @@ _log = logging.getLogger(__name__)
 class ConfigError(MuError, ValueError):
     """The settings cannot be used. One message lists every mistake; `mistakes` holds them singly."""
 
+    exit_code = 2
+
     def __init__(self, mistakes: Iterable[str]) -> None:
         self.mistakes = tuple(mistakes)
         count = f"{len(self.mistakes)} mistakes" if len(self.mistakes) > 1 else "1 mistake"

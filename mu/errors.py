@@ -11,7 +11,7 @@ class MuError(Exception):
     """
 
     exit_code = 1
-    """Of a command that ends with it: 2 where a setting is to be changed, 1 for all else."""
+    """Of a command that ends with it; 2 for a mistake in the settings, and where nothing has begun."""
     in_all_processes = False
     """Whether every process of the run has raised it (see `mu.ranks`), so that one of them is enough to print it."""
 

@@ -71,6 +71,14 @@ def telling(doing: str, *, advice: str = ADVICE) -> Iterator[None]:
         ) from error
 
 
+def let_go() -> None:
+    """Give back memory that nobody uses any more."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def halved(count: int, *, reason: str, advice: str, what: str = "image", note: str = "") -> int:
     """How many to send through a network at once, after so many were too many; memory that is unused is freed.
 
@@ -83,10 +91,7 @@ def halved(count: int, *, reason: str, advice: str, what: str = "image", note: s
     Raises:
         OutOfMemoryError: one was too many; names the keys.
     """
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    let_go()
     if count <= 1:
         raise OutOfMemoryError(
             f"out of memory with one {what} at a time ({reason}). What saves memory: {advice}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -12,7 +14,10 @@ from torch import Tensor
 
 from mu.atomic import write_atomically
 from mu.datasets.image_files import UNREADABLE, deep_pixels, unsupported
-from mu.datasets.index import DataError
+from mu.datasets.index import DataError, raise_problems
+
+UNUSABLE = "images cannot be used"
+ADVICE = "Replace them, or delete them together with their rows."
 
 
 def load_image(path: Path | str, size: int, *, interpolation: str = "bicubic") -> Tensor:
@@ -44,6 +49,25 @@ def load_pixels(path: Path | str, size: int | None = None, *, interpolation: str
         picture = _square(picture, size, Path(path), Image.Resampling[interpolation.upper()])
     # numpy turns the axes, because torch would start threads of its own in each thread that reads.
     return torch.from_numpy(numpy.array(picture).transpose(2, 0, 1).copy())  # (3, H, W)
+
+
+def check_images(paths: Sequence[Path], size: int) -> None:
+    """Read images as `load_image` does, several at once, and keep none of them.
+
+    Raises:
+        DataError: as `load_image` does, of all of them together.
+    """
+
+    def problem(path: Path) -> str | None:
+        try:
+            load_pixels(path, size)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as readers:
+        found = [told for told in readers.map(problem, paths) if told is not None]
+    raise_problems(found, what=UNUSABLE, advice=ADVICE)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mu import ranks
-from mu.datasets.images import load_pixels, to_unit_range
+from mu.datasets.images import ADVICE, UNUSABLE, load_pixels, to_unit_range
 from mu.datasets.index import DataError, Row, raise_problems
 from mu.datasets.reading import read_ahead
 from mu.ldm.checkpoint import fingerprint
@@ -171,8 +171,8 @@ class LatentCache:
         ranks.on_main(
             lambda: raise_problems(
                 [problems[place] for place in sorted(problems)],
-                what="images cannot be used",
-                advice="Replace them, or delete them together with their rows.",
+                what=UNUSABLE,
+                advice=ADVICE,
             )
         )
 

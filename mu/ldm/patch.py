@@ -108,7 +108,11 @@ def base_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def make_patch(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, metadata: Mapping[str, Any] | None = None
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> Patch:
     """The patch that turns the UNet of one checkpoint, and its EMA copy, into those of another.
 
@@ -116,6 +120,7 @@ def make_patch(
         before: all tensors of a checkpoint under CompVis' names; those of other networks are not looked at.
         after: the same, changed; its tensors may be in other float dtypes, see `Patch.cast`.
         metadata: see `Patch.metadata`.
+        base: the `base_fingerprint` of `before`, where it is known.
 
     Raises:
         PatchError: they differ in names or shapes, or in dtypes that are not floats.
@@ -142,7 +147,7 @@ def make_patch(
             tensors[name] = made
     return Patch(
         tensors=tensors,
-        base_fingerprint=base_fingerprint(before),
+        base_fingerprint=base_fingerprint(before) if base is None else base,
         has_ema=has_ema(before),
         cast=cast,
         metadata=dict(metadata or {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import rank_work
@@ -23,6 +24,7 @@ from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnle
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
 from mu.algorithms.saliency_unlearning.shards import joined_on_main, local, own_rows, sharded, whole_mask
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
+from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, verify_tensors
 from mu.ldm import load_model
 
 STEPS = 3
@@ -98,8 +100,13 @@ def trained(task: Task) -> dict[str, Any]:
         for name, parameter in named:
             if originals:
                 optimizer.write_master_(parameter, originals[name])
-    model.verify_unmasked()
     after = {name: parameter.detach() for name, parameter in ldm.unet.named_parameters()}
+    verify_tensors(
+        *({UNET_PREFIX + name: value for name, value in values.items()} for values in (before, after)),
+        selected=model.selected,
+        before=Path("before"),
+        after=Path("after"),
+    )
     found["alike"] = (
         len(set(ranks.gathered(sum(float(values.double().sum()) for values in after.values())))) == 1
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from mu.algorithms.saliency_unlearning.masking import (
     Mask,
     check_mask,
     load_mask,
-    load_mask_metadata,
     random_mask,
 )
 from mu.algorithms.saliency_unlearning.masking_algorithm import MaskingAlgorithm
@@ -41,18 +40,19 @@ from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
     check_save_dtype,
     count_moved,
-    find_mask,
     load_written_,
     model_of,
-    read_both,
+    original_of,
+    remove_checkpoint,
     rounding_warning,
-    unet_fingerprint,
     verify_tensors,
+    verify_trained,
     write_patch,
     write_unlearned,
 )
 from mu.config import config_of, require_paths
 from mu.devices import peak_memory_bytes
+from mu.errors import MuError
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
 from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
@@ -74,11 +74,13 @@ class SaliencyUnlearningAlgorithm:
 
     def __init__(self, config: TrainConfig | Mapping[str, Any], **overrides: Any) -> None:
         self.config = config_of(TrainConfig, config, **overrides)
+        self._plan: Plan | None = None  # of the run that was begun, in the main process
 
     def plan(self) -> Plan:
-        """What `run` would do, need and write, with its time, memory and sizes. Nothing is made or loaded.
+        """What `run` would do and write, with sizes. Nothing is made, sampled or encoded.
 
-        What `run` would fail of is in the plan's `problems`.
+        What `run` would fail of is in the plan's `problems` and `later_problems`; to find all of it, the checkpoint
+        and the images are read.
 
         Raises:
             ConfigError: a path is missing.
@@ -112,36 +114,35 @@ class SaliencyUnlearningAlgorithm:
         """As `run`, in this process: as one of its group, if it has joined one (`mu.ranks.joined`)."""
         config = self.config
         started = time.monotonic()
-        warnings = ranks.on_main(lambda: plan_training(config).require().warnings)
+        warnings, mask_path = ranks.on_main(self._checked)
         resumed = _resumed(config) if config.resume is not None else None
         with (
             open_run(config, resumed) as folder,
             Checkpoints(folder.path, config) as checkpoints,
         ):
             say_warnings(warnings, folder.logger)
-            # Once, and for all processes: in a folder of runs, this run will itself be the newest.
-            mask_path = ranks.on_main(lambda: find_mask(config)) if config.masking == "saliency" else None
+            if mask_path is not None:
+                folder.logger.info("mask: %s", mask_path)
             source = ranks.on_main(config.checkpoint)
             ldm = model_of(config)
+            original = original_of(source, ldm.params, use_ema=config.use_ema) if ranks.is_main() else {}
             check_save_dtype(ldm, config.save_dtype)
             mask = self._mask(ldm, mask_path)
-            data = SaliencyUnlearnDataHandler(config, ldm)
+            data = SaliencyUnlearnDataHandler(config, ldm, rows=self._plan.rows if self._plan else None)
             model = SaliencyUnlearnModel(ldm, config.train_method, mask)
             folder.logger.info("%(selected)d of %(total)d weights of the UNet may move", model.counts)
-            checkpoints.identify(model, data.rows, resumed)
+            checkpoints.identify(model, data.rows, original, resumed)
 
             pictures = ProgressPictures(config, ldm, data.rows)
             ranks.on_main(lambda: _draw(pictures, "before"))
             losses = self._train(model, data, folder, pictures, checkpoints=checkpoints, resumed=resumed)
             gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
-            with ranks.in_step():
-                model.verify_unmasked()
             model.verify_same_everywhere()
 
             def finish() -> Result:
-                written, old, new = self._write(folder, model, source)
+                written, new = self._write(folder, model, source, original)
                 # What was trained is on disk. All that follows tells of it.
-                patch = self._patch(folder, old, new, source)
+                patch = self._patch(folder, original, new, source)
                 load_written_(ldm, new)
                 _draw(pictures, "after")
                 result = {
@@ -163,20 +164,30 @@ class SaliencyUnlearningAlgorithm:
 
             return ranks.on_main(finish)
 
+    def _checked(self) -> tuple[Sequence[str], Path | None]:
+        """Warnings and mask of the plan, which is kept in this process, once nothing in it stops the run."""
+        self._plan = plan_training(self.config).require()
+        return self._plan.warnings, self._plan.mask
+
     def _write(
-        self, folder: RunFolder, model: SaliencyUnlearnModel, source: Path
-    ) -> tuple[Result, Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Write the checkpoint, and compare it with the original.
+        self, folder: RunFolder, model: SaliencyUnlearnModel, source: Path, original: Mapping[str, Tensor]
+    ) -> tuple[Result, Mapping[str, Tensor]]:
+        """Write the checkpoint, and compare it with the original and with what was trained; one that fails is removed.
 
         Returns:
-            `checkpoint` and the counts of weights; and the tensors of both files, each in its own dtypes.
+            `checkpoint` and the counts of weights; and the tensors of the file, in its own dtypes.
         """
         config, ldm = self.config, model.ldm
         checkpoint = write_unlearned(ldm, config, folder.path, source=source)
-        old, new = read_both(source, checkpoint, params=ldm.params, use_ema=config.use_ema)
-        cast = WithUNetDtype(old, SAVE_DTYPES[config.save_dtype])
-        changed = verify_tensors(cast, new, model.selected, before=source, after=checkpoint)
-        moved = count_moved(ldm, old, model.selected)
+        try:
+            new = original_of(checkpoint, ldm.params)  # not its SHA-256: what follows sees every bit
+            cast = WithUNetDtype(original, SAVE_DTYPES[config.save_dtype])
+            changed = verify_tensors(cast, new, model.selected, before=source, after=checkpoint)
+            verify_trained(ldm, new, model.selected, after=checkpoint)
+        except MuError:
+            remove_checkpoint(checkpoint)
+            raise
+        moved = count_moved(ldm, original, model.selected)
         folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
         if warning := rounding_warning(moved=moved, changed=changed, lr=config.lr):
             folder.logger.warning("%s", warning)
@@ -186,7 +197,7 @@ class SaliencyUnlearningAlgorithm:
             "weights_moved": moved,
             "weights_rounded_back": moved - changed,
         }
-        return written, old, new
+        return written, new
 
     def _patch(
         self, folder: RunFolder, old: Mapping[str, Tensor], new: Mapping[str, Tensor], source: Path
@@ -195,7 +206,8 @@ class SaliencyUnlearningAlgorithm:
         patch = None
         if self.config.patch:
             with decorating(PATCH_NAME):
-                patch = write_patch(old, new, self.config, folder.path, source=source)
+                base = self._plan.unet_fingerprint if self._plan is not None else None
+                patch = write_patch(old, new, self.config, folder.path, source=source, base=base)
         return patch
 
     def _train(
@@ -249,8 +261,7 @@ class SaliencyUnlearningAlgorithm:
         config = self.config
         if mask_path is not None:
             mask = load_mask(mask_path)
-            metadata = load_mask_metadata(mask_path)
-            check_mask(mask, ldm.unet, metadata=metadata, fingerprint=unet_fingerprint(ldm))
+            check_mask(mask, ldm.unet)  # whether it was made from these very weights, the plan has found out
             return mask
         if config.masking == "random":
             pool = names_of(ldm.unet, config.train_method) if config.mask_pool == "train_method" else None

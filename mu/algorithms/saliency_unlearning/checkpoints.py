@@ -8,12 +8,14 @@ import logging
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
@@ -30,6 +32,7 @@ from mu.algorithms.saliency_unlearning.run_state import (
 from mu.config import ConfigError, keys_of, resolve_path
 from mu.datasets.index import ForgetRetain
 from mu.errors import MuError
+from mu.ldm.checkpoint import SCHEDULE_KEYS, check_layout
 from mu.ldm.tensor_file import CheckpointError, fingerprint
 from mu.run_folder import is_finished, is_running
 
@@ -74,7 +77,7 @@ class Checkpoints:
         self.run = run
         self.config = config
         self.folder = run / _FOLDER
-        self._identity: dict[str, str] = {}
+        self._identity: Callable[[], dict[str, str]] = dict
         self._saved_at = time.monotonic()
 
     @property
@@ -82,15 +85,29 @@ class Checkpoints:
         """The checkpoints that are there, newest first."""
         return sorted(self.folder.glob(_FILES), reverse=True)
 
-    def identify(self, model: SaliencyUnlearnModel, rows: ForgetRetain, resumed: Head | None = None) -> None:
+    def identify(
+        self,
+        model: SaliencyUnlearnModel,
+        rows: ForgetRetain,
+        original: Mapping[str, Tensor],
+        resumed: Head | None = None,
+    ) -> None:
         """Say what the run is of, before its first step; the checkpoint that it goes on with must be of the same.
+
+        The digests are computed here only where there is such a checkpoint, else when the first one is written: a run
+        that writes none hashes nothing for it. Of several processes, the main one does so.
+
+        Args:
+            original: the tensors of the file that the model was loaded from, as they are there.
 
         Raises:
             ConfigError: it is not; names the keys that lead to something else than they did.
         """
-        self._identity = _identity_of(model, rows)
+        if not ranks.is_main():
+            original = {}
+        self._identity = _identity(model, rows, original)
         if resumed is not None:
-            _check_identity(resumed, self._identity)
+            ranks.on_main(lambda: _check_identity(resumed, self._identity()))
 
     def is_due(self, step: int) -> bool:
         """Whether the interval says to save after `step` steps."""
@@ -106,7 +123,9 @@ class Checkpoints:
             CheckpointError: it could not be written, or reads back otherwise; the earlier ones are as they were.
         """
         path = self.folder / f"step-{step:08d}.safetensors"
-        write_run_state(path, content, step=step, settings=settings_of(self.config), identity=self._identity)
+        write_run_state(
+            path, content, step=step, settings=settings_of(self.config), identity=self._identity()
+        )
         try:
             verify_run_state(path)
         except CheckpointError:
@@ -152,16 +171,30 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     return settings
 
 
-def _identity_of(model: SaliencyUnlearnModel, rows: ForgetRetain) -> dict[str, str]:
-    """Digests of what a config names by path; and what the rounding depends on."""
-    listed = [[(row.key, row.substitute_prompt) for row in part] for part in (rows.forget, rows.retain)]
-    return {
-        "ckpt_path": fingerprint(model.ldm.state_dict()),
-        "model_config_path": _sha256(repr(model.ldm.params)),
-        "mask_path": fingerprint(model.selected),
-        "raw_dataset_dir": _sha256(json.dumps(listed)),
-        "arithmetic": f"torch {torch.__version__} on {model.ldm.device.type}",
-    }
+def _identity(
+    model: SaliencyUnlearnModel, rows: ForgetRetain, original: Mapping[str, Tensor]
+) -> Callable[[], dict[str, str]]:
+    """Gives digests of what a config names by path, and what the rounding depends on; computed once, when asked for.
+
+    By then weights may have moved: those of the model are taken from the file, in the dtypes that they had when loaded.
+    """
+    own, selected, device = model.ldm.state_dict(), model.selected, model.ldm.device.type
+    dtypes = {name: tensor.dtype for name, tensor in own.items()}
+
+    @cache
+    def identity() -> dict[str, str]:
+        found = check_layout(model.ldm, original, source="ckpt_path") if original else {}
+        loaded = own | {name: found[name] for name in own if name in found and name not in SCHEDULE_KEYS}
+        listed = [[(row.key, row.substitute_prompt) for row in part] for part in (rows.forget, rows.retain)]
+        return {
+            "ckpt_path": fingerprint(loaded, dtypes=dtypes),
+            "model_config_path": _sha256(repr(model.ldm.params)),
+            "mask_path": fingerprint(selected),
+            "raw_dataset_dir": _sha256(json.dumps(listed)),
+            "arithmetic": f"torch {torch.__version__} on {device}",
+        }
+
+    return identity
 
 
 def _check_identity(resumed: Head, identity: Mapping[str, str]) -> None:

@@ -132,12 +132,13 @@ class SaliencyUnlearnDataHandler:
     Args:
         config: a MaskConfig or TrainConfig.
         model: in eval mode.
+        rows: all rows, where they have been listed already and no image is sampled.
 
     Raises:
         DataError: the data set cannot serve this config; see the message.
     """
 
-    def __init__(self, config: Any, model: LatentDiffusion) -> None:
+    def __init__(self, config: Any, model: LatentDiffusion, *, rows: ForgetRetain | None = None) -> None:
         self.config = config
         self.model = model
         self.image_size = checked_image_size(config.image_size, model)
@@ -147,7 +148,9 @@ class SaliencyUnlearnDataHandler:
             settings, kind = sampled
             self._generated = generated.GeneratedImages(model, config.processed_dataset_dir, settings, **kind)
         folder = None if self._generated is None else self._generated.path
-        self.rows = ranks.on_main(lambda: checked_rows(config, folder, model.params))
+        self.rows = ranks.on_main(
+            lambda: checked_rows(config, folder, model.params) if rows is None or folder else rows
+        )
         """All rows to forget and to retain, whether this run reads them or not."""
 
     @property

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory, too_much_for_shards
+from mu.algorithms.saliency_unlearning.compute import (
+    Compute,
+    is_out_of_memory,
+    less_at_once,
+    too_much_for_shards,
+)
 from mu.algorithms.saliency_unlearning.mask_file import (
     Mask,
     MaskError,
@@ -64,7 +69,7 @@ def accumulate_within_memory(
     batch_size: int,
     compute: Compute | None = None,
 ) -> dict[str, Tensor]:
-    """`accumulate_saliency`, begun again with half as many images at once whenever memory runs out.
+    """`accumulate_saliency`, begun again with less at once whenever memory runs out, see `compute.less_at_once`.
 
     Begun again, because a backward pass that fails has added some of its gradients to the sums and others not.
 
@@ -87,7 +92,8 @@ def accumulate_within_memory(
             reason = str(error).splitlines()[0]
             if is_sharded(model.unet):
                 raise too_much_for_shards(reason) from error
-        size = halved(size, reason=reason)  # only here is the error, which holds tensors, gone
+        # Only here is the error, which holds tensors, gone.
+        size = less_at_once(model.unet, compute or Compute(), size, reason=reason)
 
 
 def accumulate_saliency(

@@ -57,11 +57,13 @@ class MaskingAlgorithm:
 
     def __init__(self, config: MaskConfig | Mapping[str, Any], **overrides: Any) -> None:
         self.config = config_of(MaskConfig, config, **overrides)
+        self._plan: Plan | None = None  # of the run that was begun, in the main process
 
     def plan(self) -> Plan:
-        """What `run` would do, need and write, with its time, memory and sizes. Nothing is made or loaded.
+        """What `run` would do and write, with sizes. Nothing is made, sampled or encoded.
 
-        What `run` would fail of is in the plan's `problems`.
+        What `run` would fail of is in the plan's `problems` and `later_problems`; to find all of it, the checkpoint
+        and the images are read.
 
         Raises:
             ConfigError: a path is missing.
@@ -88,12 +90,12 @@ class MaskingAlgorithm:
         """As `run`, in this process: as one of its group, if it has joined one (`mu.ranks.joined`)."""
         config = self.config
         started = time.monotonic()
-        warnings = ranks.on_main(lambda: plan_mask(config).require().warnings)
+        warnings = ranks.on_main(self._checked)
         with open_run(config) as folder:
             say_warnings(warnings, folder.logger)
             model = model_of(config)
             pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
-            data = SaliencyUnlearnDataHandler(config, model)
+            data = SaliencyUnlearnDataHandler(config, model, rows=self._plan.rows if self._plan else None)
 
             saliency = self._saliency(model, data)
             shards = config.sharding == "full"
@@ -121,6 +123,11 @@ class MaskingAlgorithm:
                 return result
 
             return ranks.on_main(write)
+
+    def _checked(self) -> Sequence[str]:
+        """The warnings of the plan, which is kept in this process, once nothing in it stops the run."""
+        self._plan = plan_mask(self.config).require()
+        return self._plan.warnings
 
     def _write(self, folder: RunFolder, masks: Sequence[Mask], described: Mapping[str, Any]) -> Result:
         """Write a file for each threshold; returns `run`, `masks`, `kept` and `total`."""

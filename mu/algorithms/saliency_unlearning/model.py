@@ -1,9 +1,8 @@
-"""The model that unlearns: which of its weights may move, and the proof that no other one did."""
+"""The model that unlearns: which of its weights may move."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -74,7 +73,7 @@ def names_of(unet: nn.Module, train_method: str) -> list[str]:
 class SaliencyUnlearnModel(nn.Module):
     """A latent diffusion model of which only the weights in train method AND mask may move.
 
-    Everything else is frozen, and its bytes are remembered by SHA-256: `verify_unmasked` compares them at the end.
+    Everything else is frozen; that it has stayed as it was is found on the written file (`utils.verify_tensors`).
     The model stays in eval mode, also when a training loop calls `train()`: SalUn fine-tunes without dropout.
 
     Args:
@@ -113,7 +112,6 @@ class SaliencyUnlearnModel(nn.Module):
         for _, parameter in self.parameters_to_train():
             parameter.requires_grad_(True)
         self.eval()
-        self._digests = self._digest_unmasked()
         self._originals: dict[str, Tensor] = {}  # UNet-relative name -> (count,)
         self._entries: dict[str, SelectedEntries] = {}
 
@@ -161,18 +159,6 @@ class SaliencyUnlearnModel(nn.Module):
         super().train(False)
         return self
 
-    def verify_unmasked(self) -> None:
-        """Check that all entries outside the mask, and all other networks, are to the bit what they were.
-
-        Raises:
-            TrainingError: names the tensors that changed.
-        """
-        now = self._digest_unmasked()
-        names = self._digests.keys() | now.keys()
-        changed = sorted(name for name in names if self._digests.get(name) != now.get(name))
-        if changed:
-            raise TrainingError(f"{len(changed)} tensors changed outside the mask: {', '.join(changed[:5])}")
-
     def verify_same_everywhere(self) -> None:
         """Check that the weights that moved are to the bit the same in all processes of the run.
 
@@ -185,21 +171,6 @@ class SaliencyUnlearnModel(nn.Module):
         others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
         if others:
             raise TrainingError(f"processes {', '.join(others)} have come to other weights than process 0")
-
-    def _digest_unmasked(self) -> dict[str, str]:
-        """CompVis name -> SHA-256 of the tensor's bytes with the selected entries set to 0."""
-        unet_names = {id(parameter): name for name, parameter in self.ldm.unet.named_parameters()}
-        digests = {}
-        for name, tensor in [*self.ldm.named_parameters(), *self.ldm.named_buffers()]:
-            selected = self.selected.get(unet_names.get(id(tensor), ""))
-            values = tensor.detach().cpu()
-            if selected is not None:
-                if selected.all():
-                    continue
-                values = values.masked_fill(selected.cpu(), 0)
-            raw = values.contiguous().view(-1).view(torch.uint8).numpy()
-            digests[name] = hashlib.sha256(raw.data).hexdigest()
-        return digests
 
     def keep_originals(self) -> None:
         """Copy the selected entries as they are now, for `frozen_originals`. Call it before anything has moved."""

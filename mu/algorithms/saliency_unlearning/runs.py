@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from mu import ranks
@@ -19,6 +17,7 @@ from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.run_state import Head
 from mu.algorithms.saliency_unlearning.utils import run_name
 from mu.errors import MuError
+from mu.memory import let_go
 from mu.run_folder import RESULT, RunFolder, shared_folder
 
 Result = dict[str, Any]
@@ -60,7 +59,8 @@ def decorating(what: str, *errors: type[Exception]) -> Iterator[None]:
         what: is made, for the warning.
         errors: more that making it may meet.
     """
-    passed_over = (MuError, OSError, MemoryError, Image.DecompressionBombError, *errors)
+    always = (MuError, OSError, MemoryError, Image.DecompressionBombError)
+    passed_over: tuple[type[Exception], ...] = (*always, *errors)
     try:
         yield
     except passed_over as error:
@@ -71,10 +71,7 @@ def decorating(what: str, *errors: type[Exception]) -> Iterator[None]:
         reason = f"out of memory: {first_line(error)}"
     else:
         return
-    # Only here is the error gone, which holds the tensors of what failed.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    let_go()  # only here is the error gone, which holds the tensors of what failed
     _log.warning("%s could not be made (%s); the run goes on without", what, reason)
 
 

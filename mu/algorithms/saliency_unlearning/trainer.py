@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of_memory, too_much_for_shards
+from mu.algorithms.saliency_unlearning.compute import (
+    Compute,
+    is_out_of_memory,
+    less_at_once,
+    too_much_for_shards,
+)
 from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel, TrainingError
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
 from mu.algorithms.saliency_unlearning.optim_8bit import MaskedAdam8bit
@@ -235,7 +240,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         return {"loss": loss, "forget": forget_term, "retain": retain_term}
 
     def _gradients_within_memory(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """`_gradients`, begun again with half as many images at once whenever memory runs out."""
+        """`_gradients`, begun again with less at once whenever memory runs out, see `compute.less_at_once`."""
         while True:
             try:
                 return self._gradients(batch)
@@ -249,7 +254,9 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             for _, parameter in self.model.parameters_to_train():
                 parameter.grad = None
             most = ranks.largest_share(max(len(batch[part][0]) for part in ("forget", "retain")))
-            self.micro_batch_size = halved(min(most, self.micro_batch_size or most), reason=reason)
+            images = min(most, self.micro_batch_size or most)
+            unet = self.model.ldm.unet
+            self.micro_batch_size = less_at_once(unet, self.compute_settings, images, reason=reason)
 
     def _gradients(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Leave the gradient of the mean loss of a batch in the parameters; returns loss, forget and retain term."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mu.ldm.ema import EMA_PREFIX, ema_name, has_ema, updated_ema, with_ema_weig
 from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import bits_of, make_patch
 from mu.ldm.patch_file import save_patch
+from mu.ldm.tensor_file import open_state_dict
 from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
 
 _log = logging.getLogger(__name__)
@@ -44,6 +46,16 @@ def model_of(config: ModelKeys) -> LatentDiffusion:
     return load_model(
         resolve_path(config.model_config_path), checkpoint, device=device, use_ema=config.use_ema
     )
+
+
+def original_of(
+    source: Path, params: LatentDiffusionParams, *, use_ema: bool = False
+) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint in its own dtypes, mapped: a value is read from the disk when it is used.
+
+    They stay those of the file that was opened, should another one be put in its place.
+    """
+    return read_checkpoint(source, params, use_ema=use_ema, read=open_state_dict).tensors
 
 
 def unet_fingerprint(model: LatentDiffusion) -> str:
@@ -123,7 +135,7 @@ def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path, *, 
     path = folder / f"model.{config.output_format}"
     tensors = tensors_of(ldm, path, unet_dtype=dtype)
     if ldm.file_has_ema:
-        before = WithUNetDtype(read_checkpoint(source, ldm.params).tensors, dtype)
+        before = WithUNetDtype(original_of(source, ldm.params), dtype)
         tensors |= updated_ema(tensors, before, use_ema=config.use_ema, source=source)
     spec = model_spec(ldm.params, title=f"{concept_label(config.concepts)} unlearned")
     write_state_dict(tensors, path, spec if path.suffix == ".safetensors" else None)
@@ -228,6 +240,34 @@ def verify_tensors(
     return changed
 
 
+def verify_trained(ldm: LatentDiffusion, new: Mapping[str, Tensor], selected: Mask, *, after: Path) -> None:
+    """Check that a written checkpoint holds, in its own dtype, what was trained.
+
+    Args:
+        new: its tensors, under CompVis' names.
+        after: its path, for errors.
+
+    Raises:
+        TrainingError: a tensor of which something may have moved is another on disk than in memory.
+    """
+    for name, parameter in ldm.unet.named_parameters():
+        if name not in selected:
+            continue
+        tensor = new[UNET_PREFIX + name]
+        if not torch.equal(bits_of(parameter.to(tensor.dtype)), bits_of(tensor)):
+            raise TrainingError(
+                f"{after}: {name} reads back otherwise than it was written; the disk may be failing"
+            )
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove an unlearned checkpoint, a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def count_moved(ldm: LatentDiffusion, old: Mapping[str, Tensor], selected: Mask) -> int:
     """How many of the selected weights training has moved, as they are in memory: before the file's dtype rounds them.
 
@@ -272,7 +312,13 @@ def rounding_warning(*, moved: int, changed: int, lr: float) -> str | None:
 
 
 def write_patch(
-    old: Mapping[str, Tensor], new: Mapping[str, Tensor], config: TrainConfig, folder: Path, *, source: Path
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    config: TrainConfig,
+    folder: Path,
+    *,
+    source: Path,
+    base: str | None = None,
 ) -> Path:
     """Write what turns the checkpoint that training started from into the unlearned one, and back; returns its path.
 
@@ -285,6 +331,7 @@ def write_patch(
         old, new: see `read_both`.
         folder: of the run.
         source: the checkpoint that training started from, for errors.
+        base: the fingerprint of its UNet, where it is known.
 
     Raises:
         PatchError: they are not two states of one UNet.
@@ -293,7 +340,8 @@ def write_patch(
     if has_ema(old) and not has_ema(new):
         cast = WithUNetDtype(old, SAVE_DTYPES[config.save_dtype])
         new = {**new, **updated_ema(new, cast, use_ema=False, source=source)}
-    save_patch(make_patch(old, new, metadata=described_concept(config)), folder / PATCH_NAME)
+    patch = make_patch(old, new, metadata=described_concept(config), base=base)
+    save_patch(patch, folder / PATCH_NAME)
     return folder / PATCH_NAME
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
-from mu.ldm import load_model, save_checkpoint
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.utils import verify_tensors
+from mu.ldm import LatentDiffusion, load_model, save_checkpoint
 from tests.conftest import randomise
 
 CHANNELS, SIDE, WIDTH = 4, 3, 5
@@ -63,6 +65,12 @@ def linear_batch(images: int, lengths: tuple[int, ...], seed: int = 0) -> tuple[
     timesteps = torch.randint(0, 1000, (images,), generator=generator)
     latents, noise = normal(images, CHANNELS, SIDE, SIDE), normal(images, CHANNELS, SIDE, SIDE)
     return latents, timesteps, noise, *(normal(images, length, WIDTH) for length in lengths)
+
+
+def verify_unmasked(model: SaliencyUnlearnModel, original: LatentDiffusion) -> None:
+    """The run's own check, on weights in memory: only selected entries differ from those of the model from before."""
+    old, new = original.state_dict(), model.ldm.state_dict()
+    verify_tensors(old, new, model.selected, before=Path("original"), after=Path("trained"))
 
 
 @pytest.fixture

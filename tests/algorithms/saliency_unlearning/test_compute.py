@@ -15,6 +15,7 @@ from mu.algorithms.saliency_unlearning import compute as compute_module
 from mu.algorithms.saliency_unlearning.compute import (
     Compute,
     OutOfMemoryError,
+    activation_bytes,
     choose,
     choose_for,
     computing,
@@ -22,12 +23,14 @@ from mu.algorithms.saliency_unlearning.compute import (
     free_bytes,
     halved,
     is_out_of_memory,
+    less_at_once,
 )
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
-from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
-from mu.ldm import LatentDiffusion
+from mu.config import resolve_path
+from mu.ldm import LatentDiffusion, load_model
+from mu.ldm.unet import UNet
 from tests.algorithms.saliency_unlearning.test_trainer import tiny_batch
 
 LATENT = (4, 8, 8)
@@ -152,7 +155,7 @@ def chosen(ldm: LatentDiffusion, **keys: Any) -> Compute:
 
 
 def test_on_a_cpu_with_memory_the_choice_is_the_simple_way(tiny_model: LatentDiffusion) -> None:
-    assert chosen(tiny_model) == Compute()
+    assert chosen(tiny_model) == Compute(recompute_if_short=True)
 
 
 def test_what_is_asked_for_is_taken(tiny_model: LatentDiffusion) -> None:
@@ -160,16 +163,38 @@ def test_what_is_asked_for_is_taken(tiny_model: LatentDiffusion) -> None:
     assert chosen(tiny_model, **asked) == Compute(**asked)  # type: ignore[arg-type]
 
 
-def kept_bytes(model: LatentDiffusion) -> int:
-    """Of 4 images, all weights moving."""
-    moving = frozenset(name for name, _ in model.unet.named_parameters())
-    return gradient_pass(model.params.unet, 4, LATENT, moving=moving).kept
+def saved_bytes(unet: UNet, images: int, side: int) -> int:
+    """What autograd keeps of a forward pass, counted as it keeps it."""
+    kept: dict[int, Tensor] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    context = torch.zeros(images, 77, unet.params.context_dim or 1)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        unet(torch.zeros(images, 4, side, side), torch.zeros(images, dtype=torch.int64), context)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def test_activations_that_do_not_fit_are_computed_again(
+@pytest.mark.parametrize("model", ["tiny", "emoji"])
+def test_the_estimate_of_activations_is_near_what_autograd_keeps(
+    tiny_model: LatentDiffusion, model: str
+) -> None:
+    unet = tiny_model.unet
+    if model == "emoji":
+        unet = load_model(resolve_path("package:assets/emoji_canvas/model_config.yaml")).unet
+    unet.requires_grad_(True)
+    counted = saved_bytes(unet, 4, 16) / 4
+    assert 0.7 < activation_bytes(unet.params, (4, 16, 16)) / counted < 1.5
+
+
+def test_activations_that_do_not_fit_a_cpu_are_computed_again(
     tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = kept_bytes(tiny_model)
+    needed = 4 * activation_bytes(tiny_model.params.unet, LATENT)
     for free, expected in ((1.3 * needed, False), (1.2 * needed, True)):
         monkeypatch.setattr(compute_module, "free_bytes", lambda _, free=free: int(free))
         assert chosen(tiny_model).gradient_checkpointing is expected
@@ -207,6 +232,21 @@ def test_half_as_many_images_until_there_is_one() -> None:
     assert [halved(n, reason="full") for n in (8, 7, 3, 2)] == [4, 3, 1, 1]
     with pytest.raises(OutOfMemoryError, match=r"one image at a time \(full\).*gradient_checkpointing true"):
         halved(1, reason="full")
+
+
+def test_promise_22_recompute_first_then_halve(tiny_model: LatentDiffusion) -> None:
+    unet, left_open = tiny_model.unet, Compute(recompute_if_short=True)
+    seen = []
+    with computing(tiny_model, left_open):
+        images = 8
+        for _ in range(3):
+            images = less_at_once(unet, left_open, images, reason="full")
+            seen.append((images, unet.gradient_checkpointing))
+    assert seen == [(8, True), (4, True), (2, True)]
+    assert not unet.gradient_checkpointing
+    with computing(tiny_model, Compute()):  # asked for: gradient_checkpointing false
+        assert less_at_once(unet, Compute(), 8, reason="full") == 4
+        assert not unet.gradient_checkpointing
 
 
 # ---- on a GPU

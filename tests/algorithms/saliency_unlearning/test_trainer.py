@@ -20,6 +20,7 @@ from mu.algorithms.saliency_unlearning.trainer import (
     salun_loss,
 )
 from mu.ldm import LatentDiffusion
+from tests.algorithms.saliency_unlearning.conftest import verify_unmasked
 
 Batch = dict[str, Any]
 
@@ -339,7 +340,7 @@ def test_training_is_the_plain_loop_and_moves_only_the_mask(
     mask = half_mask(ldm)
     model = SaliencyUnlearnModel(ldm, "noxattn", mask)
     fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3), batches)
-    model.verify_unmasked()
+    verify_unmasked(model, make_tiny_model())
 
     named = {name: p for name, p in plain.unet.named_parameters() if name in model.selected}
     optimizer = torch.optim.Adam(named.values(), lr=1e-3, fused=True)
@@ -431,7 +432,7 @@ def test_a_control_steps_on_its_own_loss_alone(
     expected = {"forget": before[0], "retain": 0.0} if own == 0 else {"forget": 0.0, "retain": before[1]}
     assert {name: seen[0][name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert seen[0]["loss"] == pytest.approx(before[own], rel=1e-4)
-    model.verify_unmasked()
+    verify_unmasked(model, make_tiny_model())
 
 
 @pytest.mark.parametrize("target", ["current", "frozen"])
@@ -458,7 +459,7 @@ def test_the_target_is_the_current_or_the_frozen_model(
     by_current, by_frozen, logged = seen[1]
     assert abs(by_current - by_frozen) > 1e-3 * by_current
     assert logged == pytest.approx(by_current if target == "current" else by_frozen, rel=1e-4)
-    model.verify_unmasked()
+    verify_unmasked(model, make_tiny_model())
 
 
 def test_under_autocast_the_frozen_model_does_not_stand_in_for_the_trained_one(
@@ -507,7 +508,7 @@ def test_with_a_frozen_retain_target_the_retain_term_starts_at_nothing(
     assert seen[0][1] < 1e-10
     assert seen[1][1] == pytest.approx(seen[1][0], rel=1e-4)
     assert seen[1][1] > 1e-8
-    model.verify_unmasked()
+    verify_unmasked(model, make_tiny_model())
 
 
 def test_promise_21_a_loss_that_is_not_finite_stops_before_it_is_written(tiny_model: LatentDiffusion) -> None:
@@ -769,7 +770,7 @@ def test_bf16_weights_end_as_full_ones_that_only_training_has_moved(
             model, alpha=0.5, lr=1e-5, target=target, compute=compute, originals=originals
         )
         fit(trainer, batches)
-    model.verify_unmasked()
+    verify_unmasked(model, make_tiny_model())
     fit(
         SaliencyUnlearnTrainer(
             SaliencyUnlearnModel(plain, "noxattn", half_mask(plain)), alpha=0.5, lr=1e-5, target=target

@@ -64,7 +64,7 @@ class ComputeKeys(ConceptKeys):
     gradient_checkpointing: bool | None = setting(
         None,
         "Compute the inside of the UNet's blocks again for the backward pass instead of keeping it: much less memory, "
-        "about a third more time; null: where memory would not suffice otherwise.",
+        "about a third more time; null: once memory has run out, and on a CPU where it is foreseen.",
     )
     compile: bool = setting(
         False, "Translate the UNet with torch.compile: minutes at first, then faster steps; for long runs."

@@ -1,4 +1,4 @@
-"""A plan of a run: what it reads and writes, what it takes, and what stands in its way."""
+"""A plan of a run: what it reads and writes, and what stands in its way."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mu.config import ConfigError
+from mu.datasets.index import ForgetRetain
 from mu.errors import MuError
 
 
@@ -38,13 +39,13 @@ class PlannedFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will do. Numbers are bytes and seconds."""
+    """What a run will do. Sizes are in bytes."""
 
     stage: str
     """mask or training."""
     device: str
     processes: int
-    """That share the work; memory is that of each of them."""
+    """That share the work."""
     checkpoint: str
     """What it is: kind, weights, types."""
     images: Mapping[str, int]
@@ -56,50 +57,49 @@ class Plan:
     files: Sequence[PlannedFiles]
     compute: str
     """Precision, and what is computed again."""
-    memory: Mapping[str, int] = field(default_factory=dict)
-    """Phase of the run -> bytes of this machine's memory that the process holds at most in it.
-
-    Empty before `examined`.
-    """
-    device_memory: Mapping[str, int] = field(default_factory=dict)
-    """The same of the GPU's memory; empty on the CPU."""
-    memory_free: int = 0
-    """What the process could still take, of this machine's memory, beside what it holds already (`memory_held`)."""
-    memory_held: int = 0
-    device_memory_free: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Phase -> seconds; empty before `examined`."""
-    examine: Callable[[], Plan] | None = None
-    """Gives the plan with what no run needs to know."""
     problems: Sequence[MuError] = ()
-    """What the run would fail of."""
+    """What stops the run before it begins."""
+    later_problems: Sequence[MuError] = ()
+    """What would stop it after it has begun, in values that a run reads only then; empty before `examined`."""
     warnings: Sequence[str] = ()
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """Of the process, in this machine's memory."""
-        return max(self.memory.values(), default=0)
-
-    @property
-    def peak_device_memory_bytes(self) -> int:
-        """Of the GPU's memory; 0 on the CPU."""
-        return max(self.device_memory.values(), default=0)
+    rows: ForgetRetain | None = None
+    """All images to forget and to retain; None where they are sampled, or something is wrong."""
+    mask: Path | None = None
+    """The mask file that a training takes."""
+    unet_fingerprint: str | None = None
+    """Of the UNet as it is in the checkpoint, where the mask was to be compared with it."""
+    examine: Callable[[], Sequence[MuError]] | None = None
+    """Gives `later_problems`."""
 
     @property
     def can_run(self) -> bool:
-        return not self.problems
+        return not self.problems and not self.later_problems
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command that does this: 2 where it stops before anything has begun, 1 later, 0 not at all."""
+        return 2 if self.problems else 1 if self.later_problems else 0
 
     def examined(self) -> Plan:
-        """The plan with what takes a moment to find out, and does not stop a run before its model loads.
+        """The plan with all that a run would refuse: also what it sees only when it reads all weights and pixels.
 
-        That is its memory, its time, and whether the mask is of this very checkpoint.
+        That takes as long as reading them, so a run does not do it beforehand.
         """
-        return self if self.examine is None else self.examine()
+        if self.examine is None:
+            return self
+        # Of a checkpoint or data that are wrong as it is, the values tell no more.
+        later = () if self.problems else self.examine()
+        return replace(self, later_problems=later, examine=None)
 
     def require(self) -> Plan:
-        """Raises the only problem, or a ConfigError with all of them; else gives the plan itself."""
+        """Raises the only problem, or a ConfigError with all of them; else gives the plan itself.
+
+        Nothing has begun then: the error's `exit_code` is 2, as of any mistake in the settings.
+        """
         if len(self.problems) == 1:
-            raise self.problems[0]
+            (problem,) = self.problems
+            problem.exit_code = 2
+            raise problem
         if self.problems:
             raise ConfigError([mistake for problem in self.problems for mistake in mistakes_of(problem)])
         return self
@@ -151,14 +151,6 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def duration(seconds: float) -> str:
-    """`1 h 05 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
 def _lines(plan: Plan) -> Iterator[str]:
     several = f", {plan.processes} processes" if plan.processes > 1 else ""
     yield f"# plan: {plan.stage} on {plan.device}{several}"
@@ -178,26 +170,12 @@ def _lines(plan: Plan) -> Iterator[str]:
         many = f"{planned.count:,} files, " if planned.count > 1 else ""
         some = "" if planned.certain else ", if it comes to that"
         yield f"  {planned.what:<{width}}  {many}{signs[planned.how]}{size(planned.bytes)} in {planned.folder}{some}"
-    each = " of each process" if plan.processes > 1 else ""
-    if plan.memory:
-        yield from _table(f"memory{each}", plan.memory, plan.memory_held + plan.memory_free)
-    if plan.device_memory:
-        yield from _table("memory of the GPU", plan.device_memory, plan.device_memory_free)
-    if plan.seconds:
-        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.seconds.items())
-        yield f"time        about {duration(sum(plan.seconds.values()))}: {parts}"
     for warning in plan.warnings:
         yield f"warning: {warning}"
-    for problem in plan.problems:
+    for problem in (*plan.problems, *plan.later_problems):
         for mistake in mistakes_of(problem):
             yield f"problem: {mistake}"
     yield "this plan can be carried out" if plan.can_run else "this plan cannot be carried out"
-
-
-def _table(title: str, phases: Mapping[str, int], available: int) -> Iterator[str]:
-    highest = max(phases, key=lambda name: phases[name])
-    yield f"{title}: at most {size(phases[highest])} ({highest}), of {size(available)} that there are"
-    yield "  " + ", ".join(f"{name} {size(count)}" for name, count in phases.items())
 
 
 def _existing(folder: Path) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +18,6 @@ from mu.algorithms.saliency_unlearning.data_handler import (
     retained_places,
     sampled_images,
 )
-from mu.algorithms.saliency_unlearning.preflight.memory import ModelBytes
 from mu.config import resolve_path
 from mu.datasets.generated import folders_like
 from mu.datasets.index import ForgetRetain, Row
@@ -45,21 +42,18 @@ class Subject:
     """On the meta device, with what loading would note of the file."""
     checkpoint: Path
     description: str
-    model: ModelBytes
     numel: dict[str, int]
     """UNet-relative name -> entries, of every parameter."""
     processes: int
     """That share the work."""
-    processes_here: int
-    """Of them, those that share this machine's memory."""
-    shards: int
-    """Processes over which the UNet's weights are split, if they are."""
     device: torch.device
     image_size: int
     rows: ForgetRetain
     """Those that the run reads."""
     notes: tuple[str, ...]
     """What of the input the run does not read."""
+    listed: ForgetRetain | None
+    """All of them; None where images are sampled, whose folder only the loaded model tells, or something is wrong."""
     images: dict[str, int]
     """See `Plan.images`."""
 
@@ -86,36 +80,27 @@ class Subject:
             ldm.carried = {key: tensor for key, tensor in tensors.items() if key not in own}
         size = noting(lambda: checked_image_size(config.image_size, ldm)) or ldm.image_size
         device = _device(config.devices, noting)
-        rows = noting(lambda: _rows(config, ldm.params, size, device)) or ForgetRetain((), ())
-        there = sum(tensor.nbytes for tensor in found.tensors.values()) if found is not None else 0
+        nothing = ForgetRetain((), ())
+        listed = noting(lambda: _listed(config, ldm.params, size, device))
+        rows = noting(lambda: _read(config, listed)) if listed is not None else nothing
         numel = {name: parameter.numel() for name, parameter in ldm.unet.named_parameters()}
         sampled = sampled_images(config, size) is not None
+        rows = rows or nothing
         missing = sum(not row.image.exists() for row in (*rows.forget, *rows.retain)) if sampled else 0
         processes = max(ranks.started_world_size(), len(device_names(config.devices)))
         return cls(
             ldm=ldm,
             checkpoint=path,
             description=str(found.description) if found is not None else f"{path}: see below",
-            model=ModelBytes(
-                whole=sum(tensor.nbytes for tensor in ldm.state_dict().values()),
-                unet=4 * sum(numel.values()),
-                file=there,
-            ),
             numel=numel,
             processes=processes,
-            # Joined, there may be other machines, and a single device that each process finds for itself.
-            processes_here=max(ranks.local_world_size(), len(device_names(config.devices))),
-            shards=processes if config.sharding == "full" else 1,
             device=device,
             image_size=size,
             rows=rows,
             notes=(*rows.notes, *cut_notes(ldm.params, _prompts(config, rows))),
+            listed=None if sampled else listed,
             images={"forget": len(rows.forget), "retain": len(rows.retain), "to_sample": missing},
         )
-
-    def share(self, images: int) -> int:
-        """Most images of so many that one process takes."""
-        return -(-images // self.processes)
 
     @property
     def params(self) -> LatentDiffusionParams:
@@ -131,33 +116,9 @@ class Subject:
         return sum(self.numel.values())
 
     @property
-    def cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
         return self.ldm.latent_shape(self.image_size)
-
-    @property
-    def file_dtype_bytes(self) -> int:
-        """Of most of the weights, as they are in the file."""
-        widths = Counter(dtype.itemsize for dtype in self.ldm.file_dtypes.values())
-        return widths.most_common(1)[0][0] if widths else 4
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not say."""
-    status = Path("/proc/self/statm")
-    if status.exists():
-        import resource
-
-        return int(status.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
-    if sys.platform == "darwin":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 0
 
 
 def _device(devices: str, noting: Callable[[Callable[[], Any]], Any]) -> torch.device:
@@ -176,10 +137,10 @@ def _prompts(config: MaskConfig | TrainConfig, rows: ForgetRetain) -> list[str]:
     return prompts + list((config.sample_prompts if isinstance(config, TrainConfig) else None) or ())
 
 
-def _rows(
+def _listed(
     config: MaskConfig | TrainConfig, params: LatentDiffusionParams, image_size: int, device: torch.device
 ) -> ForgetRetain:
-    """The rows that a run reads; the indexes of data sets have looked at the heads of their images.
+    """All rows; the indexes of data sets have looked at the heads of their images.
 
     Raises:
         DataError: an image is missing or none, or the data set cannot serve this config.
@@ -193,7 +154,15 @@ def _rows(
         folder = max(
             like, key=lambda path: sum(1 for _ in path.rglob("*.png")), default=Path(_NOT_SAMPLED_YET)
         )
-    rows = checked_rows(config, folder, params)
+    return checked_rows(config, folder, params)
+
+
+def _read(config: MaskConfig | TrainConfig, rows: ForgetRetain) -> ForgetRetain:
+    """The rows that a run reads.
+
+    Raises:
+        DataError: there is nothing to retain.
+    """
     retained: tuple[Row, ...] = ()
     if isinstance(config, TrainConfig):
         retained = tuple(rows.retain[place] for place in retained_places(config, rows))

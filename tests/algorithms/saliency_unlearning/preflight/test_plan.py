@@ -13,7 +13,6 @@ from mu.algorithms.saliency_unlearning.preflight.plan import (
     Plan,
     PlannedFiles,
     disk_problems,
-    duration,
     size,
 )
 from mu.config import ConfigError
@@ -37,12 +36,6 @@ def a_plan(**changes: Any) -> Plan:
         "weights": {"total": 859_520_964, "train_method": 4000, "selected": 2000},
         "files": [planned(Path("out"), 3_440_000_000, what="model.safetensors")],
         "compute": "bf16-mixed",
-        "memory": {"load": 7_000_000_000, "compare": 9_000_000_000},
-        "memory_free": 10_000_000_000,
-        "memory_held": 1_000_000_000,
-        "device_memory": {"train": 30_000_000_000},
-        "device_memory_free": 80_000_000_000,
-        "seconds": {"train": 3000.0, "files": 20.0},
         **changes,
     }
     return Plan(**wanted)
@@ -56,9 +49,6 @@ def test_a_plan_is_a_short_text() -> None:
         "steps       1,500",
         "weights     total 859,520,964, train method 4,000, selected 2,000",
         "  model.safetensors  3.4 GB in out",
-        "memory of each process: at most 9.0 GB (compare), of 11.0 GB that there are",
-        "memory of the GPU: at most 30.0 GB (train), of 80.0 GB that there are",
-        "time        about 50 min: train 50 min, files 20 s",
         "warning: memory: x",
         "this plan can be carried out",
     ):
@@ -78,13 +68,25 @@ def test_problems_stop_a_run_together_or_one_by_itself() -> None:
     assert text.endswith("problem: no images\nthis plan cannot be carried out")
 
 
-def test_what_is_examined_later_is_added() -> None:
-    examined = a_plan(problems=[DataError("of another")])
-    plan = a_plan(seconds={}, memory={}, examine=lambda: examined)
+def test_what_is_examined_later_is_added_where_the_plan_is_sound() -> None:
+    found, stops = DataError("of another"), ConfigError(["lr: x"])
+    plan = a_plan(examine=lambda: [found])
     assert plan.can_run
     assert "this plan can be carried out" in str(plan)
-    assert plan.examined() is examined
-    assert examined.examined() is examined
+    assert plan.examined().later_problems == [found]
+    assert plan.examined().examined() == plan.examined()
+    assert str(plan.examined()).endswith("problem: of another\nthis plan cannot be carried out")
+    assert a_plan(problems=[stops], examine=lambda: [found]).examined().later_problems == ()
+
+
+def test_the_exit_code_is_that_of_the_run() -> None:
+    later = a_plan(examine=lambda: [DataError("met while encoding")]).examined()
+    assert [a_plan().exit_code, later.exit_code] == [0, DataError.exit_code] == [0, 1]
+    for problems in ([DataError("no images")], [ConfigError(["lr: x"])], [DataError("x"), DataError("y")]):
+        plan = a_plan(problems=problems)
+        with pytest.raises((DataError, ConfigError)) as raised:
+            plan.require()
+        assert plan.exit_code == raised.value.exit_code == 2
 
 
 def test_folders_on_one_disk_share_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +118,5 @@ def test_only_what_is_written_for_certain_at_a_known_size_stops_a_run(
         assert warnings[0].startswith("output_dir: with latents, 120 B may be needed; 100 B are free there")
 
 
-def test_sizes_and_durations_are_readable() -> None:
+def test_sizes_are_readable() -> None:
     assert [size(count) for count in (12, 1_500, 2_500_000, 5.16e9)] == ["12 B", "1.5 kB", "2.5 MB", "5.2 GB"]
-    assert [duration(s) for s in (3.2, 89, 600, 3 * 3600 + 300)] == ["3 s", "89 s", "10 min", "3 h 05 min"]

@@ -11,8 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mu import ranks
-from mu.algorithms.saliency_unlearning import passes
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import rows_of
@@ -61,8 +59,6 @@ def test_the_plan_of_a_mask_is_what_the_run_does(made: dict[str, Any]) -> None:
     assert plan.weights["selected"] == result["kept"][0.5]
     written = sum(path.stat().st_size for path in result["masks"].values())
     assert bytes_of(plan, "mask_*.safetensors") == pytest.approx(written, rel=0.01)
-    assert set(plan.seconds) >= {"gradients", "files"}
-    assert sum(plan.seconds.values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -240,16 +236,16 @@ def test_a_mask_of_another_structure_stops_a_run_before_the_model_loads(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_mask_of_other_weights_is_found_by_a_plan(
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_mask_of_other_weights_stops_a_run_before_the_model_loads(
     made: dict[str, Any], tiny_runs: Any, tmp_path: Path
 ) -> None:
     keys = {"mask_path": str(made["result"]["masks"][0.5]), "output_dir": str(tmp_path)}
     assert SaliencyUnlearningAlgorithm(tiny_runs.train_config(**keys)).plan().can_run
     other = tiny_runs.train_config(ckpt_path=str(tiny_runs.checkpoint("other")), **keys)
-    plan = SaliencyUnlearningAlgorithm(other).plan()
-    assert "the mask was made from a model with fingerprint sha256:" in str(plan.problems[0])
-    # A run finds it when it has the weights, not twice.
-    assert planning.plan_training(other).can_run
+    with pytest.raises(MaskError, match="the mask was made from a model with fingerprint sha256:"):
+        SaliencyUnlearningAlgorithm(other).run_here()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
@@ -296,34 +292,6 @@ def test_a_mask_of_the_first_timesteps_alone_is_a_warning(
     assert any("num_timesteps: 1 draws from the first" in warning for warning in plan.warnings) == warned
 
 
-def test_too_little_memory_is_a_warning(
-    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(planning, "free_bytes", lambda _: 1_000_000)
-    plan = planning.plan_training(tiny_runs.train_config(output_dir=str(tmp_path), masking="none"))
-    assert plan.can_run
-    assert plan.warnings[0].startswith("memory: about ")
-    assert "micro_batch_size" in plan.warnings[0]
-
-
-def test_memory_is_shared_by_the_processes_of_this_machine_alone(
-    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_runs.train_config(output_dir=str(tmp_path), masking="none")
-    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
-    needed = planning.plan_training(config).examined().peak_memory_bytes
-    monkeypatch.setattr(planning, "free_bytes", lambda _: 5 * needed // 2)
-    monkeypatch.setattr(ranks, "started_world_size", lambda: 8)
-    for here, warned in ((1, False), (2, False), (4, True)):
-        monkeypatch.setattr(ranks, "local_world_size", lambda here=here: here)
-        plan = planning.plan_training(config)
-        assert plan.processes == 8
-        assert any(warning.startswith("memory: ") for warning in plan.warnings) is warned
-    monkeypatch.setattr(ranks, "local_world_size", lambda: 1)
-    several = tiny_runs.train_config(output_dir=str(tmp_path), masking="none", devices="cpu,cpu,cpu,cpu")
-    assert planning.plan_training(several).warnings[0].startswith("memory: ")
-
-
 def test_every_gpu_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -338,21 +306,6 @@ def test_every_gpu_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) 
 
 
 # ---- what it costs
-
-PASSES = (passes.gradient_pass, passes.forward_pass, passes.decoding_pass, passes.encoding_pass)
-
-
-def test_a_run_counts_the_one_pass_that_decides_how_it_computes(tiny_runs: Any, tmp_path: Path) -> None:
-    for counted in PASSES:
-        counted.cache_clear()
-    config = tiny_runs.mask_config(output_dir=str(tmp_path), batch_size=2)
-    MaskingAlgorithm(config).run_here()
-    assert [counted.cache_info().misses for counted in PASSES] == [1, 0, 0, 0]
-    asked = tiny_runs.mask_config(output_dir=str(tmp_path), batch_size=2, gradient_checkpointing=True)
-    plan = planning.plan_mask(asked)
-    assert [counted.cache_info().misses for counted in PASSES] == [1, 0, 0, 0], "nothing is left to decide"
-    assert plan.examined().memory["gradients"] > 0
-    assert [counted.cache_info().misses for counted in PASSES] == [2, 0, 0, 1]
 
 
 def test_heads_of_images_are_read_once_by_a_run(
@@ -389,7 +342,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     for expected in (
         "# plan: mask on cpu",
         "mask_*.safetensors",
-        "memory: at most",
         "this plan can be carried",
     ):
         assert expected in printed
@@ -397,7 +349,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         mask_path=str(made["result"]["masks"][0.5]), output_dir=str(tmp_path / "runs")
     )
     assert train.main(["--dry_run", *argv_of(config)]) == 0
-    assert "time        about" in capsys.readouterr().out
+    assert "this plan can be carried out" in capsys.readouterr().out
     other = [*argv_of(config), "--ckpt_path", str(tiny_runs.checkpoint("other"))]
     first = other.index("--ckpt_path")
     del other[first : first + 2]
