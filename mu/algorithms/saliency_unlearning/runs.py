@@ -60,7 +60,8 @@ def decorating(what: str, *errors: type[Exception]) -> Iterator[None]:
         what: is made, for the warning.
         errors: more that making it may meet.
     """
-    passed_over = (MuError, OSError, MemoryError, Image.DecompressionBombError, *errors)
+    always = (MuError, OSError, MemoryError, Image.DecompressionBombError)
+    passed_over: tuple[type[Exception], ...] = (*always, *errors)
     try:
         yield
     except passed_over as error:
