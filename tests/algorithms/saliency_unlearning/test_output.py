@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,7 @@ from mu.ldm.patch import PatchError, bits_of
 from mu.ldm.patching import patch_checkpoint
 
 Tensors = dict[str, Tensor]
+ROOT = Path(__file__).parents[3]
 PROMPT = "A Cats image in Noto style."
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -317,6 +323,43 @@ def test_promise_27_no_memory_for_pictures_loses_no_model(
         assert f"WARNING {what} could not be made (out of memory: " in said
     assert (run / "pictures" / "before_after.png").exists() == (from_number > 1)
     assert (run / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_promise_27_a_logger_that_dies_does_not_end_the_run(tiny_runs: Any, tmp_path: Path) -> None:
+    """The process of Weights & Biases is killed while the command trains."""
+    config = tiny_runs.train_config(
+        masking="random",
+        train_method="xattn",
+        epochs=60,
+        wandb="offline",
+        report=False,
+        output_dir=str(tmp_path / "runs"),
+    )
+    (tmp_path / "config.yaml").write_text(dump(config))
+    words = ["-m", "mu.algorithms.saliency_unlearning.scripts.train", "--config_path", "config.yaml"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    command = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env={**environment, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        waited = time.monotonic()
+        while not list((tmp_path / "runs").glob("*/metrics.csv")):
+            assert command.poll() is None
+            assert time.monotonic() - waited < 120
+            time.sleep(0.05)
+        found = subprocess.run(
+            ["pgrep", "-P", str(command.pid), "-f", "wandb-core"], capture_output=True, text=True, check=True
+        )
+        os.kill(int(found.stdout), signal.SIGKILL)
+        assert command.wait(timeout=120) == 0
+    finally:
+        command.kill()
+    (run,) = (tmp_path / "runs").iterdir()
+    holds_an_unlearned_model(run, tiny_runs)
+    assert (run / "log.txt").read_text().count("WandbLogger failed") == 1
 
 
 def test_a_defect_is_no_decoration() -> None:
