@@ -20,7 +20,7 @@ from mu.algorithms.saliency_unlearning.preflight.plan import Plan, disk_problems
 from mu.algorithms.saliency_unlearning.scripts import generate_mask, train
 from mu.config import ConfigError, as_dict, as_text, keys_of
 from mu.datasets.index import DataError
-from mu.ldm.checkpoint import CheckpointError
+from mu.ldm.checkpoint import CheckpointError, read_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +304,64 @@ def test_every_gpu_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) 
         "devices: there is no CUDA device 2",
         "devices: there is no CUDA device 3",
     ]
+
+
+def drawn(tiny_runs: Any, folder: Path, **changes: Any) -> Any:
+    """A mask of images on disk: one of Noto and one of Blob."""
+    for style in ("Noto", "Blob"):
+        (folder / "raw" / style / "Cats").mkdir(parents=True)
+        Image.effect_noise((32, 32), 50).convert("RGB").save(folder / "raw" / style / "Cats" / "1.png")
+    keys = {"dataset_type": "unlearncanvas", "styles": None, "objects": None, "output_dir": str(folder / "m")}
+    return tiny_runs.mask_config(raw_dataset_dir=str(folder / "raw"), **{**keys, **changes})
+
+
+def both_codes(main: Any, config: Any) -> tuple[int, int]:
+    """Exit codes of a dry run and of the run."""
+    return main([*argv_of(config), "--dry_run"]), main(argv_of(config))
+
+
+@pytest.mark.parametrize("fault", ["16-bit", "cut"])
+def test_a_dry_run_finds_images_that_the_run_would_refuse(
+    tiny_runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    config = drawn(tiny_runs, tmp_path)
+    path = tmp_path / "raw" / "Noto" / "Cats" / "1.png"
+    if fault == "16-bit":
+        Image.new("I;16", (32, 32)).save(path)
+    else:
+        path.write_bytes(path.read_bytes()[:-200])
+    told = {"16-bit": "more than 8 bits", "cut": "unreadable"}[fault]
+    codes = both_codes(generate_mask.main, config)
+    captured = capsys.readouterr()
+    assert told in captured.out
+    assert told in captured.err
+    assert codes == {"16-bit": (2, 2), "cut": (1, 1)}[fault]  # a cut file is met while encoding
+
+
+def test_a_dry_run_finds_weights_that_the_run_would_refuse(
+    tiny_runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = dict(read_state_dict(tiny_runs.checkpoint())[0])
+    tensors["model.diffusion_model.out.0.weight"] = tensors["model.diffusion_model.out.0.weight"] * float(
+        "nan"
+    )
+    torch.save({"state_dict": tensors}, tmp_path / "nan.ckpt")
+    config = tiny_runs.mask_config(ckpt_path=str(tmp_path / "nan.ckpt"), output_dir=str(tmp_path / "m"))
+    assert both_codes(generate_mask.main, config) == (1, 1)
+    captured = capsys.readouterr()
+    assert "out.0.weight holds NaN" in captured.out
+    assert "out.0.weight holds NaN" in captured.err
+
+
+def test_a_train_method_that_selects_nothing_has_one_exit_code(
+    tiny_runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_runs.train_config(train_method="xlayer", masking="none", output_dir=str(tmp_path / "m"))
+    assert both_codes(train.main, config) == (2, 2)
+    captured = capsys.readouterr()
+    assert "'xlayer' selects none" in captured.out
+    assert "'xlayer' selects none" in captured.err
+    assert not (tmp_path / "m").exists()
 
 
 # ---- what it costs

@@ -1,0 +1,107 @@
+"""How much a run hashes: SHA-256 is slower than reading, and what the written file proves needs none."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
+from mu.ldm import load_model
+from mu.ldm.checkpoint import read_state_dict
+from mu.ldm.tensor_file import fingerprint
+
+SMALL = 2_000_000
+"""Bytes of all else: images, latents, embeddings, masks, configs."""
+
+
+class Counting:
+    """Stands in for hashlib.sha256 and counts what it is given."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._sha256 = hashlib.sha256
+
+    def __call__(self, content: Any = b"") -> Any:
+        counter, inner = self, self._sha256()
+
+        class Digest:
+            def update(self, more: Any) -> None:
+                counter.bytes += memoryview(more).nbytes
+                inner.update(more)
+
+            def digest(self) -> bytes:
+                return inner.digest()
+
+            def hexdigest(self) -> str:
+                return inner.hexdigest()
+
+        digest = Digest()
+        digest.update(content)
+        return digest
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    counting = Counting()
+    monkeypatch.setattr(hashlib, "sha256", counting)
+    return counting
+
+
+def nbytes(model: Any, prefix: str = "") -> int:
+    return sum(value.nbytes for name, value in model.state_dict().items() if name.startswith(prefix))
+
+
+def test_a_run_without_checkpoints_hashes_the_unet_once_and_what_it_writes(
+    tiny_runs: Any, tmp_path: Path, hashed: Counting
+) -> None:
+    """Beside them: the encoders, by which cached latents are known, and the values in the patch, old and new."""
+    source = tmp_path / "foreign.ckpt"  # without a SHA-256 of ours, which reading would compare
+    torch.save({"state_dict": read_state_dict(tiny_runs.checkpoint())[0]}, source)
+    model = load_model(tiny_runs.model_config, source)
+    unet, whole = nbytes(model, "model."), nbytes(model)
+    keys = {"ckpt_path": str(source), "output_dir": str(tmp_path / "runs"), "dataset_type": "generated"}
+
+    made = MaskingAlgorithm(tiny_runs.mask_config(**keys)).run()
+    hashed.bytes = 0
+    MaskingAlgorithm(tiny_runs.mask_config(**keys)).run()
+    assert hashed.bytes <= whole + unet + SMALL  # `whole`: which images were sampled by this model
+
+    result = SaliencyUnlearningAlgorithm(
+        tiny_runs.train_config(**keys, mask_path=str(made["masks"][0.5]), epochs=1)
+    )
+    result.run()  # samples and encodes what the mask did not need
+    hashed.bytes = 0
+    written = result.run()
+    patch = 2 * 4 * written["weights_changed"]
+    assert hashed.bytes <= whole + unet + (whole - unet) + whole + patch + SMALL
+    assert hashed.bytes >= unet + whole  # the counter counts
+
+
+def test_promise_19_a_checkpoint_of_a_run_knows_the_model_as_it_was_loaded(
+    tiny_runs: Any, tmp_path: Path
+) -> None:
+    """Though its identity is computed when weights have moved already: from the file, in the model's own dtypes."""
+    from mu.algorithms.saliency_unlearning import checkpoints
+    from mu.algorithms.saliency_unlearning.run_state import read_head
+
+    seen: dict[str, str] = {}
+    config = tiny_runs.train_config(
+        masking="none", checkpoint_every_steps=1, output_dir=str(tmp_path), epochs=1
+    )
+    really = checkpoints.Checkpoints.save
+
+    def noting(self: Any, step: int, content: Any) -> Path:
+        path = really(self, step, content)
+        seen.update(read_head(path).identity)
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", noting)
+        SaliencyUnlearningAlgorithm(config).run()
+    assert seen["ckpt_path"] == fingerprint(
+        load_model(tiny_runs.model_config, tiny_runs.checkpoint()).state_dict()
+    )
