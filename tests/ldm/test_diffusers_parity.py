@@ -39,7 +39,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "num_heads": 2,
     },
     "two transformer blocks": {"transformer_depth": 2, "num_heads": 8, "use_linear_in_transformer": True},
-    "other channels": {"in_channels": 5, "context_dim": 48, "channel_mult": [1, 3]},
+    "other channels": {"context_dim": 48, "channel_mult": [1, 3]},
 }
 
 
