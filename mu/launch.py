@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mu.arithmetic import prepare_deterministic, run_arithmetic
 from mu.devices import check_devices, device_names
 from mu.errors import MuError, Terminated
 from mu.ranks import RankError, is_grouped, joined
@@ -60,7 +61,9 @@ class Outcome:
 def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
     """`run(config)`, in as many processes as `devices` names; all of them get the value of the main one.
 
-    In a process that torchrun or SLURM started together with others, it runs here, as one of them.
+    In a process that torchrun or SLURM started together with others, it runs here, as one of them. All of it runs in
+    the arithmetic of `mu.arithmetic.run_arithmetic`; with deterministic kernels where the config's `deterministic` is
+    true.
 
     Args:
         run: a function of a module. Its value and the config go from process to process, and have to pickle.
@@ -69,14 +72,18 @@ def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
     Raises:
         MuError: what `run` raised in one of the processes.
         DeviceError: one of the devices is not there.
+        DeterminismError: `deterministic` comes too late in this process.
         RankError: a process ended without a word; names it, and the signal or the traceback.
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after all processes have ended.
     """
     names = device_names(devices)
+    deterministic = is_deterministic(config)
     if len(names) == 1 or is_grouped():
-        with joined(names):
+        with run_arithmetic(deterministic=deterministic), joined(names):
             return run(config)
     check_devices(devices)
+    if deterministic:
+        prepare_deterministic()
     task = Task(run, config, names, console_level(), is_quiet())
     with tempfile.TemporaryDirectory(prefix="unlearn_diff-") as folder:
         write_pickle(Path(folder) / "task", task)
@@ -88,6 +95,11 @@ def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
             if process not in stuck
         ]
     return _value(outcomes)
+
+
+def is_deterministic(config: object) -> bool:
+    """What a config's key `deterministic` says; False for one that has no such key."""
+    return bool(getattr(config, "deterministic", False))
 
 
 def write_pickle(path: Path, value: object) -> None:

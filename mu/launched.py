@@ -13,9 +13,10 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from mu.arithmetic import run_arithmetic
 from mu.cli import terminable
 from mu.errors import MuError, Terminated
-from mu.launch import Outcome, Task, write_pickle
+from mu.launch import Outcome, Task, is_deterministic, write_pickle
 from mu.ranks import joined, leave, sendable, started_rank
 from mu.verbosity import verbosity
 
@@ -28,7 +29,8 @@ def main(folder: Path) -> int:
         (folder / f"ready-{started_rank()}").touch()
         task: Task = pickle.loads((folder / "task").read_bytes())
         level = logging.getLevelName(task.level).lower()
-        with verbosity(level, quiet=task.quiet), joined(task.devices):
+        arithmetic = run_arithmetic(deterministic=is_deterministic(task.config))
+        with verbosity(level, quiet=task.quiet), arithmetic, joined(task.devices):
             noting.note(Outcome(value=task.run(task.config)))
     leave()
     return 0

@@ -152,30 +152,58 @@ class LatentDiffusion(nn.Module):
             timesteps: (B,) integers in 0 .. num_timesteps - 1.
             noise: (B, C, H, W).
         """
-        signal, sigma = self._signal_and_sigma(timesteps, latents.dtype)  # two of (B, 1, 1, 1)
-        return signal * latents + sigma * noise
+        signal, sigma = self._signal_and_sigma(timesteps)  # two of (B, 1, 1, 1)
+        return (signal * latents + sigma * noise).to(latents.dtype)
 
-    def predict_noise(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """The model's estimate of the noise, whatever quantity its network predicts.
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """What the network itself predicts: the noise eps, or v, as the model's parameterization says.
+
+        Losses are taken of this: see `prediction_target`.
 
         Args:
-            noisy_latents: (B, C, H, W).
+            noisy_latents: (B, C, H, W); cast to the dtype of the weights, as the context is.
             timesteps: (B,) integers.
             context: (B, L, D), any L.
 
         Returns:
-            (B, C, H, W).
+            (B, C, H, W), fp32 (or wider) whatever the dtype of the weights.
         """
-        prediction = self.unet(noisy_latents, timesteps, context)  # (B, C, H, W)
-        if self.params.parameterization == "v":  # v = sqrt(abar) eps - sqrt(1 - abar) z (Salimans & Ho 2022)
-            signal, sigma = self._signal_and_sigma(timesteps, prediction.dtype)
+        dtype = self.dtype
+        prediction = self.unet(noisy_latents.to(dtype), timesteps, context.to(dtype))  # (B, C, H, W)
+        return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+
+    def prediction_target(self, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """What `predict` shall give for `q_sample` of the same arguments: eps, or v.
+
+        v = sqrt(abar) eps - sqrt(1 - abar) z (Salimans & Ho 2022, section 4). Losses on eps of a network that predicts
+        v would be those on v times abar_t, 0.005 at the last timestep of Stable Diffusion: its noisy steps would
+        hardly count.
+
+        Returns:
+            (B, C, H, W), fp32 (or wider).
+        """
+        if self.params.parameterization == "v":
+            signal, sigma = self._signal_and_sigma(timesteps)  # two of (B, 1, 1, 1)
+            return signal * noise - sigma * latents
+        return noise.to(torch.promote_types(noise.dtype, torch.float32))
+
+    def predict_noise(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """The model's estimate of the noise, whatever quantity its network predicts; arguments as of `predict`.
+
+        Returns:
+            (B, C, H, W), fp32 (or wider).
+        """
+        prediction = self.predict(noisy_latents, timesteps, context)  # (B, C, H, W)
+        if self.params.parameterization == "v":  # eps = sqrt(abar) v + sqrt(1 - abar) z_t
+            signal, sigma = self._signal_and_sigma(timesteps)  # two of (B, 1, 1, 1)
             return signal * prediction + sigma * noisy_latents
         return prediction
 
-    def _signal_and_sigma(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _signal_and_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), (B, 1, 1, 1), in the schedule's fp32 whatever the latents' dtype."""
         shape = (-1, 1, 1, 1)
-        signal = self.sqrt_alphas_cumprod[timesteps].view(shape).to(dtype)
-        return signal, self.sqrt_one_minus_alphas_cumprod[timesteps].view(shape).to(dtype)
+        signal, sigma = self.sqrt_alphas_cumprod[timesteps], self.sqrt_one_minus_alphas_cumprod[timesteps]
+        return signal.view(shape), sigma.view(shape)
 
     def cast_weights(self, dtype: torch.dtype) -> LatentDiffusion:
         """Change the dtype of all weights; the schedule stays fp32."""

@@ -32,7 +32,7 @@ def guided_noise(
 ) -> Tensor:
     """Classifier-free guided prediction uncond + scale (cond - uncond) (Ho & Salimans 2022), (B, C, H, W).
 
-    Both branches go through the network in one call where their contexts have the same length.
+    Both branches go through the network in one call where their contexts have the same length. fp32 (or wider).
     """
     if guidance_scale == 1.0:
         return model.predict_noise(latents, timesteps, context)
@@ -80,10 +80,12 @@ def sample_ddim(
         generator: for what is drawn here (the initial noise, and the noise of eta > 0); one for each image makes an
             image independent of the batch it is in.
 
+    Between the steps latents are fp32 (or wider), whatever the networks compute in.
+
     Returns:
-        (B, C, H, W) scaled latents, for `LatentDiffusion.decode`.
+        (B, C, H, W) scaled latents of the context's dtype, for `LatentDiffusion.decode`.
     """
-    device, dtype = context.device, context.dtype
+    device, dtype = context.device, torch.promote_types(context.dtype, torch.float32)
     batch = len(context)
 
     def draw() -> Tensor:
@@ -114,4 +116,4 @@ def sample_ddim(
         latents = a_next**0.5 * clean + max(1 - a_next - sigma**2, 0.0) ** 0.5 * noise
         if sigma:
             latents = latents + sigma * draw()
-    return latents
+    return latents.to(context.dtype)

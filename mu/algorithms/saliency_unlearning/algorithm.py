@@ -202,20 +202,21 @@ class SaliencyUnlearningAlgorithm:
             )
 
     def _mask(self, ldm: LatentDiffusion, mask_path: Path | None) -> Mask | None:
-        """The mask that `masking` asks for; None is all weights."""
+        """The mask that `masking` asks for, in main memory; None is all weights.
+
+        On a GPU it would take a byte a weight for the whole run. The optimizer takes its places over tensor by tensor.
+        """
         config = self.config
         if mask_path is not None:
             mask = load_mask(mask_path)
             metadata = load_mask_metadata(mask_path)
             check_mask(mask, ldm.unet, metadata=metadata, fingerprint=unet_fingerprint(ldm))
-        elif config.masking == "random":
+            return mask
+        if config.masking == "random":
             pool = names_of(ldm.unet, config.train_method) if config.mask_pool == "train_method" else None
             parameters = dict(ldm.unet.named_parameters())
-            mask = random_mask(parameters, config.threshold, seed=config.mask_seed, pool=pool)
-        else:
-            return None
-        place = "cpu" if config.sharding == "full" else ldm.device  # there, only a part of it is to be
-        return {name: marked.to(place) for name, marked in mask.items()}
+            return random_mask(parameters, config.threshold, seed=config.mask_seed, pool=pool)
+        return None
 
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm

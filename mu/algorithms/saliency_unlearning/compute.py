@@ -9,13 +9,14 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from mu import ranks
 from mu.algorithms.saliency_unlearning.passes import gradient_pass
+from mu.arithmetic import products
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
 from mu.ldm.params import UNetParams
@@ -30,6 +31,9 @@ _FLAGS = "gradient_checkpointing true, precision bf16, optimizer adam8bit, train
 
 class ComputeKeys(Protocol):
     """The keys of a config that are read here; None and "auto" leave the choice to `choose`."""
+
+    AUTO_PRECISION: ClassVar[str]
+    """What "auto" is on a GPU that has it: "bf16-mixed" or "tf32"."""
 
     @property
     def precision(self) -> str: ...
@@ -52,7 +56,8 @@ class Compute:
     """How the UNet computes. None of it changes a result by more than the rounding of its precision."""
 
     precision: str = "fp32"
-    """fp32; bf16-mixed, fp32 weights computed with in bf16; bf16, weights too."""
+    """fp32; tf32, products and convolutions with factors of 10 bits; bf16-mixed, fp32 weights computed with in bf16;
+    bf16, weights too."""
     channels_last: bool = False
     """Whether features and kernels of convolutions lie in memory with the channels together."""
     gradient_checkpointing: bool = False
@@ -61,8 +66,13 @@ class Compute:
     """Whether torch.compile translates the UNet."""
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """bf16 arithmetic for forward passes inside, where the precision is bf16-mixed."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+        """bf16 arithmetic for forward passes inside, where the precision is bf16-mixed.
+
+        Without autocast's cache of rounded weights: torch before 2.11 reuses there what a prediction without gradient
+        has rounded, so that the weights get no gradient from a prediction with one.
+        """
+        enabled = self.precision == "bf16-mixed"
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def choose(
@@ -70,7 +80,7 @@ def choose(
 ) -> Compute:
     """What a config asks for, and for what it leaves open, the choice for this device and its free memory.
 
-    precision: bf16-mixed on a GPU that computes in bf16, else fp32. channels_last: on a GPU.
+    precision: on a GPU that has it, bf16-mixed for training and tf32 for a mask; else fp32. channels_last: on a GPU.
     gradient_checkpointing: where the activations of one pass are estimated at more than 80 % of the memory that is
     left.
 
@@ -114,11 +124,13 @@ def choose_for(
         left: bytes of the device's memory that activations may share.
     """
     cuda = device.type == "cuda"
-    precision = keys.precision
-    if precision == "auto":
-        precision = (
-            "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        )
+    precision = keys.AUTO_PRECISION if keys.precision == "auto" else keys.precision
+    if keys.precision == "auto" and precision == "bf16-mixed":
+        precision = precision if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if precision == "tf32" and not has_tf32(device):
+        if keys.precision == "tf32":
+            _log.warning("precision tf32: %s does not have it, and computes in fp32", device)
+        precision = "fp32"
     recompute = keys.gradient_checkpointing
     if recompute is None:
         needed = gradient_pass(
@@ -142,10 +154,23 @@ def choose_for(
     )
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether a device multiplies with factors of 10 bits: Nvidia's GPUs from Ampere on."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
 def free_bytes(device: torch.device) -> int:
-    """Memory that is left: of the GPU, or what the system, or the container, can give without swapping."""
+    """Memory that is left: of the GPU, or what the system, or the container, can give without swapping.
+
+    Of a GPU, with what torch's allocator has taken and nobody uses: the next tensors are put there.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if _MEMINFO.exists():
         fields = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines())
@@ -168,7 +193,8 @@ def computing(ldm: LatentDiffusion, compute: Compute) -> Iterator[dict[str, Tens
     """
     unet, device = ldm.unet, ldm.device
     originals: dict[str, Tensor] = {}
-    with _encoders_parked(ldm), _tf32(compute.precision != "fp32"):
+    # Beside bf16, what is left in fp32 may be rounded to TF32, which is the finer of the two.
+    with _encoders_parked(ldm), products(tf32=compute.precision != "fp32"):
         try:
             unet.gradient_checkpointing = compute.gradient_checkpointing
             if compute.precision == "bf16":
@@ -209,29 +235,20 @@ def _encoders_parked(ldm: LatentDiffusion) -> Iterator[None]:
 
 @contextmanager
 def encoders_at_hand(ldm: LatentDiffusion) -> Iterator[None]:
-    """Autoencoder and text encoder on the UNet's device until the block ends, wherever they are parked."""
+    """Autoencoder and text encoder on the UNet's device until the block ends, wherever they are parked.
+
+    Inside, fp32 is fp32, as in the pictures before and after.
+    """
     parts = [part for part in (ldm.first_stage_model, ldm.cond_stage_model) if part is not None]
     places = [next(part.parameters()).device for part in parts]
     try:
         for part in parts:
             part.to(ldm.device)
-        yield
+        with products(tf32=False):
+            yield
     finally:
         for part, place in zip(parts, places, strict=True):
             part.to(place)
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """TF32 for what is left in fp32 on a GPU: never where fp32 is asked for, always beside bf16, which is coarser."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-        torch.backends.cudnn.allow_tf32 = allowed
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -20,6 +20,7 @@ from PIL import Image
 from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.algorithms.saliency_unlearning.sampling import SamplingError, sample_images
 from mu.algorithms.saliency_unlearning.utils import model_of
+from mu.arithmetic import run_arithmetic
 from mu.config import ConfigError, load_config, override, require_paths
 from mu.config_file import ConfigFileError, Text, read_flat_file
 from mu.datasets.images import to_picture
@@ -107,10 +108,11 @@ class SaliencyUnlearningTechnique:
             precision=config.precision,
         )
         pictures = []
-        for image, (prompt, own_seed) in zip(sampled, pairs, strict=True):
-            if not torch.isfinite(image).all():
-                raise SamplingError(f"the image of {prompt!r} with seed {own_seed} contains NaN or Inf")
-            pictures.append(to_picture(image))
+        with run_arithmetic():
+            for image, (prompt, own_seed) in zip(sampled, pairs, strict=True):
+                if not torch.isfinite(image).all():
+                    raise SamplingError(f"the image of {prompt!r} with seed {own_seed} contains NaN or Inf")
+                pictures.append(to_picture(image))
         return pictures
 
 

@@ -20,7 +20,7 @@ from mu.algorithms.saliency_unlearning.mask_file import (
     load_mask_metadata,
     save_mask,
 )
-from mu.algorithms.saliency_unlearning.prediction import predict_noise, predict_noise_pair
+from mu.algorithms.saliency_unlearning.prediction import predict_pair
 from mu.algorithms.saliency_unlearning.selection import find_edges, mark
 from mu.algorithms.saliency_unlearning.shards import is_sharded, local
 from mu.ldm import LatentDiffusion
@@ -100,8 +100,9 @@ def accumulate_saliency(
 ) -> dict[str, Tensor]:
     """Absolute gradient of the forget loss at the model's own weights (Fan et al. 2024, equation 5).
 
-    The loss of an image is the mean over its elements of (eps - eps_hat)^2 with the guided prediction
-    eps_hat = (1 + w) eps(z_t | c) - w eps(z_t | ""), w = `c_guidance`; both branches carry gradient. Signed
+    The loss of an image is the mean over its elements of (y - f_hat)^2 with the guided prediction
+    f_hat = (1 + w) f(z_t | c) - w f(z_t | ""), w = `c_guidance`; both branches carry gradient. f is what the network
+    predicts, and y its target: eps, or v (`LatentDiffusion.predict`, `prediction_target`). Signed
     gradients are summed over all batches, and over all processes of the run, and divided by the number of images before
     the absolute value is taken, so that the result does not depend on how the images are cut into batches or shared
     among processes. The weights do not move; dropout is off.
@@ -119,7 +120,7 @@ def accumulate_saliency(
         same bits in every process. Of a UNet that is sharded, this process' rows.
 
     Raises:
-        MaskError: there is no batch.
+        MaskError: there is no batch; or a tensor gets no gradient from the predictions, which is named.
         MaskLossError: the loss of a batch, in any of the processes, is not finite.
     """
     unet = model.unet
@@ -170,9 +171,15 @@ def accumulate_saliency(
         for name, parameter in parameters.items():
             total = sums.pop(name, parameter.grad)
             parameter.grad = None
-            if total is None:  # not used by any of these predictions
-                total = torch.zeros_like(parameter, requires_grad=False)
-            totals[name] = local(total)
+            if total is not None:
+                totals[name] = local(total)
+        with ranks.in_step():
+            if without := [name for name in parameters if name not in totals]:
+                raise MaskError(
+                    f"{len(without)} of {len(parameters)} tensors of the UNet have no gradient ({', '.join(without)}), "
+                    "and would be ranked last: they take no part in the prediction, or this release of torch "
+                    f"({torch.__version__}) loses their gradient. No mask is made"
+                )
         if not shards:  # those are sums already
             ranks.sum_(totals.values())
         saliency = {name: total.div_(images).abs_().float().contiguous() for name, total in totals.items()}
@@ -209,15 +216,15 @@ def _forget_loss(model: LatentDiffusion, batch: MaskBatch, c_guidance: float) ->
     latents, timesteps, noise, context, uncond_context = batch
     noisy = model.q_sample(latents, timesteps, noise)  # (B, C, H, W)
     if c_guidance:
-        conditional, unconditional = predict_noise_pair(
+        conditional, unconditional = predict_pair(
             model,
             (noisy, timesteps, context),
             (noisy, timesteps, uncond_context),
         )  # two of (B, C, H, W)
         prediction = (1 + c_guidance) * conditional - c_guidance * unconditional  # (B, C, H, W)
     else:
-        prediction = predict_noise(model, noisy, timesteps, context)  # (B, C, H, W)
-    return F.mse_loss(prediction, noise.float())
+        prediction = model.predict(noisy, timesteps, context)  # (B, C, H, W)
+    return F.mse_loss(prediction, model.prediction_target(latents, timesteps, noise))
 
 
 def threshold_mask(saliency: Mapping[str, Tensor], threshold: float) -> Mask:
@@ -284,15 +291,17 @@ def random_mask(
     """Mark a uniformly random subset, exactly as many weights as `threshold_mask` would: the control for saliency.
 
     Args:
-        like: name -> tensor whose shape and device count; the draw is on the CPU, hence the same for every device.
+        like: name -> tensor whose shape counts.
         threshold: fraction to keep, 0 < threshold <= 1.
         seed: the same seed, names and shapes give the same mask; the global random state is not touched.
         pool: as in `threshold_masks`.
+
+    Returns:
+        name -> bool tensor, on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.rand(tensor.shape, generator=generator) for name, tensor in like.items()}
-    mask = threshold_masks(noise, [threshold], pool=pool)[0]
-    return {name: marked.to(like[name].device) for name, marked in mask.items()}
+    return threshold_masks(noise, [threshold], pool=pool)[0]
 
 
 def _ranked(saliency: Mapping[str, Tensor], pool: Collection[str] | None) -> dict[str, Tensor]:

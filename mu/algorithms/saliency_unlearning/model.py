@@ -222,13 +222,9 @@ class SaliencyUnlearnModel(nn.Module):
                 self._follow(name, parameter)
                 trained[name] = self._entries[name].read(parameter).clone()
                 self._entries[name].write_(parameter, self._originals[name])
-        # Autocast would keep its bf16 copies of these weights for the predictions with the trained ones.
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
         try:
             yield self.ldm
         finally:
-            torch.set_autocast_cache_enabled(cached)
             with torch.no_grad():
                 for name, parameter in self.parameters_to_train():
                     self._entries[name].write_(parameter, trained[name])
@@ -241,7 +237,7 @@ class SaliencyUnlearnModel(nn.Module):
 
 
 class FrozenOriginal:
-    """Predicts what the model predicted before training; needs only the original values of the selected entries.
+    """Predicts what the network predicted before training; needs only the original values of the selected entries.
 
     Args:
         model: not yet trained; its `keep_originals` is called here.
@@ -251,12 +247,12 @@ class FrozenOriginal:
         self.model = model
         model.keep_originals()
 
-    @property
-    def unet(self) -> nn.Module:
-        return self.model.ldm.unet
-
     @torch.no_grad()
-    def predict_noise(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """As `LatentDiffusion.predict_noise`, without gradient."""
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """As `LatentDiffusion.predict`, without gradient.
+
+        Autocast must not cache the weights that it rounds, as in `Compute.autocast`: the originals would go on in the
+        predictions of the trained model.
+        """
         with self.model.frozen_originals() as ldm:
-            return ldm.predict_noise(noisy_latents, timesteps, context)  # (B, C, H, W)
+            return ldm.predict(noisy_latents, timesteps, context)  # (B, C, H, W)

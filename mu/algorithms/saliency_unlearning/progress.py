@@ -24,6 +24,7 @@ from mu.algorithms.saliency_unlearning.trainer import (
     SaliencyUnlearnTrainer,
     salun_loss,
 )
+from mu.arithmetic import products
 from mu.datasets.encoded import EncodedRows
 from mu.datasets.streams import order
 from mu.run_folder import MetricsCsv, RunFolder
@@ -72,7 +73,8 @@ class Progress(pl.Callback):
 
     def _validate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, SaliencyUnlearnTrainer)
-        losses = validation_losses(module, self.batches)
+        with products(tf32=False):
+            losses = validation_losses(module, self.batches)
         self.csv.append(trainer.global_step, **losses)
         for logger in _wandb(trainer):
             logger.log_metrics(

@@ -15,7 +15,7 @@ from mu.algorithms.saliency_unlearning.compute import Compute, halved, is_out_of
 from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel, TrainingError
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
 from mu.algorithms.saliency_unlearning.optim_8bit import MaskedAdam8bit
-from mu.algorithms.saliency_unlearning.prediction import NoisePredictor, predict_noise, predict_noise_pair
+from mu.algorithms.saliency_unlearning.prediction import Predictor, predict_pair
 from mu.algorithms.saliency_unlearning.shards import is_sharded, local
 from mu.ldm import LatentDiffusion
 
@@ -33,14 +33,16 @@ def salun_loss(
     forget: ForgetBatch,
     retain: RetainBatch,
     alpha: float,
-    target_model: NoisePredictor | None = None,
+    target_model: Predictor | None = None,
     *,
-    retain_model: NoisePredictor | None = None,
+    retain_model: Predictor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """E ||eps(z_t | c_f) - sg[eps(z_t | c_p)]||^2 + alpha E ||eps(z_t^r | c_r) - eps||^2, means over all elements.
+    """E ||f(z_t | c_f) - sg[f(z_t | c_p)]||^2 + alpha E ||f(z_t^r | c_r) - y||^2, means over all elements.
 
+    f is what the network predicts, the noise eps or v, and y its target for the retained image
+    (`LatentDiffusion.predict`, `prediction_target`); for a network that predicts eps this is SalUn's equation 6.
     On the same noisy latents the forgotten prompt c_f must predict what the substitute prompt c_p predicts.
-    With a `retain_model`, its prediction stands in the place of eps in the second term: what is retained then pulls
+    With a `retain_model`, its prediction stands in the place of y in the second term: what is retained then pulls
     towards that model, by a gradient without the noise's own variance, and by none at all where nothing has changed.
 
     Args:
@@ -49,7 +51,7 @@ def salun_loss(
         retain: see `RetainBatch`.
         alpha: weight of retaining.
         target_model: predicts for the substitute prompt, without gradient; default: `model` itself.
-        retain_model: predicts what the retained images are to give, without gradient; default: the noise itself.
+        retain_model: predicts what the retained images are to give, without gradient; default: y.
 
     Returns:
         loss, forget term, retain term: fp32 scalars.
@@ -63,13 +65,13 @@ def salun_loss(
     to_retain = (retain_noisy, retain_timesteps, retain_context)
     with torch.no_grad():  # forget_target (B, C, H, W), retain_target (B', C, H, W)
         if retain_model is None:
-            forget_target, retain_target = predict_noise(target_model, *to_forget), retain_noise.float()
+            forget_target = target_model.predict(*to_forget)
+            retain_target = model.prediction_target(*retain[:3])
         elif retain_model is target_model:
-            forget_target, retain_target = predict_noise_pair(target_model, to_forget, to_retain)
+            forget_target, retain_target = predict_pair(target_model, to_forget, to_retain)
         else:
-            forget_target = predict_noise(target_model, *to_forget)
-            retain_target = predict_noise(retain_model, *to_retain)
-    forget_prediction, retain_prediction = predict_noise_pair(
+            forget_target, retain_target = target_model.predict(*to_forget), retain_model.predict(*to_retain)
+    forget_prediction, retain_prediction = predict_pair(
         model, (noisy, timesteps, context), to_retain
     )  # (B, C, H, W), (B', C, H, W)
     forget_term = F.mse_loss(forget_prediction, forget_target)
@@ -78,7 +80,7 @@ def salun_loss(
 
 
 def ascent_loss(model: LatentDiffusion, forget: ForgetBatch) -> Tensor:
-    """-E ||eps(z_t | c_f) - eps||^2: gradient ascent on the forget set (Thudi et al. 2022), a control.
+    """-E ||f(z_t | c_f) - y||^2: gradient ascent on the forget set (Thudi et al. 2022), a control.
 
     It has no lower bound: the more steps, the less is left of anything. Returns an fp32 scalar.
     """
@@ -87,12 +89,10 @@ def ascent_loss(model: LatentDiffusion, forget: ForgetBatch) -> Tensor:
 
 
 def retain_loss(model: LatentDiffusion, retain: RetainBatch) -> Tensor:
-    """E ||eps(z_t^r | c_r) - eps||^2: fine-tuning on the retain set alone (Warnecke et al. 2021), a control."""
+    """E ||f(z_t^r | c_r) - y||^2: fine-tuning on the retain set alone (Warnecke et al. 2021), a control."""
     latents, timesteps, noise, context = retain
-    prediction = predict_noise(
-        model, model.q_sample(latents, timesteps, noise), timesteps, context
-    )  # (B', C, H, W)
-    return F.mse_loss(prediction, noise.float())
+    prediction = model.predict(model.q_sample(latents, timesteps, noise), timesteps, context)  # (B', C, H, W)
+    return F.mse_loss(prediction, model.prediction_target(latents, timesteps, noise))
 
 
 class SaliencyUnlearnTrainer(pl.LightningModule):
@@ -119,8 +119,8 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             "retain", `retain_loss`. The term that a control has not is logged as 0.
 
     Raises:
-        TrainingError: while training, a loss or a gradient is NaN or infinite; names the step and its
-            images, and nothing is written.
+        TrainingError: while training, a loss or a gradient is NaN or infinite, which names the step and its images; or
+            a tensor that may move has no gradient, which names it. Nothing is written.
         OutOfMemoryError: memory does not suffice for one image of each part; or, on shards, for as many as are asked
             for.
     """
@@ -200,15 +200,23 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             images: see `TrainBatch`; for messages.
 
         Raises:
-            TrainingError: something is NaN or infinite in one of the processes.
+            TrainingError: in one of the processes something is NaN or infinite, or a gradient is missing.
         """
         named = self.model.parameters_to_train()
         gradients = {name: local(p.grad) for name, p in named if p.grad is not None}
+        without = [name for name, _ in named if name not in gradients]
         some = [gradient for gradient in gradients.values() if gradient.numel()]  # of shards, not all
         largest = torch.nn.utils.get_total_norm(some, norm_type=float("inf")).to(found[0].device)
-        sums = torch.stack([*found, largest])  # (4,); the last is finite if it is so in each process
-        ranks.sum_([sums])
-        loss, forget_term, retain_term, largest = sums.unbind()
+        sums = torch.stack([*found, largest, largest.new_tensor(float(len(without)))])  # (5,)
+        ranks.sum_([sums])  # a sum is finite if each process' number is
+        loss, forget_term, retain_term, largest, lacking = sums.unbind()
+        if lacking:
+            names = sorted({name for names in ranks.gathered(without) for name in names})
+            raise TrainingError(
+                f"step {self.global_step}: {len(names)} of {len(named)} tensors that may move have no gradient "
+                f"({', '.join(names)}): they are frozen, or take no part in the prediction, or this release of torch "
+                f"({torch.__version__}) loses their gradient. Training stops before any weight has moved"
+            )
         source = "; ".join(f"{part}: {', '.join(files)}" for part, files in images.items())
         if not torch.isfinite(loss):
             raise TrainingError(

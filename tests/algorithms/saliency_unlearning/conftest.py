@@ -19,12 +19,11 @@ CHANNELS, SIDE, WIDTH = 4, 3, 5
 
 
 class LinearUNet(nn.Module):
-    """prediction = dropout(signal * x) + prompt @ mean over L of the context; one parameter is never used."""
+    """prediction = dropout(signal * x) + prompt @ mean over L of the context."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         self.signal = nn.Parameter(torch.randn(CHANNELS, generator=generator))
-        self.unused = nn.Parameter(torch.randn(3, generator=generator))
         self.prompt = nn.Parameter(torch.randn(CHANNELS, WIDTH, generator=generator))
         self.dropout = nn.Dropout(0.5)
 
@@ -45,10 +44,14 @@ class LinearModel(nn.Module):
     def q_sample(self, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         return 0.8 * latents + (0.6 + timesteps.view(-1, 1, 1, 1) / 1000) * noise
 
-    def predict_noise(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         assert len(noisy_latents) == len(timesteps) == len(context)
         self.calls.append((context.detach(), torch.is_grad_enabled()))
-        return self.unet(noisy_latents, context)
+        dtype = self.unet.signal.dtype
+        return self.unet(noisy_latents.to(dtype), context.to(dtype)).float()
+
+    def prediction_target(self, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        return noise.float()
 
 
 def linear_batch(images: int, lengths: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:

@@ -567,16 +567,16 @@ def test_whatever_the_way_to_compute_only_the_mask_moves_and_the_file_keeps_its_
 def test_promise_22_a_mask_is_the_same_to_rounding_when_memory_runs_out(
     tiny_runs: Any, tmp_path: Path, mask_run: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, batches = LatentDiffusion.predict_noise, []
+    whole, batches = LatentDiffusion.predict, []
 
-    def predict_noise(model: LatentDiffusion, x: Tensor, *args: Tensor) -> Tensor:
+    def predict(model: LatentDiffusion, x: Tensor, *args: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             batches.append(len(x) // 2)  # both branches of guidance go in one call
             if batches[-1] > 1:
                 torch.empty(2**60, dtype=torch.uint8)
         return whole(model, x, *args)
 
-    monkeypatch.setattr(LatentDiffusion, "predict_noise", predict_noise)
+    monkeypatch.setattr(LatentDiffusion, "predict", predict)
     result = MaskingAlgorithm(tiny_runs.mask_config(batch_size=3, output_dir=str(tmp_path))).run()
     assert batches == [3, 1, 1, 1, 1]
     one, other = load_mask(result["masks"][0.5]), load_mask(mask_run["masks"][0.5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,14 @@ from mu.algorithms.saliency_unlearning.compute import (
     Compute,
     OutOfMemoryError,
     choose,
+    choose_for,
     computing,
+    encoders_at_hand,
     free_bytes,
     halved,
     is_out_of_memory,
 )
+from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
 from mu.algorithms.saliency_unlearning.passes import gradient_pass
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
@@ -28,7 +32,12 @@ from tests.algorithms.saliency_unlearning.test_trainer import tiny_batch
 
 LATENT = (4, 8, 8)
 AUTO = SimpleNamespace(
-    precision="auto", channels_last=None, gradient_checkpointing=None, compile=False, sharding="none"
+    AUTO_PRECISION="bf16-mixed",
+    precision="auto",
+    channels_last=None,
+    gradient_checkpointing=None,
+    compile=False,
+    sharding="none",
 )
 
 
@@ -218,11 +227,75 @@ def test_on_a_gpu_encoders_leave_its_memory_and_come_back(make_tiny_model: Any) 
     assert all(torch.equal(value, before[name]) for name, value in ldm.state_dict().items())
 
 
-def test_tf32_is_for_what_is_beside_bf16_alone(make_tiny_model: Any) -> None:
+def test_tf32_is_for_what_asks_for_it_and_beside_bf16(make_tiny_model: Any) -> None:
     ldm = make_tiny_model()
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    for precision in ("fp32", "bf16-mixed", "bf16"):
+    for precision in ("fp32", "tf32", "bf16-mixed", "bf16"):
         with computing(ldm, Compute(precision=precision)):
             allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
             assert set(allowed) == {precision != "fp32"}
+            with encoders_at_hand(ldm):
+                assert not torch.backends.cuda.matmul.allow_tf32
+                assert not torch.backends.cudnn.allow_tf32
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_promise_29_autocast_keeps_no_rounded_weights() -> None:
+    """Before torch 2.11 those of a prediction without gradient would serve, without gradient, the next one."""
+    kept = torch.is_autocast_cache_enabled()
+    for precision in ("fp32", "bf16-mixed"):
+        with Compute(precision=precision).autocast(torch.device("cpu")):
+            assert torch.is_autocast_enabled("cpu") is (precision == "bf16-mixed")
+            assert not torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled() is kept
+
+
+@pytest.mark.parametrize(
+    ("config", "capability", "expected"),
+    [
+        (MaskConfig, (8, 0), "tf32"),
+        (MaskConfig, (7, 5), "fp32"),
+        (TrainConfig, (8, 0), "bf16-mixed"),
+        (TrainConfig, (7, 5), "fp32"),
+    ],
+)
+def test_auto_is_tf32_for_a_mask_and_bf16_for_training(
+    tiny_model: LatentDiffusion,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    config: type[MaskConfig] | type[TrainConfig],
+    capability: tuple[int, int],
+    expected: str,
+) -> None:
+    """Of a GPU's generation only what torch tells is stood in for; the choice is made without computing there."""
+    keys = config(**({} if config is MaskConfig else {"masking": "none"}), gradient_checkpointing=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
+
+    def precision(device: str, **changes: Any) -> str:
+        asked = replace(keys, **changes)
+        return choose_for(
+            asked,
+            tiny_model.params.unet,
+            torch.device(device),
+            moving=(),
+            images=1,
+            latent_shape=LATENT,
+            left=0,
+        ).precision
+
+    assert precision("cuda") == expected
+    assert precision("cpu") == "fp32"
+    assert not caplog.records
+    assert precision("cuda", precision="tf32") == ("tf32" if capability >= (8, 0) else "fp32")
+    assert bool(caplog.records) is (capability < (8, 0))
+    caplog.clear()
+    assert precision("cpu", precision="tf32") == "fp32"
+    assert "precision tf32: cpu does not have it" in caplog.text
+
+
+def test_what_the_allocator_keeps_for_itself_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
+    assert free_bytes(torch.device("cuda", 0)) == 1400

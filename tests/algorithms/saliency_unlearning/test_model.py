@@ -194,10 +194,10 @@ def test_the_frozen_original_stands_in_and_leaves_no_trace(
     noisy = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
     context, t = torch.randn(2, 5, 32, generator=generator).to(dtype), torch.tensor([3, 700])
 
-    prediction = original.predict_noise(noisy, t, context)
+    prediction = original.predict(noisy, t, context)
     with torch.no_grad():
-        assert torch.equal(prediction, reference.predict_noise(noisy, t, context))
-        assert not torch.equal(prediction, ldm.predict_noise(noisy, t, context))
+        assert torch.equal(prediction, reference.predict(noisy, t, context))
+        assert not torch.equal(prediction, ldm.predict(noisy, t, context))
     assert not prediction.requires_grad
     assert all(torch.equal(value, trained[name]) for name, value in ldm.state_dict().items())
     model.verify_unmasked()

@@ -187,12 +187,143 @@ def test_autocast_keeps_the_gradient_after_the_call_without_one(tiny_model: Late
     batch = tiny_batch(0)
     loss, *_ = salun_loss(tiny_model, batch["forget"], batch["retain"], 0.5)
     exact = torch.autograd.grad(loss, list(tiny_model.unet.parameters()))
-    with torch.autocast("cpu", torch.bfloat16):
+    with Compute(precision="bf16-mixed").autocast(tiny_model.device):
         loss, *_ = salun_loss(tiny_model, batch["forget"], batch["retain"], 0.5)
     assert loss.dtype == torch.float32
     rough = torch.autograd.grad(loss, list(tiny_model.unet.parameters()))
     a, b = (torch.cat([g.view(-1) for g in grads]) for grads in (exact, rough))
     assert ((a - b).norm() / a.norm()).item() < 0.1
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("retain_target", ["noise", "frozen"])
+@pytest.mark.parametrize("target", ["current", "frozen"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16-mixed", "bf16"])
+def test_promise_29_every_weight_that_may_move_has_a_gradient(
+    make_tiny_model: Callable[..., LatentDiffusion],
+    precision: str,
+    target: str,
+    retain_target: str,
+    device: str,
+) -> None:
+    """Of the fp32 gradient's size: a release of torch that loses most of them fails here, by name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for arithmetic in ("fp32", precision):
+        ldm, compute = make_tiny_model().to(device), Compute(precision=arithmetic)
+        batch = {
+            part: tuple(tensor.to(device) for tensor in tiny_batch(0)[part]) for part in ("forget", "retain")
+        }
+        with computing(ldm, compute):
+            model = SaliencyUnlearnModel(ldm, "full")
+            original = FrozenOriginal(model)
+            with torch.no_grad():  # as after some steps: the frozen one is another
+                for parameter in ldm.unet.parameters():
+                    parameter.mul_(1.1)
+            with compute.autocast(ldm.device):
+                loss, *_ = salun_loss(
+                    ldm,
+                    batch["forget"],
+                    batch["retain"],
+                    0.5,
+                    original if target == "frozen" else None,
+                    retain_model=original if retain_target == "frozen" else None,
+                )
+            loss.backward()
+            named = model.parameters_to_train()
+            assert [name for name, parameter in named if parameter.grad is None] == []
+            found[arithmetic] = {name: p.grad.float() for name, p in named}  # type: ignore[union-attr]
+    exact, rough = (torch.cat([g.reshape(-1) for g in found[a].values()]) for a in ("fp32", precision))
+    assert ((rough - exact).norm() / exact.norm()).item() < 0.2
+
+
+@pytest.mark.parametrize("objective", ["salun", "ascent", "retain"])
+def test_promise_29_a_tensor_without_a_gradient_is_named_before_any_weight_moves(
+    tiny_model: LatentDiffusion, objective: str
+) -> None:
+    """Frozen behind the model's back, as a caller may; all its other weights have a gradient."""
+    model = SaliencyUnlearnModel(tiny_model, "full")
+    lost = ["input_blocks.0.0.weight", "out.2.bias"]
+    for name in lost:
+        tiny_model.unet.get_parameter(name).requires_grad_(False)
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    with pytest.raises(TrainingError, match=rf"step 0: 2 of \d+ tensors .*no gradient \({', '.join(lost)}\)"):
+        fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3, objective=objective), [tiny_batch(0)])
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
+
+
+# ---- the loss of a network that predicts v
+
+
+def v_model(make_tiny_model: Callable[..., LatentDiffusion], seed: int = 0) -> LatentDiffusion:
+    return make_tiny_model(seed, parameterization="v", unconditional=True)
+
+
+def noisy_and_v(model: LatentDiffusion, part: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """z_t and v = sqrt(abar) eps - sqrt(1 - abar) z of a part of a batch, from the schedule in fp64."""
+    latents, timesteps, noise = part[:3]
+    abar = model.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)
+    noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+    return noisy.float(), (abar.sqrt() * noise - (1 - abar).sqrt() * latents).float()
+
+
+@torch.no_grad()
+def test_of_a_network_that_predicts_v_every_loss_is_on_v(
+    make_tiny_model: Callable[..., LatentDiffusion],
+) -> None:
+    model, other, batch = v_model(make_tiny_model), v_model(make_tiny_model, 1), tiny_batch(0)
+    _, t, _, context, substitute = batch["forget"]
+    noisy, v = noisy_and_v(model, batch["forget"])
+    _, t_r, _, context_r = batch["retain"]
+    noisy_r, v_r = noisy_and_v(model, batch["retain"])
+    forgotten, retained = model.unet(noisy, t, context), model.unet(noisy_r, t_r, context_r)
+    expected = {
+        "forget": (forgotten - model.unet(noisy, t, substitute)).square().mean(),
+        "retain": (retained - v_r).square().mean(),
+        "forget, frozen": (forgotten - other.unet(noisy, t, substitute)).square().mean(),
+        "retain, frozen": (retained - other.unet(noisy_r, t_r, context_r)).square().mean(),
+        "ascent": -(forgotten - v).square().mean(),
+    }
+    plain = salun_loss(model, batch["forget"], batch["retain"], 0.5)
+    frozen = salun_loss(model, batch["forget"], batch["retain"], 0.5, other, retain_model=other)
+    found = {
+        "forget": plain[1],
+        "retain": plain[2],
+        "forget, frozen": frozen[1],
+        "retain, frozen": frozen[2],
+        "ascent": ascent_loss(model, batch["forget"]),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(retain_loss(model, batch["retain"]), expected["retain"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [50, 500, 800, 950])
+def test_of_a_network_that_predicts_v_noisy_steps_count_in_full(
+    make_tiny_model: Callable[..., LatentDiffusion], t: int
+) -> None:
+    """Gradient of the forget term by the network's own output: 2/n (v_f - v_p), and not that times abar_t."""
+    model = v_model(make_tiny_model)
+    latents, _, noise, context, substitute = tiny_batch(0, images=1)["forget"]
+    forget = (latents, torch.tensor([t]), noise, context, substitute)
+    outputs: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.retain_grad()
+        outputs.append(output)
+
+    hook = model.unet.register_forward_hook(keep)
+    term = salun_loss(model, forget, (latents, forget[1], noise, context), 0.0)[1]
+    hook.remove()
+    term.backward()
+    target, both = outputs
+    gap = (both[:1] - target).detach()
+    assert both.grad is not None
+    torch.testing.assert_close(both.grad[:1], 2 / gap.numel() * gap, rtol=1e-5, atol=1e-9)
+    assert not both.grad[1:].any()
 
 
 # ---- training

@@ -60,6 +60,12 @@ class ModelKeys(Config):
         pattern=DEVICES_PATTERN,
     )
 
+    deterministic: bool = setting(
+        False,
+        "The same bits each time on a GPU too: torch, cuDNN and cuBLAS take kernels that give them, which may be "
+        "slower. On a CPU it is so without.",
+    )
+
     def checkpoint(self) -> Path:
         """The file that `ckpt_path` leads to."""
         return checkpoint_file(self.ckpt_path)

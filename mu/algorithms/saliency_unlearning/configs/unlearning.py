@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mu.algorithms.saliency_unlearning.configs.concept import (
     OUTPUTS,
@@ -35,17 +36,25 @@ _TRAIN_METHOD_HELP = (
     "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
     "output blocks 6 and 8."
 )
+_PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed", "bf16")
+_PRECISION_HELP = (
+    "Arithmetic of the UNet: fp32; tf32, products of factors rounded to 10 bits, on GPUs that have it; bf16-mixed, "
+    "fp32 weights computed with in bf16; bf16, weights too, with the full ones kept in main memory. Files keep their "
+    "own type."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeKeys(ConceptKeys):
     """How the UNet computes in both stages; docs/speed.md says what each key costs and what is chosen by itself."""
 
+    AUTO_PRECISION: ClassVar[str] = "bf16-mixed"
+    """What precision auto is on a GPU that has it."""
+
     precision: str = setting(
         "auto",
-        "Arithmetic of the UNet: fp32; bf16-mixed, fp32 weights computed with in bf16; bf16, weights too, with the "
-        "full ones kept in main memory. Files keep their own type. auto: bf16-mixed on a GPU that has it, else fp32.",
-        choices=("auto", "fp32", "bf16-mixed", "bf16"),
+        f"{_PRECISION_HELP} auto: bf16-mixed on a GPU that has it, else fp32.",
+        choices=_PRECISIONS,
     )
     channels_last: bool | None = setting(
         None, "Convolutions with the channels together in memory; null: on a GPU, where it is faster."
@@ -92,6 +101,13 @@ class ComputeKeys(ConceptKeys):
 class MaskConfig(ComputeKeys):
     """Stage 1: the saliency mask of a concept."""
 
+    AUTO_PRECISION: ClassVar[str] = "tf32"
+    precision: str = setting(
+        "auto",
+        f"{_PRECISION_HELP} auto: tf32 on a GPU that has it, else fp32; in bf16 a tenth of the mask would be other "
+        "weights (docs/masks.md).",
+        choices=_PRECISIONS,
+    )
     c_guidance: float = setting(
         7.5, "Guidance w of the forget loss, (1+w) eps(prompt) - w eps(''); 0: the plain loss.", ge=0, le=100
     )

@@ -129,7 +129,7 @@ def training_memory(
     optimized = optimizer_bytes(count, precision=precision, optimizer=optimizer) + index
     update = 8 * min(count, _BUCKET_ENTRIES) + 8 * max(moving.selected.values(), default=0)
     swapped = width * count if frozen else 0  # what is trained, while the original stands in its place
-    held = mask + (unet + originals + optimized + moving.gradients(precision)) // shards
+    held = (0 if cuda else mask) + (unet + originals + optimized + moving.gradients(precision)) // shards
     device = {"train": held + _taken(max(activations, swapped), cuda), "update": held + update // shards}
     resumed_bytes = (width + 8) * count if resumed else 0
     full_copy = model.unet if precision == "bf16" else 0
@@ -138,8 +138,8 @@ def training_memory(
     host = {"load": model.whole + model.file + resumed_bytes}
     both = 2 * model.file  # the original and what was written
     if cuda:
-        host |= {"write": full_copy + model.file, "compare": full_copy + both + change}
-        return _with_libraries(host), {**_plus(model.whole + mask, passes), **device}
+        host |= {"write": mask + full_copy + model.file, "compare": mask + full_copy + both + change}
+        return _with_libraries(host), {**_plus(model.whole, passes), **device}
     before = model.whole + mask + resumed_bytes
     host |= {name: before + _taken(peak, cuda) for name, peak in passes.items()}
     host |= _plus(model.encoders + full_copy + resumed_bytes, device)

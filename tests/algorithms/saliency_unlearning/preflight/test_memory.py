@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ def test_the_parts_of_training() -> None:
     assert host["update"] == update + late
     kept = int(RETAINED_SHARE * (max(train, update) - before))
     assert host["compare"] == before + 2 * 500 + max(kept, 9 * 70) + late
+
+
+def test_on_a_gpu_the_mask_stays_in_main_memory() -> None:
+    (with_mask, on_gpu), (without, the_same) = (
+        training_memory(MODEL, replace(MOVING, mask=mask), **{**TRAINING, "cuda": True})
+        for mask in (True, False)
+    )
+    assert on_gpu == the_same
+    assert with_mask["write"] - without["write"] == with_mask["compare"] - without["compare"] == 150
 
 
 @pytest.mark.parametrize(
