@@ -5,9 +5,9 @@ python scripts/gpu_check.py --list                            # the parts, and w
 python scripts/gpu_check.py --only tests,threshold
 python scripts/gpu_check.py --device cpu --toy                # the same code on a tiny model, without a GPU
 
-Each part runs in a process of its own, with a time limit, the most valuable first. The JSON is written anew after each
-part, and a part writes down what it finds as it goes: a run that is cut off still tells. Nothing is downloaded. The exit
-code is 0 when every part that ran did what it should, and 1 when one did not.
+Each part runs in a process of its own, with a time limit, the most valuable first. The JSON is written anew after
+each part, and a part writes down what it finds as it goes: a run that is cut off still tells. Nothing is downloaded.
+The exit code is 0 when every part that ran did what it should, 1 when one did not, and 128 and more after a signal.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,9 +132,9 @@ def check(
         else:
             try:
                 result = run_part(part, spec, folder, limit_s=max(5.0, min(part.limit_s, left)))
-            except Stopped:
+            except Stopped as stopped:
                 report["parts"][part.name] = {**_read(folder / f"{part.name}.json"), "status": "stopped"}
-                report["stopped"] = True
+                report["stopped"] = stopped.code
                 print("stopped", flush=True)
                 break
         report["parts"][part.name] = result
@@ -149,9 +150,10 @@ def check(
 
 
 def _head() -> Result:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"date": date, "commit": commit or None}
 
@@ -253,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report, output = check(parts, spec, Path(name), given.output, seconds=given.minutes * 60)
     print(table(report))
     print(f"\n{output}")
-    return 0 if is_good(report) else 1
+    return report.get("stopped") or (0 if is_good(report) else 1)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_model import few_images, run_keys
+from gpu_model import run_keys
 from gpu_parts import Record, Spec
 from torch import Tensor, nn
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.configs import MaskConfig
-from mu.config import keys_of
 from mu.ldm.tensor_file import read_state_dict
 
 _LR = 1e-5
@@ -27,8 +25,7 @@ _UNET = "model.diffusion_model."
 
 def same_bits(spec: Spec, record: Record) -> None:
     """Mask and training twice from one seed, each in a process of its own: whether the files hold the same bits."""
-    known = any(key.name == "deterministic" for key in keys_of(MaskConfig))
-    for deterministic in (True, False) if known else (False,):
+    for deterministic in (True, False):
         word = f"deterministic {deterministic}"
         found = [_files_of(spec, f"{deterministic}-{time}", deterministic=deterministic) for time in "ab"]
         for stage in ("mask", "train"):
@@ -57,7 +54,6 @@ def _files_of(spec: Spec, name: str, *, deterministic: bool) -> dict[str, Any]:
     """Paths of a mask and a checkpoint, made in a process of its own, as `python gpu_runs.py spec.json`."""
     folder = Path(spec.folder) / f"same-{name}"
     folder.mkdir(exist_ok=True)
-    few_images(spec, "forget", 4), few_images(spec, "retain", 4)
     path = folder / "spec.json"
     path.write_text(json.dumps({**vars(spec), "deterministic": deterministic, "work": str(folder)}))
     subprocess.run([sys.executable, __file__, str(path)], check=True, env=dict(os.environ))
@@ -69,8 +65,7 @@ def _make_files(given: dict[str, Any]) -> None:
     work, deterministic = Path(given.pop("work")), given.pop("deterministic")
     spec = Spec(**given)
     keys = run_keys(spec, work, images=4)
-    if deterministic:
-        keys["deterministic"] = True
+    keys["deterministic"] = deterministic
     mask = MaskingAlgorithm(keys, batch_size=2).run()
     (path,) = mask["masks"].values()
     trained = SaliencyUnlearningAlgorithm(
@@ -96,10 +91,10 @@ def out_of_memory(spec: Spec, record: Record) -> None:
     with _failing_in_backward(spec) as failed:
         disturbed = _update(spec, work / "disturbed", start, record)
     record.check("memory ran out in the middle of the backward pass", failed == [True])
-    moved = undisturbed != 0
-    record.check("the same weights moved", torch.equal(moved, disturbed != 0))
+    record.check("half of the weights moved", int(undisturbed.count_nonzero()) > 0.4 * len(undisturbed))
     # Adam's first step is lr times the gradient's sign: only where a gradient is near zero may rounding turn it.
-    share = float(((undisturbed - disturbed).abs() > 0.5 * _LR).count_nonzero() / moved.count_nonzero())
+    differ = ((undisturbed - disturbed).abs() > 0.5 * _LR).count_nonzero()
+    share = int(differ) / max(1, int(undisturbed.count_nonzero()))
     record.add(f"{share:.3%} of the updates differ by more than half of lr", share_that_differs=share)
     record.check("the step is the undisturbed one to rounding", share < 0.01)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 import warnings
@@ -76,7 +77,7 @@ def channels_last(spec: Spec, record: Record) -> None:
     """Our step and mask with the channels together in memory, and not."""
     seconds: dict[str, dict[bool, float]] = {"step": {}, "mask": {}}
     for chosen in (True, False):
-        with _training(spec, channels_last=chosen) as (step, bench):
+        with _training(spec, channels_last=chosen) as (step, bench, _):
             seconds["step"][chosen] = repeated(step, bench)["seconds"]
         seconds["mask"][chosen] = _mask_seconds(spec, chosen)
         record.add(
@@ -91,7 +92,7 @@ def compile(spec: Spec, record: Record) -> None:
     """Our step translated by torch.compile, and not: what the first one takes, and the later ones."""
     numbers = {}
     for chosen in (False, True):
-        with _training(spec, compile=chosen) as (step, bench):
+        with _training(spec, compile=chosen) as (step, bench, _):
             first, _ = timed(step, bench.device)
             numbers[chosen] = {"first_s": first, "step_s": repeated(step, bench)["seconds"]}
         record.add(
@@ -108,11 +109,14 @@ def profile(spec: Spec, record: Record) -> None:
     from torch.profiler import ProfilerActivity
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if spec.on_cuda else [])]
-    with _training(spec) as (step, bench):
+    with _training(spec) as (step, bench, arm):
         for _ in range(2):
             step()
-        plain, _ = timed(lambda: [step() for _ in range(5)], bench.device)
-        record.add(f"five steps {plain:.3f} s", five_steps_s=plain)
+        whole, _ = timed(lambda: [step() for _ in range(5)], bench.device)
+        record.add(f"five steps {whole:.3f} s", five_steps_s=whole)
+        optimizing = _seconds_of(arm.optimizer, step, bench.device)
+        share = optimizing / whole
+        record.add(f"optimizer: {optimizing:.3f} s of them, {share:.1%}", optimizer_share=share)
         if spec.on_cuda:
             places = _waits(step)
             record.add(f"the CPU waits for the GPU {sum(places.values())} times a step", waits=dict(places))
@@ -120,19 +124,38 @@ def profile(spec: Spec, record: Record) -> None:
                 record.add(f"    {count} x {place}")
         with torch.profiler.profile(activities=kinds) as found:
             timed(lambda: [step() for _ in range(5)], bench.device)
-    events = found.key_averages()
+    seconds = {event.key: (_own_seconds(event, spec), event.count) for event in found.key_averages()}
+    total = sum(own for own, _ in seconds.values())
+    largest = sorted(seconds.items(), key=lambda one: -one[1][0])[:12]
+    record.add(f"{total:.3f} s in kernels, the largest:", kernels_s=total, largest=dict(largest))
+    for name, (own, count) in largest:
+        record.add(f"    {own / total:6.1%} {count:6} x {name[:90]}")
 
-    def time_of(event: Any, *, own: bool) -> float:
-        kind = "device" if spec.on_cuda else "cpu"
-        return float(getattr(event, f"{'self_' if own else ''}{kind}_time_total")) / 1e6
 
-    total = sum(time_of(event, own=True) for event in events)
-    optimizer = sum(time_of(event, own=False) for event in events if event.key.startswith("Optimizer.step#"))
-    record.add(f"optimizer: {optimizer / total:.1%} of {total:.3f} s", optimizer_share=optimizer / total)
-    largest = sorted(events, key=lambda event: -time_of(event, own=True))[:12]
-    record.add(largest={event.key: [time_of(event, own=True), event.count] for event in largest})
-    for event in largest[:8]:
-        record.add(f"    {time_of(event, own=True) / total:6.1%} {event.count:6} x {event.key[:90]}")
+def _own_seconds(event: Any, spec: Spec) -> float:
+    """Of a kernel on the GPU, or of an operation on the CPU without those that it calls; 0 for what is neither."""
+    if not spec.on_cuda:
+        return float(event.self_cpu_time_total) / 1e6
+    if event.device_type.name != "CUDA" or getattr(event, "is_user_annotation", False):
+        return 0.0
+    return float(event.self_device_time_total) / 1e6
+
+
+def _seconds_of(optimizer: torch.optim.Optimizer, step: Callable[[], None], device: str) -> float:
+    """Of the optimizer in five steps."""
+    spent = []
+    update = optimizer.step
+
+    def timed_update() -> None:
+        spent.append(timed(update, device)[0])
+
+    optimizer.step = timed_update  # type: ignore[method-assign,assignment]
+    try:
+        for _ in range(5):
+            step()
+    finally:
+        del optimizer.step  # the class' own again
+    return sum(spent)
 
 
 def _waits(step: Callable[[], None]) -> Counter[str]:
@@ -150,8 +173,6 @@ def _waits(step: Callable[[], None]) -> Counter[str]:
 
 def _of_device(spec: Spec) -> Result:
     """What the part `device` measured."""
-    import json
-
     found: Result = json.loads((Path(spec.folder) / "device.json").read_text(encoding="utf-8"))["measured"]
     return found
 
@@ -165,8 +186,8 @@ def _measured(fields: Result, part: str, arm: str, *, limit_s: float) -> Result:
 
 
 @contextmanager
-def _training(spec: Spec, **computing: Any) -> Iterator[tuple[Callable[[], None], BenchmarkSpec]]:
-    """A function that makes our next training step under a random mask.
+def _training(spec: Spec, **computing: Any) -> Iterator[tuple[Callable[[], None], BenchmarkSpec, Any]]:
+    """A function that makes our next training step under a random mask, what it computes, and our arm.
 
     Args:
         computing: fields of `Compute` with other values than ours.
@@ -195,7 +216,7 @@ def _training(spec: Spec, **computing: Any) -> Iterator[tuple[Callable[[], None]
         )
 
     with arm.training:
-        yield step, bench
+        yield step, bench, arm
 
 
 def _mask_seconds(spec: Spec, channels_last: bool) -> float:
