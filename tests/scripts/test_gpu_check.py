@@ -184,6 +184,29 @@ def command_lines() -> list[str]:
     return found
 
 
+def test_tests_that_fail_are_named(tmp_path: Path) -> None:
+    import gpu_parts
+    import gpu_tests
+
+    file = tmp_path / "test_three.py"
+    file.write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 + 1 == 3\n"
+        "@pytest.mark.skip\n"
+        "def test_absent(): pass\n"
+    )
+    record = gpu_parts.Record(tmp_path / "record.json")
+    gpu_tests.run_tests([str(file)], tmp_path / "tests.xml", record)
+    found = json.loads((tmp_path / "record.json").read_text())
+    assert (found["passed"], found["failures"], found["errors"], found["skipped"]) == (1, 1, 0, 1)
+    (wrong,) = found["wrong"]
+    assert wrong.endswith("test_three::test_wrong")
+    assert found["lines"][0] == "1 of 3 tests passed, 1 skipped"
+    assert "assert (1 + 1) == 3" in found["lines"][1]
+    assert found["checks"] == {"all tests marked gpu pass": False}
+
+
 def test_what_does_not_hold_is_said_and_is_the_exit_code(gpu_check: ModuleType) -> None:
     report = {
         "device": "A GPU",
