@@ -7,6 +7,7 @@ and the libraries too, and a run finds it as it would there: `torch.cuda.mem_get
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -35,7 +36,8 @@ def memory(spec: Spec, record: Record) -> None:
     taken = _take_all_but(gigabytes * 2**30, spec) if spec.on_cuda else []
     taken_bytes = sum(map(len, taken))
     outcomes: dict[str, dict[str, Any]] = {}
-    for name, run in _runs(spec, Path(spec.folder) / spec.part).items():
+    work = Path(spec.folder) / spec.part
+    for name, run in _runs(spec, work).items():
         _empty(spec)
         started = time.monotonic()
         outcome: dict[str, Any] = {"outcome": "done"}
@@ -58,6 +60,7 @@ def memory(spec: Spec, record: Record) -> None:
         small = gigabytes < _NEEDED.get(name, 0) and not spec.toy
         allowed = ("done", "refused") if small else ("done",)
         record.check(f"{name}: {' or '.join(allowed)}", outcome["outcome"] in allowed)
+        shutil.rmtree(work / "runs", ignore_errors=True)  # gigabytes each
     taken.clear()
 
 

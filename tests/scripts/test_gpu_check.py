@@ -119,9 +119,9 @@ def test_it_starts_without_torch() -> None:
 
 
 def test_a_part_is_measured_and_written_down(tmp_path: Path) -> None:
-    code, printed, report = checked(tmp_path / "gpu.json", "--only", "threshold,compile")
+    code, printed, report = checked(tmp_path / "gpu.json", "--only", "threshold,tests")
     assert code == 0
-    assert list(report["parts"]) == ["device", "model", "threshold", "compile"]
+    assert list(report["parts"]) == ["device", "tests", "threshold"]
     threshold = report["parts"]["threshold"]
     assert threshold["status"] == "done"
     assert threshold["weights"] == 1066308
@@ -129,7 +129,7 @@ def test_a_part_is_measured_and_written_down(tmp_path: Path) -> None:
         "it marks exactly half": True,
         "it is the mask of a stable sort, to the bit": True,
     }
-    assert report["parts"]["compile"]["status"] == "needs CUDA"
+    assert report["parts"]["tests"]["status"] == "needs CUDA"
     assert report["device"]
     assert report["parts"]["device"]["environment"]["torch"]["version"]
     assert "holds: it marks exactly half" in printed
@@ -151,10 +151,10 @@ def test_a_part_that_takes_too_long_is_ended_and_the_next_ones_run(tmp_path: Pat
 
 def test_a_run_that_is_stopped_has_written_what_it_had(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    started = command(output, "--only", "arms", "--work_dir", str(tmp_path))
+    started = command(output, "--only", "threshold", "--work_dir", str(tmp_path))
     with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as process:
         try:
-            while not output.exists() or "model" not in json.loads(output.read_text())["parts"]:
+            while not output.exists() or "device" not in json.loads(output.read_text())["parts"]:
                 assert process.poll() is None
                 time.sleep(0.1)
             time.sleep(1)
@@ -165,10 +165,10 @@ def test_a_run_that_is_stopped_has_written_what_it_had(tmp_path: Path) -> None:
     assert process.returncode == 143
     report = json.loads(output.read_text())
     assert report["stopped"] == 143
-    assert report["parts"]["model"]["status"] == "done"
-    assert report["parts"]["arms"]["status"] == "stopped"
-    assert "model made and written" in printed
-    (left,) = re.findall(r"(?m)^\[ ?\d/\d\] arms +(.*)$", printed)
+    assert report["parts"]["device"]["status"] == "done"
+    assert report["parts"]["threshold"]["status"] == "stopped"
+    assert "matmul: " in printed
+    (left,) = re.findall(r"(?m)^\[ ?\d/\d\] threshold +(.*)$", printed)
     assert left == "stopped"
     assert list(tmp_path.iterdir()) == [output]
     if sys.platform == "linux":  # nothing that it had started is left at work
