@@ -107,7 +107,7 @@ def _legacy_switches() -> tuple[str | None, bool | None]:
 def _deterministic() -> Iterator[None]:
     import torch
 
-    prepare_deterministic()
+    _prepare_cublas()
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -126,8 +126,8 @@ def _deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def prepare_deterministic() -> None:
-    """Set cuBLAS' workspaces to those with which it is deterministic, for this process and those that it starts.
+def _prepare_cublas() -> None:
+    """Give cuBLAS the workspaces with which it is deterministic.
 
     Raises:
         DeterminismError: CUDA has started before without them.

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mu.arithmetic import prepare_deterministic, run_arithmetic
+from mu.arithmetic import run_arithmetic
 from mu.devices import check_devices, device_names
 from mu.errors import MuError, Terminated
 from mu.ranks import RankError, is_grouped, joined
@@ -77,13 +77,10 @@ def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM, after all processes have ended.
     """
     names = device_names(devices)
-    deterministic = is_deterministic(config)
     if len(names) == 1 or is_grouped():
-        with run_arithmetic(deterministic=deterministic), joined(names):
+        with run_arithmetic(deterministic=is_deterministic(config)), joined(names):
             return run(config)
     check_devices(devices)
-    if deterministic:
-        prepare_deterministic()
     task = Task(run, config, names, console_level(), is_quiet())
     with tempfile.TemporaryDirectory(prefix="unlearn_diff-") as folder:
         write_pickle(Path(folder) / "task", task)

@@ -223,9 +223,8 @@ def _count_with_torch(
 
 def _histogram(digits: Tensor, size: int) -> Tensor:
     """(size,) how often 0, ..., size - 1 occur among `digits`; others do not count."""
-    if (
-        digits.is_cuda and not torch.are_deterministic_algorithms_enabled()
-    ):  # torch has histc for floats in mind
+    # Where deterministic kernels are asked for, torch refuses histc, of integers too, whose counts are always the same.
+    if digits.is_cuda and not torch.are_deterministic_algorithms_enabled():
         # bincount would stop for the host twice a call. histc leaves out what lies outside its range, but its last
         # bin takes in the upper bound too: so there is one bin more, which is dropped.
         return torch.histc(digits, bins=size + 1, min=0, max=size + 1)[:size]

@@ -47,6 +47,7 @@ from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, unet_fingerprin
 from mu.config import ConfigError, load_config
 from mu.ldm import LatentDiffusion, load_model
 from mu.ldm.checkpoint import read_state_dict
+from mu.ldm.model_config import load_model_config
 
 Result = dict[str, Any]
 
@@ -582,6 +583,15 @@ def test_promise_22_a_mask_is_the_same_to_rounding_when_memory_runs_out(
     one, other = load_mask(result["masks"][0.5]), load_mask(mask_run["masks"][0.5])
     differing = sum(int((one[name] != other[name]).sum()) for name in one)
     assert differing < 1e-3 * result["total"]
+
+
+def test_the_mask_stays_in_main_memory(tiny_runs: Any) -> None:
+    """Wherever the model is; here on a device without values."""
+    model = LatentDiffusion(load_model_config(tiny_runs.model_config), device="meta")
+    mask = SaliencyUnlearningAlgorithm(tiny_runs.train_config(masking="random"))._mask(model, None)
+    assert mask is not None
+    assert mask.keys() == dict(model.unet.named_parameters()).keys()
+    assert {marked.device.type for marked in mask.values()} == {"cpu"}
 
 
 def test_nothing_of_a_run_stays_in_memory(

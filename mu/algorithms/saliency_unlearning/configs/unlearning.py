@@ -104,12 +104,15 @@ class MaskConfig(ComputeKeys):
     AUTO_PRECISION: ClassVar[str] = "tf32"
     precision: str = setting(
         "auto",
-        f"{_PRECISION_HELP} auto: tf32 on a GPU that has it, else fp32; in bf16 a tenth of the mask would be other "
-        "weights (docs/masks.md).",
+        f"{_PRECISION_HELP} auto: tf32 on a GPU that has it, else fp32; in bf16 2 to 4 % of the marked weights "
+        "would be others (docs/masks.md).",
         choices=_PRECISIONS,
     )
     c_guidance: float = setting(
-        7.5, "Guidance w of the forget loss, (1+w) eps(prompt) - w eps(''); 0: the plain loss.", ge=0, le=100
+        7.5,
+        "Guidance w of the forget loss, (1+w) prediction(prompt) - w prediction(''); 0: the plain loss.",
+        ge=0,
+        le=100,
     )
     batch_size: int = setting(
         4,
