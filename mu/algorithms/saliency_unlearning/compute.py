@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,8 +32,10 @@ _FLAGS = "gradient_checkpointing true, precision bf16, optimizer adam8bit, train
 class ComputeKeys(Protocol):
     """The keys of a config that are read here; None and "auto" leave the choice to `choose`."""
 
-    AUTO_PRECISION: ClassVar[str]
-    """What "auto" is on a GPU that has it: "bf16-mixed" or "tf32"."""
+    @property
+    def AUTO_PRECISION(self) -> str:
+        """What "auto" is on a GPU that has it: "bf16-mixed" or "tf32"."""
+        ...
 
     @property
     def precision(self) -> str: ...
