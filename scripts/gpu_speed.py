@@ -125,7 +125,7 @@ def profile(spec: Spec, record: Record) -> None:
         with torch.profiler.profile(activities=kinds) as found:
             timed(lambda: [step() for _ in range(5)], bench.device)
     seconds = {event.key: (_own_seconds(event, spec), event.count) for event in found.key_averages()}
-    total = sum(own for own, _ in seconds.values())
+    total = sum(own for own, _ in seconds.values()) or 1.0
     largest = sorted(seconds.items(), key=lambda one: -one[1][0])[:12]
     record.add(f"{total:.3f} s in kernels, the largest:", kernels_s=total, largest=dict(largest))
     for name, (own, count) in largest:
