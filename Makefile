@@ -12,7 +12,7 @@ BIN  := $(VENV)/bin
 DOOR := $(BIN)/python -m mu.algorithms.saliency_unlearning.scripts
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help install install-dev demo table test test-slow test-gpu check format readme-keys clean
+.PHONY: help install install-dev demo table test test-slow test-gpu gpu-check check format readme-keys clean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,7 +49,10 @@ test-slow: $(VENV)/.installed-dev    ## the tests that take long
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev     ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m gpu $(ARGS)
+
+gpu-check: $(VENV)/.installed-dev    ## all that only a GPU can answer; ARGS="--minutes 8" takes the first parts
+	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 check: $(VENV)/.installed-dev        ## lint, format, types, who imports whom, documentation (into site/)
 	$(BIN)/ruff check .

@@ -282,6 +282,7 @@ PARTS: Mapping[str, Callable[[Spec], Result]] = {
 def run(spec: Spec) -> Result:
     """One part; memory that ran out is a result: `status` is "measured" or "out of memory"."""
     if spec.device != "cpu":
+        torch.cuda.init()  # the next line does not do it, and fails without
         torch.cuda.reset_peak_memory_stats(spec.device)
     try:
         result = {"status": "measured", **PARTS[spec.part](spec)}
