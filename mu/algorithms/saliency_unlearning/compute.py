@@ -17,6 +17,7 @@ from mu import memory, ranks
 from mu.arithmetic import products
 from mu.ldm import LatentDiffusion
 from mu.ldm.params import UNetParams
+from mu.ldm.unet import UNet
 from mu.memory import OutOfMemoryError, is_out_of_memory
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "less_at_once",
     "too_much_for_shards",
 ]
-from mu.ldm.unet import UNet
 
 _log = logging.getLogger(__name__)
 _SHARE = 0.8
