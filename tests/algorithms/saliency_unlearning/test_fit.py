@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader
 
 from mu.algorithms.saliency_unlearning import fit as fit_module
@@ -156,24 +157,37 @@ def test_promise_27_where_no_checkpoint_can_be_written_either_the_last_one_stays
     assert read_run_state(checkpoints / "step-00000002.safetensors").step == 2
 
 
-# ---- Weights & Biases
-
-
+@pytest.mark.parametrize("at_step", [0, 3])
 def test_promise_27_a_logger_that_cannot_write_does_not_end_the_run(
     train: Callable[..., dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
     tiny_runs: Any,
-    folder: RunFolder,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    at_step: int,
 ) -> None:
-    """A file lies where Weights & Biases would make its folder; it is told once, not at every step."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    (folder.path / "wandb").write_text("")
-    assert train(tiny_runs.train_config(wandb="offline"))["loss"] == 8.5
-    (told,) = [message for message in caplog.messages if "WandbLogger failed" in message]
-    assert "Not a directory" in told
+    """A file lies where it would make its folder, from the beginning or from a step on; it is told once."""
+    place, steps = tmp_path / "logged", 0
+
+    def block() -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        place.write_text("")
+
+    def look(_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == at_step:
+            block()
+
+    if at_step == 0:
+        block()
+    logger = CSVLogger(place, flush_logs_every_n_steps=1)  # stands in for that of Weights & Biases
+    monkeypatch.setattr(fit_module, "wandb_logger", lambda *_: logger)
+    assert train(tiny_runs.train_config(), look)["loss"] == 8.5
+    assert sum("CSVLogger failed" in message for message in caplog.messages) == 1
+
+
+# ---- Weights & Biases
 
 
 @pytest.fixture
