@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 from mu.ldm.diffusers_tensors import UNET_PREFIX
+from mu.ldm.dtypes import DTYPES
 from mu.ldm.ema import is_ema_copy
 
-SAVE_DTYPES: Mapping[str, torch.dtype | None] = {
-    "source": None,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+SAVE_DTYPES: Mapping[str, torch.dtype | None] = {"source": None, **DTYPES}
 """Names of dtypes in a config; None: each tensor as in the file that it came from."""
 
 
