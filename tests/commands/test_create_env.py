@@ -169,7 +169,7 @@ def test_a_dry_run_prints_and_runs_nothing(
     assert not (tmp_path / f".venv-{NAME}").exists()
     out = capsys.readouterr().out
     assert f"-m venv {tmp_path}/.venv-{NAME}" in out
-    assert "'torch>=2.6'" in out
+    assert "'torch>=2.8'" in out
     assert f"source {tmp_path}/.venv-{NAME}/bin/activate" in out
 
 

@@ -54,8 +54,12 @@ def original_of(
     """The tensors of a checkpoint in its own dtypes, mapped: a value is read from the disk when it is used.
 
     They stay those of the file that was opened, should another one be put in its place.
+
+    Args:
+        use_ema: with the EMA copy of the UNet in the place of its raw weights, and beside them.
     """
-    return read_checkpoint(source, params, use_ema=use_ema, read=open_state_dict).tensors
+    tensors = read_checkpoint(source, params, read=open_state_dict).tensors
+    return with_ema_weights(tensors, source=source) if use_ema else tensors
 
 
 def unet_fingerprint(model: LatentDiffusion) -> str:

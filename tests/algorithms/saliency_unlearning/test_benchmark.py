@@ -247,13 +247,13 @@ def test_a_key_that_came_later_counts_where_it_is_set(
 ) -> None:
     """`sample_precision` is such a key: rows that were made before it was there have been made with its default."""
     mask, train = recipes(moved, "Noto")
-    assert mask.sample_precision == "fp32"
+    assert mask.sample_precision == "auto"
     assert "sample_precision" not in deciding(mask)
     assert {"threshold", "c_guidance", "template_name", "seed"} <= deciding(mask).keys()
     assert deciding(train)["alpha"] == 0.5  # also at its default
     assert not {"objective", "mask_pool", "logger"} & deciding(train).keys()
     assert deciding(train)["wandb"] == "off"  # the default has another name since
-    recipe = Path(moved.style_mask).read_text().replace("sample_precision: fp32", "sample_precision: bf16")
+    recipe = Path(moved.style_mask).read_text().replace("sample_precision: auto", "sample_precision: bf16")
     (tmp_path / "half.yaml").write_text(recipe)
     try_each(replace(moved, style_mask=str(tmp_path / "half.yaml")))
     assert unlearned == ["Noto"]

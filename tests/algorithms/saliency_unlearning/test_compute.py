@@ -300,7 +300,6 @@ def test_promise_29_autocast_keeps_no_rounded_weights() -> None:
     ],
 )
 def test_auto_is_tf32_for_a_mask_and_bf16_for_training(
-    tiny_model: LatentDiffusion,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     config: type[MaskConfig] | type[TrainConfig],
@@ -313,16 +312,7 @@ def test_auto_is_tf32_for_a_mask_and_bf16_for_training(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
 
     def precision(device: str, **changes: Any) -> str:
-        asked = replace(keys, **changes)
-        return choose_for(
-            asked,
-            tiny_model.params.unet,
-            torch.device(device),
-            moving=(),
-            images=1,
-            latent_shape=LATENT,
-            left=0,
-        ).precision
+        return choose_for(replace(keys, **changes), torch.device(device)).precision
 
     assert precision("cuda") == expected
     assert precision("cpu") == "fp32"

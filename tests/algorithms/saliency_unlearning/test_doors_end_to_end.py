@@ -90,7 +90,7 @@ def test_a_run_that_fails_says_so_in_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.ckpt").write_bytes(tiny_runs.checkpoint().read_bytes()[:1000])
     (tmp_path / "mask.yaml").write_text(dump(tiny_runs.mask_config(output_dir="masks")))
-    assert generate_mask.main(["--config_path", "mask.yaml", "--ckpt_path", "broken.ckpt"]) == 1
+    assert generate_mask.main(["--config_path", "mask.yaml", "--ckpt_path", "broken.ckpt"]) == 2
     said = capsys.readouterr()
     (error,) = [line for line in said.err.splitlines() if "error: " in line]
     assert "broken.ckpt" in error
