@@ -52,7 +52,12 @@ def products(*, tf32: bool) -> Iterator[None]:
     """
     import torch  # late: configs and --help work without it
 
-    newer = [(place, place.fp32_precision) for place in _newer_switches(_CUDA_PRODUCTS + _CPU_PRODUCTS)]
+    inherited = getattr(torch.backends, "fp32_precision", "none")
+    # A place that only follows the setting for all of torch goes on following it.
+    newer = [
+        (place, "none" if place.fp32_precision == inherited else place.fp32_precision)
+        for place in _newer_switches(_CUDA_PRODUCTS + _CPU_PRODUCTS)
+    ]
     matmul, cudnn = _legacy_switches()
     try:
         torch.set_float32_matmul_precision("high" if tf32 else "highest")

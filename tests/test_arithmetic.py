@@ -63,6 +63,15 @@ def newer_cpu() -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
 
 
+@newer_only
+def test_after_a_run_the_setting_for_all_of_torch_still_counts() -> None:
+    newer_global()
+    with run_arithmetic():
+        pass
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+
+
 @pytest.mark.parametrize(
     "caller",
     [

@@ -115,7 +115,10 @@ def _unet_problems(unet: UNetParams) -> Iterator[str]:
     if unet.model_channels % NORM_GROUPS:
         yield f"{name}.model_channels = {unet.model_channels}; it must be divisible by {NORM_GROUPS}"
         return
-    for mult in dict.fromkeys(unet.channel_mult):
+    # Besides the levels that are asked for, the middle block has attention, as wide as the last level.
+    levels = enumerate(unet.channel_mult)
+    attended = [mult for level, mult in levels if 2**level in unet.attention_resolutions]
+    for mult in dict.fromkeys([*attended, unet.channel_mult[-1]]):
         channels = mult * unet.model_channels
         count, width = unet.heads_of(channels)
         if count * width != channels or not width:

@@ -15,6 +15,11 @@ SAVE_DTYPES: Mapping[str, torch.dtype | None] = {"source": None, **DTYPES}
 """Names of dtypes in a config; None: each tensor as in the file that it came from."""
 
 
+def is_of_unet(key: str) -> bool:
+    """Whether a key of a checkpoint is of the UNet or of its EMA copy."""
+    return key.startswith(UNET_PREFIX) or is_ema_copy(key)
+
+
 class WithUNetDtype(Mapping[str, Tensor]):
     """Tensors of a checkpoint, of which those of the UNet and of its EMA copy are cast when they are read.
 
@@ -31,8 +36,7 @@ class WithUNetDtype(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         tensor = self._tensors[key]
-        follows = self._dtype is not None and (key.startswith(UNET_PREFIX) or is_ema_copy(key))
-        return tensor.to(self._dtype) if follows else tensor
+        return tensor.to(self._dtype) if self._dtype is not None and is_of_unet(key) else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from mu.algorithms.saliency_unlearning.scripts.sample import main as sample
-from mu.ldm import LatentDiffusion, ModelConfigError, load_model_config
+from mu.ldm import LatentDiffusion, ModelConfigError, load_model, load_model_config
 from mu.ldm.latent_diffusion import ImageSizeError
 from mu.ldm.model_config import parse_model_config
 from tests.conftest import TINY_V2, tiny_model_yaml
@@ -185,6 +185,16 @@ def test_promise_25_a_structure_that_cannot_be_run_is_refused_by_key_and_value(n
     sections, says = WRONG[name]
     with pytest.raises(ModelConfigError, match=says):
         parse_model_config(tiny_model_yaml(**sections)["model"])
+
+
+def test_heads_have_to_fit_only_where_there_is_attention(tmp_path: Path) -> None:
+    """64 wide heads do not divide the 32 channels of the first level, which has none."""
+    unet = {"num_heads": -1, "num_head_channels": 64, "attention_resolutions": [2]}
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump(tiny_model_yaml(unet=unet)), encoding="utf-8")
+    model = load_model(path)
+    latents, context = torch.zeros(1, 4, 8, 8), torch.zeros(1, 77, 32)
+    assert model.unet(latents, torch.zeros(1), context).shape == latents.shape
 
 
 def test_all_that_is_wrong_is_said_together() -> None:

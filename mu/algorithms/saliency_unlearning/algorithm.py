@@ -126,7 +126,7 @@ class SaliencyUnlearningAlgorithm:
             source = ranks.on_main(config.checkpoint)
             ldm = model_of(config)
             original = original_of(source, ldm.params, use_ema=config.use_ema) if ranks.is_main() else {}
-            check_save_dtype(ldm, config.save_dtype)
+            ranks.on_main(lambda: check_save_dtype(original, config.save_dtype))
             mask = self._mask(ldm, mask_path)
             data = SaliencyUnlearnDataHandler(config, ldm, rows=self._plan.rows if self._plan else None)
             model = SaliencyUnlearnModel(ldm, config.train_method, mask)

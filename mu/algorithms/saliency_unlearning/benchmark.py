@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ from mu.algorithms.saliency_unlearning.results_table import (
 )
 from mu.algorithms.saliency_unlearning.variants import Variant, concept_folder, variants
 from mu.algorithms.saliency_unlearning.workers import at_work, claimed
+from mu.arithmetic import CUBLAS_WORKSPACE, run_arithmetic
 from mu.atomic import write_atomically
 from mu.config import override, require_paths, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
@@ -69,6 +71,8 @@ class Benchmark:
         self.config = config
         self.folder = Path(config.output_dir)
         self.grid = Grid(STYLES, OBJECTS, config.seeds)
+        # A recipe may ask for deterministic kernels, when CUDA has long begun; cuBLAS reads this once.
+        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
         self.device = resolve_devices(config.devices[0])
         self.classifier: EmojiClassifier = load_classifier(resolve_path(config.classifier_path), self.device)
         self._bases: dict[tuple[Path, tuple[int, ...]], MeasuredModel] = {}
@@ -112,6 +116,7 @@ class Benchmark:
             self.config = override(config, resume=True)
             yield wait_for
 
+    @run_arithmetic()
     def rows(self, name: str) -> list[Row]:
         """The rows of one concept: each unlearned once, its images sampled once, scored now."""
         found = variants(self.config, name)

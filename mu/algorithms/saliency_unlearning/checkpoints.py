@@ -178,13 +178,18 @@ def _identity(
 
     By then weights may have moved: those of the model are taken from the file, in the dtypes that they had when loaded.
     """
-    own, selected, device = model.ldm.state_dict(), model.selected, model.ldm.device.type
+    selected, device = model.selected, model.ldm.device.type
+    own = model.ldm.state_dict()
     dtypes = {name: tensor.dtype for name, tensor in own.items()}
+    there = check_layout(model.ldm, original, source="ckpt_path") if original else own
+    # Not the weights themselves: to hold them would keep the memory that they move away from.
+    kept = {name: own[name].cpu() for name in own if name in SCHEDULE_KEYS or name not in there}
+    del own, there
 
     @cache
     def identity() -> dict[str, str]:
         found = check_layout(model.ldm, original, source="ckpt_path") if original else {}
-        loaded = own | {name: found[name] for name in own if name in found and name not in SCHEDULE_KEYS}
+        loaded = {name: kept[name] if name in kept else found[name] for name in dtypes}
         listed = [[(row.key, row.substitute_prompt) for row in part] for part in (rows.forget, rows.retain)]
         return {
             "ckpt_path": fingerprint(loaded, dtypes=dtypes),

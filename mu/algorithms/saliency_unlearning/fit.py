@@ -19,7 +19,7 @@ from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
-from mu.algorithms.saliency_unlearning.guarded_logger import GuardedLogger
+from mu.algorithms.saliency_unlearning.guarded_logger import GuardedLogger, is_logging_error
 from mu.algorithms.saliency_unlearning.rank_strategy import loop_devices
 from mu.algorithms.saliency_unlearning.run_state import RunState
 from mu.algorithms.saliency_unlearning.shards import is_sharded
@@ -184,7 +184,6 @@ def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:
     if mode == "off":
         return None
     import wandb
-    from wandb.errors import Error as WandbError
 
     settings: dict[str, Any] = {
         "project": config.wandb_project,
@@ -201,7 +200,9 @@ def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:
             logger = WandbLogger(**settings, settings=wandb.Settings(init_timeout=30))
             _ = logger.experiment
             return logger
-        except WandbError as error:
+        except Exception as error:
+            if not is_logging_error(error):
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             _log.warning("wandb: %s; this run is kept offline in %s", reason, folder / "wandb")
     # The mode is said twice: once wandb has looked for a key, it no longer heeds the variable that Lightning sets.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -53,14 +52,20 @@ class GuardedLogger:
     def _try(self, work: Callable[[], Any]) -> None:
         try:
             work()
-        except _errors() as error:
+        except Exception as error:
+            if not is_logging_error(error):
+                raise
             if not self._failed:
                 name = type(self.logger).__name__
                 _log.warning("%s failed (%s); nothing more is logged to it", name, first_line(error))
             self._failed = True
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    """What a logger may meet: a disk, a connection, and the errors of Weights & Biases where it is in use."""
-    module = sys.modules.get("wandb.errors")
-    return (OSError,) if module is None else (OSError, module.Error)
+def is_logging_error(error: Exception) -> bool:
+    """Whether an error is one that a logger may meet: of a disk, a connection, or of Weights & Biases itself.
+
+    Those of wandb have no class in common: some are of `wandb.errors`, others, of its service, plain exceptions.
+    """
+    return isinstance(error, OSError) or any(
+        kind.__module__.partition(".")[0] == "wandb" for kind in type(error).__mro__
+    )

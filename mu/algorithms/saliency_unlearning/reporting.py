@@ -26,7 +26,7 @@ from mu.evaluation.report import (
 from mu.launch import on_ranks
 
 REPORT_NAME = "report.html"
-_FAULTS = (TemplateError, SafetensorError, yaml.YAMLError)
+_FAULTS = (TemplateError, SafetensorError, yaml.YAMLError, UnicodeDecodeError)
 """What making a report may meet: its template, and the mask and its settings, which lie elsewhere."""
 
 

@@ -20,7 +20,7 @@ from mu.config import resolve_path
 from mu.datasets.index import concept_label, concept_names
 from mu.devices import resolve_devices
 from mu.ldm import CheckpointError, LatentDiffusion, LatentDiffusionParams, load_model
-from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, read_state_dict, tensors_of, write_state_dict
+from mu.ldm.checkpoint import SCHEDULE_KEYS, fingerprint, tensors_of, write_state_dict
 from mu.ldm.convert import model_spec
 from mu.ldm.diffusers_folder import write_diffusers_folder
 from mu.ldm.diffusers_tensors import UNET_PREFIX
@@ -29,7 +29,7 @@ from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import bits_of, make_patch
 from mu.ldm.patch_file import save_patch
 from mu.ldm.tensor_file import open_state_dict
-from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
+from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet
 
 _log = logging.getLogger(__name__)
 
@@ -146,17 +146,22 @@ def write_unlearned(ldm: LatentDiffusion, config: TrainConfig, folder: Path, *, 
     return path
 
 
-def check_save_dtype(ldm: LatentDiffusion, save_dtype: str) -> None:
+def check_save_dtype(original: Mapping[str, Tensor], save_dtype: str) -> None:
     """Check, before anything is trained, that the UNet can be written in the dtype that `save_dtype` names.
 
+    Args:
+        original: see `original_of`.
+
     Raises:
-        CheckpointError: it has weights that are too large for it; names one.
+        CheckpointError: it, or its EMA copy, has weights that are too large for it; names one.
     """
     dtype = SAVE_DTYPES[save_dtype]
-    if dtype is None:
+    if dtype is None or dtype == torch.float32:
         return
-    for name, parameter in ldm.unet.named_parameters():
-        largest = float(parameter.detach().abs().max())
+    for name, tensor in original.items():
+        if not is_of_unet(name) or tensor.dtype.itemsize < 2:
+            continue
+        largest = float(tensor.abs().max())
         if largest > torch.finfo(dtype).max:
             raise CheckpointError(
                 f"save_dtype is {save_dtype}, which ends at {torch.finfo(dtype).max:g}: {name} has {largest:g}; take "
@@ -164,25 +169,17 @@ def check_save_dtype(ldm: LatentDiffusion, save_dtype: str) -> None:
             )
 
 
-def verify_written(
-    before: Path,
-    after: Path,
-    selected: Mask,
-    *,
-    params: LatentDiffusionParams | None = None,
-    use_ema: bool = False,
-    save_dtype: str = "source",
+def verify_tensors(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], selected: Mask, *, before: Path, after: Path
 ) -> int:
-    """Compare two checkpoints, bit by bit, outside the entries that were allowed to move.
+    """Compare the tensors of two checkpoints, bit by bit, outside the entries that were allowed to move.
 
     Args:
-        before: the checkpoint that training started from.
-        after: the unlearned one, as it lies on disk.
+        old: of the checkpoint that training started from (`original_of`), in the dtypes in which it was written again
+            (`WithUNetDtype`).
+        new: of the unlearned one, as it lies on disk.
         selected: UNet-relative name -> bool tensor of the entries that may differ.
-        params: the model of both; without it, only CompVis checkpoints can be compared.
-        use_ema: training started from the EMA copy of the UNet in `before`.
-        save_dtype: a name of `SAVE_DTYPES`: the UNet of `after` has that dtype, and is compared with that of `before`
-            cast to it.
+        before, after: their paths, for errors.
 
     Returns:
         The number of weights that do differ; their EMA copies are not counted.
@@ -191,27 +188,6 @@ def verify_written(
         TrainingError: another entry differs, a tensor changed its dtype, a weight of the UNet is missing, there is one
             that was not there before, or an EMA copy still has the old value of a weight that changed.
     """
-    old, new = read_both(before, after, params=params, use_ema=use_ema)
-    cast = WithUNetDtype(old, SAVE_DTYPES[save_dtype])
-    return verify_tensors(cast, new, selected, before=before, after=after)
-
-
-def read_both(
-    before: Path, after: Path, *, params: LatentDiffusionParams | None = None, use_ema: bool = False
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """The tensors of both checkpoints, as `verify_written` compares them.
-
-    Raises:
-        CheckpointError: one cannot be read, or there are no EMA weights where they are asked for.
-    """
-    old, new = _tensors(before, params), _tensors(after, params)
-    return (with_ema_weights(old, source=before) if use_ema else old), new
-
-
-def verify_tensors(
-    old: Mapping[str, Tensor], new: Mapping[str, Tensor], selected: Mask, *, before: Path, after: Path
-) -> int:
-    """What `verify_written` does, with the tensors of both checkpoints in one dtype; the paths are for errors."""
     lost = [name for name in old if name.startswith(UNET_PREFIX) and name not in new]
     if lost:
         raise TrainingError(f"{after}: {len(lost)} tensors of {before} are missing: {', '.join(lost[:5])}")
@@ -332,7 +308,7 @@ def write_patch(
     With another `save_dtype` than the original's, the patch notes both dtypes.
 
     Args:
-        old, new: see `read_both`.
+        old, new: the tensors of both, see `verify_tensors`; the old ones in the dtypes of their file.
         folder: of the run.
         source: the checkpoint that training started from, for errors.
         base: the fingerprint of its UNet, where it is known.
@@ -358,7 +334,3 @@ def described_concept(config: TrainConfig) -> dict[str, Any]:
         "masking": config.masking,
         "use_ema": config.use_ema,
     }
-
-
-def _tensors(path: Path, params: LatentDiffusionParams | None) -> Mapping[str, Tensor]:
-    return read_state_dict(path)[0] if params is None else read_checkpoint(path, params).tensors

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.mask_file import Mask
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.utils import verify_tensors
 from mu.ldm import LatentDiffusion, load_model, save_checkpoint
+from mu.ldm.checkpoint import read_state_dict
 from tests.conftest import randomise
 
 CHANNELS, SIDE, WIDTH = 4, 3, 5
@@ -71,6 +73,12 @@ def verify_unmasked(model: SaliencyUnlearnModel, original: LatentDiffusion) -> N
     """The run's own check, on weights in memory: only selected entries differ from those of the model from before."""
     old, new = original.state_dict(), model.ldm.state_dict()
     verify_tensors(old, new, model.selected, before=Path("original"), after=Path("trained"))
+
+
+def verify_written(before: Path, after: Path, selected: Mask) -> int:
+    """The run's own check, on two CompVis files."""
+    old, new = read_state_dict(before)[0], read_state_dict(after)[0]
+    return verify_tensors(old, new, selected, before=before, after=after)
 
 
 @pytest.fixture

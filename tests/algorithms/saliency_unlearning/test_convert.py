@@ -14,15 +14,14 @@ from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgori
 from mu.algorithms.saliency_unlearning.configs import ConvertConfig, checkpoint_file
 from mu.algorithms.saliency_unlearning.model import TrainingError
 from mu.algorithms.saliency_unlearning.scripts.convert import main
-from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, verify_written
+from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX
 from mu.config import ConfigError, check_paths
 from mu.ldm import load_model
 from mu.ldm.checkpoint import read_state_dict, write_state_dict
 from mu.ldm.ema import ema_name
+from tests.algorithms.saliency_unlearning.conftest import verify_written
 
 ROOT = Path(__file__).parents[3]
-
-
 # ---- the command
 
 

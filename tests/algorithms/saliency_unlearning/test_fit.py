@@ -24,6 +24,7 @@ from mu.algorithms.saliency_unlearning import trainer as trainer_module
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.fit import fit, run_loggers, wandb_logger, wandb_mode
+from mu.algorithms.saliency_unlearning.guarded_logger import GuardedLogger
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.run_state import read_run_state
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
@@ -188,6 +189,26 @@ def test_promise_27_a_logger_that_cannot_write_does_not_end_the_run(
 
 
 # ---- Weights & Biases
+
+
+def test_promise_26_a_service_of_a_parent_that_is_gone_loses_no_run(
+    train: Callable[..., dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_runs: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """wandb raises an exception there that is none of `wandb.errors`."""
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere/of-a-process-that-ended")
+    assert train(tiny_runs.train_config(wandb="offline"))["loss"] == 8.5
+    assert sum("WandbLogger failed" in message for message in caplog.messages) == 1
+
+
+def test_an_error_that_is_no_loggers_is_raised(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    guard = GuardedLogger(logger)
+    with pytest.raises(AttributeError):
+        logger.log_metrics(metrics=None)  # a defect of the caller
+    assert guard.begin()
 
 
 @pytest.fixture

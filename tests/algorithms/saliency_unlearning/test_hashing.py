@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import pytest
 import torch
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
+from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.utils import original_of
+from mu.datasets.index import ForgetRetain
 from mu.ldm import load_model
 from mu.ldm.checkpoint import read_state_dict
 from mu.ldm.tensor_file import fingerprint
@@ -58,7 +63,7 @@ def nbytes(model: Any, prefix: str = "") -> int:
 def test_a_run_without_checkpoints_hashes_the_unet_once_and_what_it_writes(
     tiny_runs: Any, tmp_path: Path, hashed: Counting
 ) -> None:
-    """Beside them: the encoders, by which cached latents are known, and the values in the patch, old and new."""
+    """Beside them: the encoders, by which cached latents are known, and the patch: values old and new, and its file."""
     source = tmp_path / "foreign.ckpt"  # without a SHA-256 of ours, which reading would compare
     torch.save({"state_dict": read_state_dict(tiny_runs.checkpoint())[0]}, source)
     model = load_model(tiny_runs.model_config, source)
@@ -77,9 +82,25 @@ def test_a_run_without_checkpoints_hashes_the_unet_once_and_what_it_writes(
     result.run()  # samples and encodes what the mask did not need
     hashed.bytes = 0
     written = result.run()
-    patch = 2 * 4 * written["weights_changed"]
+    patch = 3 * 4 * written["weights_changed"]
     assert hashed.bytes <= whole + unet + (whole - unet) + whole + patch + SMALL
     assert hashed.bytes >= unet + whole  # the counter counts
+
+
+def test_what_a_run_is_of_does_not_keep_its_weights(tiny_runs: Any, tmp_path: Path) -> None:
+    """Weights that move to another place or layout would else stay in memory twice, for the whole run."""
+    config = tiny_runs.train_config(masking="none")
+    ldm = load_model(tiny_runs.model_config, tiny_runs.checkpoint())
+    original = original_of(tiny_runs.checkpoint(), ldm.params)
+    checkpoints = Checkpoints(tmp_path, config)
+    checkpoints.identify(SaliencyUnlearnModel(ldm, "full", None), ForgetRetain((), ()), original)
+    addresses = {tensor.data_ptr() for tensor in ldm.parameters()}
+    elsewhere = [parameter.data.clone() for parameter in ldm.parameters()]
+    for parameter, data in zip(ldm.parameters(), elsewhere, strict=True):
+        parameter.data = data
+    gc.collect()
+    held = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    assert not [tensor for tensor in held if tensor.data_ptr() in addresses and tensor.numel() > 1000]
 
 
 def test_promise_19_a_checkpoint_of_a_run_knows_the_model_as_it_was_loaded(

@@ -18,11 +18,11 @@ from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
     layer_groups,
     unet_fingerprint,
-    verify_written,
 )
 from mu.cli import parse_cli
 from mu.ldm import load_model
 from mu.ldm.checkpoint import write_state_dict
+from tests.algorithms.saliency_unlearning.conftest import verify_written
 
 UNET = "model.diffusion_model."
 

@@ -26,7 +26,7 @@ from mu.algorithms.saliency_unlearning.model import names_of
 from mu.algorithms.saliency_unlearning.preflight.plan import Plan, PlannedFiles, disk_problems
 from mu.algorithms.saliency_unlearning.preflight.subject import Subject
 from mu.algorithms.saliency_unlearning.preflight.written import mask_files, training_files
-from mu.algorithms.saliency_unlearning.utils import find_mask
+from mu.algorithms.saliency_unlearning.utils import check_save_dtype, find_mask, original_of
 from mu.config import ConfigError
 from mu.datasets.images import check_images
 from mu.errors import MuError
@@ -184,6 +184,9 @@ def _problems_in_values(config: MaskConfig | TrainConfig, subject: Subject) -> l
     def weights() -> None:
         found = read_checkpoint(subject.checkpoint, subject.params, use_ema=config.use_ema)
         check_state_dict(subject.ldm, found.tensors, source=subject.checkpoint)
+        if isinstance(config, TrainConfig):
+            original = original_of(subject.checkpoint, subject.params, use_ema=config.use_ema)
+            check_save_dtype(original, config.save_dtype)
 
     def pixels() -> None:
         there = [row for row in (*subject.rows.forget, *subject.rows.retain) if row.image.exists()]

@@ -96,7 +96,7 @@ def training_files(
     name = DIFFUSERS_NAME if suffix == "diffusers" else f"model.{suffix}"
     dtype = SAVE_DTYPES[config.save_dtype]
     tensors = tensors_of(subject.ldm, output / name, unet_dtype=dtype)
-    if subject.ldm.file_has_ema and suffix != "diffusers" and not config.use_ema:
+    if subject.ldm.file_has_ema and suffix != "diffusers":
         copies = {ema_name(key): value for key, value in tensors.items() if key.startswith(UNET_PREFIX)}
         tensors |= copies
     spec = model_spec(subject.params, title=f"{concept_label(config.concepts)} unlearned")

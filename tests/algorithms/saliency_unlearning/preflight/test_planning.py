@@ -20,7 +20,8 @@ from mu.algorithms.saliency_unlearning.preflight.plan import Plan, disk_problems
 from mu.algorithms.saliency_unlearning.scripts import generate_mask, train
 from mu.config import ConfigError, as_dict, as_text, keys_of
 from mu.datasets.index import DataError
-from mu.ldm.checkpoint import CheckpointError, read_state_dict
+from mu.ldm.checkpoint import CheckpointError, read_state_dict, write_state_dict
+from mu.ldm.ema import ema_name
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +352,33 @@ def test_a_dry_run_finds_weights_that_the_run_would_refuse(
     captured = capsys.readouterr()
     assert "out.0.weight holds NaN" in captured.out
     assert "out.0.weight holds NaN" in captured.err
+
+
+def test_a_dry_run_finds_weights_that_save_dtype_cannot_hold(
+    tiny_runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = dict(read_state_dict(tiny_runs.checkpoint())[0])
+    tensors["model.diffusion_model.out.0.weight"] = tensors["model.diffusion_model.out.0.weight"] * 1e6
+    torch.save({"state_dict": tensors}, tmp_path / "large.ckpt")
+    changes = {"ckpt_path": str(tmp_path / "large.ckpt"), "masking": "none", "save_dtype": "fp16"}
+    config = tiny_runs.train_config(output_dir=str(tmp_path / "runs"), **changes)
+    assert both_codes(train.main, config) == (1, 1)
+    captured = capsys.readouterr()
+    assert "out.0.weight has" in captured.out
+    assert "out.0.weight has" in captured.err
+
+
+def test_promise_17_the_plan_counts_the_ema_copy_that_use_ema_writes(tiny_runs: Any, tmp_path: Path) -> None:
+    original = read_state_dict(tiny_runs.checkpoint())[0]
+    unet = {key: tensor for key, tensor in original.items() if key.startswith("model.diffusion_model.")}
+    write_state_dict(
+        {**original, **{ema_name(key): tensor * 1.01 for key, tensor in unet.items()}}, tmp_path / "ema.ckpt"
+    )
+    changes = {"ckpt_path": str(tmp_path / "ema.ckpt"), "masking": "none", "use_ema": True, "epochs": 1}
+    config = tiny_runs.train_config(output_dir=str(tmp_path / "runs"), **changes)
+    plan = SaliencyUnlearningAlgorithm(config).plan()
+    checkpoint = SaliencyUnlearningAlgorithm(config).run()["checkpoint"]
+    assert bytes_of(plan, checkpoint.name) == checkpoint.stat().st_size
 
 
 def test_a_train_method_that_selects_nothing_has_one_exit_code(
