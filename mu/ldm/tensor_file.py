@@ -353,7 +353,7 @@ def _read_pickle(path: Path, *, mapped: bool) -> tuple[dict[str, Tensor], dict[s
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _flat(content: Mapping[Any, Any]) -> Mapping[Any, Any]:

@@ -22,6 +22,7 @@ from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHa
 from mu.algorithms.saliency_unlearning.guarded_logger import GuardedLogger, is_logging_error
 from mu.algorithms.saliency_unlearning.rank_strategy import loop_devices
 from mu.algorithms.saliency_unlearning.run_state import RunState
+from mu.algorithms.saliency_unlearning.runs import first_line
 from mu.algorithms.saliency_unlearning.shards import is_sharded
 from mu.algorithms.saliency_unlearning.step_boundary import StepBoundary
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
@@ -203,7 +204,6 @@ def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:
         except Exception as error:
             if not is_logging_error(error):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            _log.warning("wandb: %s; this run is kept offline in %s", reason, folder / "wandb")
+            _log.warning("wandb: %s; this run is kept offline in %s", first_line(error), folder / "wandb")
     # The mode is said twice: once wandb has looked for a key, it no longer heeds the variable that Lightning sets.
     return WandbLogger(**settings, offline=True, mode="offline")

@@ -64,8 +64,10 @@ class GuardedLogger:
 def is_logging_error(error: Exception) -> bool:
     """Whether an error is one that a logger may meet: of a disk, a connection, or of Weights & Biases itself.
 
-    Those of wandb have no class in common: some are of `wandb.errors`, others, of its service, plain exceptions.
+    Those of wandb have no class in common: some are of `wandb.errors`, others, of its service, plain exceptions. What
+    was raised from such an error counts too: Lightning's TensorBoardLogger makes a ValueError of all that it meets.
     """
-    return isinstance(error, OSError) or any(
-        kind.__module__.partition(".")[0] == "wandb" for kind in type(error).__mro__
-    )
+    of_wandb = any(kind.__module__.partition(".")[0] == "wandb" for kind in type(error).__mro__)
+    if isinstance(error, OSError) or of_wandb:
+        return True
+    return isinstance(error.__cause__, Exception) and is_logging_error(error.__cause__)

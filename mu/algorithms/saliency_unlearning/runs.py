@@ -77,7 +77,7 @@ def decorating(what: str, *errors: type[Exception]) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import logging
 import shutil
 import signal
@@ -186,6 +187,42 @@ def test_promise_27_a_logger_that_cannot_write_does_not_end_the_run(
     monkeypatch.setattr(fit_module, "wandb_logger", lambda *_: logger)
     assert train(tiny_runs.train_config(), look)["loss"] == 8.5
     assert sum("CSVLogger failed" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_promise_27_a_full_disk_under_tensorboard_does_not_end_the_run(
+    train: Callable[..., dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_runs: Any,
+    folder: RunFolder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its thread meets the error; the next number to be logged is refused with a ValueError that was raised from it."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    made: list[Any] = []
+    make = fit_module.run_loggers
+    monkeypatch.setattr(fit_module, "run_loggers", lambda *given: made.extend(make(*given)) or made)
+    steps = 0
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def look(_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            monkeypatch.setattr(RecordWriter, "write", full)
+            writer = made[0].experiment
+            writer.add_scalar("loss", 1.0, 3)
+            with pytest.raises(OSError, match="No space left"):
+                writer.flush()
+
+    assert train(tiny_runs.train_config(logger="tensorboard"), look)["loss"] == 8.5
+    told = [message for message in caplog.messages if "TensorBoardLogger failed" in message]
+    assert len(told) == 1
+    assert "TensorBoardLogger failed (you tried to log " in told[0]
+    assert len(folder.metrics_csv.read()) == 4
 
 
 # ---- Weights & Biases
