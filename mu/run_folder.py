@@ -222,8 +222,9 @@ class MetricsCsv:
             with open(self.path, newline="", encoding="utf-8") as file:
                 self._columns = tuple(next(csv.reader(file), ())) or None
         if self._columns is None:
-            self._columns = ("step", *values)
-            self._write(self._columns)
+            columns = ("step", *values)
+            self._write(columns)
+            self._columns = columns  # only now: where it could not be written, the next row tries again
         unknown = sorted(set(values) - set(self._columns))
         if unknown:
             raise ValueError(

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from mu.atomic import WriteError
 from mu.config import Config, load_config, setting
 from mu.errors import MuError
 from mu.run_folder import (
     ConsoleHandler,
+    MetricsCsv,
     RunFolder,
     RunFolderError,
     space_problem,
@@ -165,6 +167,15 @@ def test_promise_17_space_and_permission_are_found_before_a_run(tmp_path):
 def test_an_unwritable_folder_is_found(tmp_path):
     tmp_path.chmod(0o500)
     assert "cannot be written to" in str(writable_problem(tmp_path / "x"))
+
+
+def test_promise_27_a_header_that_could_not_be_written_is_written_with_the_next_row(tmp_path: Path) -> None:
+    metrics = MetricsCsv(tmp_path / "run" / "metrics.csv")
+    with pytest.raises(WriteError, match=r"metrics\.csv: the row of a step could not be written"):
+        metrics.append(1, loss=0.5)
+    metrics.path.parent.mkdir()
+    metrics.append(2, loss=0.25)
+    assert metrics.path.read_bytes() == b"step,loss\r\n2,0.25\r\n"
 
 
 def test_promise_27_of_a_row_that_is_cut_off_by_a_full_disk_nothing_stays(tmp_path: Path) -> None:
