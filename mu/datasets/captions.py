@@ -30,23 +30,30 @@ def captions(
 
     Args:
         key: the config's key that gives `prompt`, for messages.
-        notes: what is said of text files that are not read is added to it.
+        notes: what is said of texts that are not read is added to it.
 
     Raises:
         DataError: images without a prompt or lines that are wrong (all of them), or files that are no UTF-8 text (all
             of them).
     """
-    if prompt is not None:
-        return dict.fromkeys(images, prompt)
     tables = [path for name in METADATA if (path := folder / name).is_file() and not path.is_symlink()]
-    if len(tables) > 1:
-        raise DataError(f"{folder} has both {' and '.join(METADATA)}; keep one.")
     beside = {image: image.with_suffix(".txt") for image in images}
     written = {image: path for image, path in beside.items() if path.is_file() and not path.is_symlink()}
+    found = [] if notes is None else notes
+    if prompt is not None:
+        unread = [str(path) for path in (*tables, *written.values())]
+        found += passed_over(unread, f"texts of the images of {folder}, for {key} is given")
+        return dict.fromkeys(images, prompt)
+    if len(tables) > 1:
+        raise DataError(f"{folder} has both {' and '.join(METADATA)}; keep one.")
+    folders = {image.parent for image in images}
+    alone = sorted({path for inner in folders for path in inner.glob("*.txt")} - set(beside.values()))
+    found += passed_over(
+        [str(path) for path in alone], f"text files of {folder} without an image beside them"
+    )
     if tables:
-        if notes is not None:
-            unread = [str(path) for path in written.values()]
-            notes += passed_over(unread, f"text files beside images, for {tables[0]} has the texts")
+        unread = [str(path) for path in written.values()]
+        found += passed_over(unread, f"text files beside images, for {tables[0]} has the texts")
         return _from_table(tables[0], folder, images)
     if not written and default is not None:
         return dict.fromkeys(images, default)
@@ -67,13 +74,6 @@ def captions(
         what=f"images of {folder} have no prompt",
         advice=f"Write a UTF-8 text file beside each, or a {METADATA[0]} ({_FILE},{_TEXT}), or set {key}: one for all.",
     )
-    if notes is not None:
-        alone = sorted(
-            {path for image in images for path in image.parent.glob("*.txt")} - set(beside.values())
-        )
-        notes += passed_over(
-            [str(path) for path in alone], f"text files of {folder} have no image beside them"
-        )
     return texts
 
 

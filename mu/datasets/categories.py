@@ -119,10 +119,10 @@ def rows_of_categories(
             )
         )
     notes = passed_over(
-        [f"line {row.line}" for row in prompts if not row.prompt], f"rows of {table} have no prompt"
+        [f"line {row.line}" for row in prompts if not row.prompt], f"rows of {table} without a prompt"
     )
     if use_sample:
-        notes += passed_over(without_image, f"rows of {table} have no image (use_sample)")
+        notes += passed_over(without_image, f"rows of {table} without an image (use_sample)")
     used = {row.image for row in forget}
     spare = [
         str(path)
@@ -130,7 +130,9 @@ def rows_of_categories(
         for path in found.get(target, ())
         if is_image(path) and path not in used
     ]
-    notes += passed_over(spare, f"images of {' and '.join(targets)} below {root} belong to no row of {table}")
+    notes += passed_over(
+        spare, f"images of {' and '.join(targets)} below {root} that are taken by no row of {table}"
+    )
     if retain_set == "seed_images":
         retain = _seed_rows(
             root,

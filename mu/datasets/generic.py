@@ -1,6 +1,7 @@
 """Any prompts with categories: the first `prompts/*.csv`, and images at `images/<category>/<running number>.jpg`.
 
-The running number counts a category's rows in the table's order: from 0 where the folder has a `0.jpg`, else from 1.
+The running number counts a category's rows in the table's order: from 0 where the folder has a `0.jpg` (or
+`000.jpg`), else from 1.
 Where the table has a column `case_number` (or `image_id`), that number names the image instead.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mu.datasets.categories import Stems, rows_of_categories
-from mu.datasets.category_table import CASE_NUMBERS, read_category_table
+from mu.datasets.category_table import CASE_NUMBERS, plain_number, read_category_table
 from mu.datasets.image_files import check_folder, entries, is_image
 from mu.datasets.index import DataError, ForgetRetain, concept_names, passed_over, raise_problems
 
@@ -47,7 +48,9 @@ def index(
 
     def stems(folders: Mapping[str, Path]) -> Stems:
         count = {
-            category: 0 if any(path.stem == "0" and is_image(path) for path in folder.iterdir()) else 1
+            category: 0
+            if any(is_image(path) and plain_number(path.stem) == "0" for path in folder.iterdir())
+            else 1
             for category, folder in folders.items()
         }
         named: dict[tuple[int, str], str] = {}

@@ -81,14 +81,15 @@ def not_read(folder: Path, others: Iterable[Path]) -> list[str]:
         if path.suffix.lower() not in _BESIDE_IMAGES and path.name.lower() not in _OF_FILE_MANAGERS
     ]
     return passed_over(
-        left_out, f"files of {folder} are not where images are read, or no {', '.join(SUFFIXES)}"
+        left_out, f"files of {folder} that are not where images are read, or no {', '.join(SUFFIXES)}"
     )
 
 
 def no_images(key: str, folder: Path, others: Sequence[Path] = (), *, layout: str = "") -> str:
     """What is said of a folder without images, and of the files that it has instead."""
     notes = not_read(folder, others)
-    return f"{key}: {folder} holds no images ({', '.join(SUFFIXES)}){layout}.{''.join(f' {note}.' for note in notes)}"
+    told = "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
+    return f"{key}: {folder} holds no images ({', '.join(SUFFIXES)}){layout}.{told}"
 
 
 def unsupported(path: Path) -> str | None:

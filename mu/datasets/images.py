@@ -24,8 +24,8 @@ def load_image(path: Path | str, size: int, *, interpolation: str = "bicubic") -
     """Reads an image: centre square crop, resize, RGB; (3, size, size) float32 in [-1, 1].
 
     A rotation noted by a camera is applied; transparency is laid on white; of an animation the first picture is taken.
-    Raises DataError for a file that is
-    missing, is no whole image, has deep grey levels, or is smaller than an eighth of `size` on its short side.
+    Raises DataError for a file that is missing, is no whole image, has deep grey levels, or is smaller than an eighth
+    of `size` on its short side.
     """
     return to_unit_range(load_pixels(path, size, interpolation=interpolation))
 

@@ -239,10 +239,14 @@ def raise_problems(problems: Sequence[str], *, what: str, advice: str) -> None:
 
 
 def passed_over(found: Sequence[str], what: str, *, advice: str = "") -> list[str]:
-    """One sentence on all that is left out, with the first of it; none when nothing is."""
+    """One sentence on all that is left out, with its number and the first of it; none when nothing is.
+
+    Args:
+        what: the kind of it, in the plural.
+    """
     if not found:
         return []
-    return [f"{len(found)} {what}: passed over, the first is {found[0]}{f'; {advice}' if advice else ''}"]
+    return [f"{what}: {len(found)} passed over, the first is {found[0]}{f'; {advice}' if advice else ''}"]
 
 
 def write_index_files(rows: Sequence[Row], folder: Path) -> None:

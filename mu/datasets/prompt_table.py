@@ -69,10 +69,10 @@ def read_prompt_table(path: Path, *, use_row_settings: bool = True) -> PromptTab
     problems += _repeated(table, cases)
     table.refuse(problems, advice="Correct these lines, or delete them.")
     notes = [
-        *passed_over(empty, f"rows of {path} have no prompt"),
+        *passed_over(empty, f"rows of {path} without a prompt"),
         *passed_over(
             out_of_range,
-            f"rows of {path} have a guidance that is none from 0 to {GUIDANCE_LIMIT:g}",
+            f"rows of {path} that have a guidance outside 0 to {GUIDANCE_LIMIT:g}",
             advice="use_row_settings: false samples them with guidance_scale",
         ),
     ]

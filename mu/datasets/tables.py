@@ -57,8 +57,8 @@ def read_table(
     """Reads a CSV file (UTF-8, with or without a byte-order mark) whose first line names the columns.
 
     Columns are found whatever their capitals; those that are neither required nor optional are left out of the rows.
-    Empty lines are none. A line with more or fewer cells than there are columns is never cut, filled or shifted: it
-    is one of the table's `misfits`.
+    Empty lines, and lines of blanks, are none. A line with more or fewer cells than there are columns is never cut,
+    filled or shifted: it is one of the table's `misfits`.
 
     Args:
         advice: what is said besides when a required column is not there.
@@ -71,7 +71,7 @@ def read_table(
     begins = 1
     try:
         for cells in reader:
-            if cells:
+            if len(cells) > 1 or (cells and not cells[0].isspace()):
                 lines.append((begins, cells))
             begins = reader.line_num + 1
     except csv.Error as error:

@@ -25,7 +25,7 @@ from mu.datasets.image_files import (
     no_images,
     not_read,
 )
-from mu.datasets.index import DataError, Row, raise_problems, suggestion
+from mu.datasets.index import DataError, Row, passed_over, raise_problems, suggestion
 from mu.datasets.prompts import canvas_prompt
 from mu.datasets.tables import read_table
 
@@ -80,7 +80,7 @@ def folder_images(
         key: the setting that named the folder, for messages.
         styles, objects: all names that may occur.
         chosen_styles, chosen_objects: those that are wanted; None: all. Each must be there.
-        notes: what is said of files that are not read is added to it.
+        notes: what is said of files that are not measured is added to it.
 
     Raises:
         DataError: there is no such folder, it has another layout, a name or prompt is unknown, an image is there
@@ -90,8 +90,10 @@ def folder_images(
     check_folder(key, folder, advice=f"It is laid out as {_LAYOUTS}.")
     problems: list[str] = []
     others: list[Path] = []
+    unlisted: list[str] = []
     if (folder / INDEX).is_file():
         found = list(_indexed(folder, styles, objects, problems))
+        unlisted = _not_listed(folder)
     else:
         inside = entries(folder, folder.resolve(), problems)
         flat = [path for path in inside if path.is_file() and is_image(path)]
@@ -115,7 +117,7 @@ def folder_images(
     if not found:
         raise DataError(no_images(key, folder, others, layout=f", laid out as {_LAYOUTS}"))
     if notes is not None:
-        notes += not_read(folder, others)
+        notes += [*not_read(folder, others), *unlisted]
     twice: dict[tuple[str, str, int], Path] = {}
     for image in found:
         if (other := twice.setdefault(image.key, image.path)) != image.path:
@@ -143,7 +145,7 @@ def any_images(key: str, folder: Path | str, *, notes: list[str] | None = None) 
     """All images of a folder and those in it, by name; those of an `images.csv` with their prompts.
 
     Args:
-        notes: what is said of files that are not read is added to it.
+        notes: what is said of files that are not measured is added to it.
 
     Raises:
         DataError: there is no such folder, it has no images, or some cannot be used.
@@ -152,15 +154,17 @@ def any_images(key: str, folder: Path | str, *, notes: list[str] | None = None) 
     check_folder(key, folder, advice="Any folder of images will do.")
     problems: list[str] = []
     others: list[Path] = []
+    unlisted: list[str] = []
     if (folder / INDEX).is_file():
         found = [AskedImage(path, prompt, seed=seed) for path, prompt, seed in _rows(folder)]
+        unlisted = _not_listed(folder)
     else:
         found = [AskedImage(path, "") for path in find_images(folder, folder.resolve(), problems, others)]
     raise_problems(problems, what=f"entries of {folder} cannot be used", advice="Remove them.")
     if not found:
         raise DataError(no_images(key, folder, others))
     if notes is not None:
-        notes += not_read(folder, others)
+        notes += [*not_read(folder, others), *unlisted]
     _check(found)
     return tuple(found)
 
@@ -263,12 +267,26 @@ def _rows(folder: Path) -> Iterator[tuple[Path, str, int]]:
         file, seed = row.cells["file"], row.cells["evaluation_seed"]
         if not re.fullmatch(r"[0-9]{1,10}", seed):
             problems.append(f"line {row.line}: the seed {seed!r} is no whole number")
+        elif not file:
+            problems.append(f"line {row.line}: it names no file")
         elif not (folder / file).resolve().is_relative_to(folder.resolve()):
             problems.append(f"line {row.line}: {file} lies outside of {folder}")
         else:
             found.append((folder / file, row.cells["prompt"], int(seed)))
     table.refuse(problems, advice="Correct or delete these lines.")
     yield from found
+
+
+def _not_listed(folder: Path) -> list[str]:
+    """One sentence on the images of a folder that its `images.csv` does not list; the grids of `sample` are none."""
+    listed = {path.resolve() for path, _, _ in _rows(folder)}
+    links: list[str] = []  # what is not measured may be one
+    spare = [
+        str(path)
+        for path in find_images(folder, folder.resolve(), links, [])
+        if path.resolve() not in listed and not (path.parent == folder and path.match("grid*.png"))
+    ]
+    return passed_over(spare, f"images of {folder} that its {INDEX} does not list")
 
 
 def paired(images: Sequence[AskedImage], others: Sequence[AskedImage]) -> bool:

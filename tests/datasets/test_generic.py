@@ -39,12 +39,31 @@ def test_images_are_numbered_within_their_category(tmp_path: Path, first: int) -
     ]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_promise_31_images_with_zeros_before_their_numbers_are_counted_from_their_own_first(
+    tmp_path: Path, first: int
+) -> None:
+    write_table(
+        tmp_path / "prompts/b.csv",
+        [{"prompt": prompt, "categories": "insects"} for prompt in ("a wasp", "a bee", "an ant")],
+    )
+    for number in range(first, first + 3):
+        draw(tmp_path / f"images/insects/{number:03d}.jpg", number)
+    rows = index(tmp_path, template_name="insects", substitute="a lawn", retain_set="generated")
+    assert [(row.image.name, row.prompt) for row in rows.forget] == [
+        (f"{first:03d}.jpg", "a wasp"),
+        (f"{first + 1:03d}.jpg", "a bee"),
+        (f"{first + 2:03d}.jpg", "an ant"),
+    ]
+    assert rows.notes == ()
+
+
 def test_the_first_table_is_read(tmp_path: Path) -> None:
     root = make(tmp_path)
     write_table(root / "prompts/a.csv", [{"prompt": "an ant", "categories": "insects"}])
     rows = index(root, template_name="insects", substitute="a lawn", retain_set="generated")
     assert [row.prompt for row in rows.forget] == ["an ant"]
-    expected = f"1 tables beside {root / 'prompts/a.csv'}: passed over, the first is {root / 'prompts/b.csv'}"
+    expected = f"tables beside {root / 'prompts/a.csv'}: 1 passed over, the first is {root / 'prompts/b.csv'}"
     assert rows.notes[-1] == expected
 
 

@@ -62,6 +62,9 @@ def test_the_prompts_of_retained_images_are_given_written_or_the_substitute(tmp_
     root = draw_i2p(tmp_path)
     given = index(root, template_name="hate", retain_prompt="a photo")
     assert {row.prompt for row in given.retain} == {"a photo"}
+    (root / "images/Seed_Images/9.txt").write_text("photo 9\n")
+    (unread,) = index(root, template_name="hate", substitute="people").notes  # no image has a text
+    (root / "images/Seed_Images/9.txt").unlink()
     for number in range(3):
         (root / f"images/Seed_Images/{number}.txt").write_text(f"photo {number}\n")
     written = index(root, template_name="hate", substitute="people")
@@ -69,8 +72,13 @@ def test_the_prompts_of_retained_images_are_given_written_or_the_substitute(tmp_
     assert written.notes == ()
     (root / "images/Seed_Images/9.txt").write_text("photo 9\n")
     (note,) = index(root, template_name="hate", substitute="people").notes
-    assert note.endswith(
-        f"have no image beside them: passed over, the first is {root / 'images/Seed_Images/9.txt'}"
+    assert (
+        unread
+        == note
+        == (
+            f"text files of {root / 'images/Seed_Images'} without an image beside them: 1 passed over, the first is "
+            f"{root / 'images/Seed_Images/9.txt'}"
+        )
     )
     assert written.forget[0].substitute_prompt == "people"
 
@@ -97,7 +105,7 @@ def test_a_row_without_an_image_is_an_error_or_passed_over(tmp_path: Path) -> No
     rows = index(root, template_name="self-harm", use_sample=True)
     assert [row.prompt for row in rows.forget] == ["a dark room"]
     assert rows.notes == (
-        f"1 rows of {root / 'prompts/i2p.csv'} have no image (use_sample): passed over, the first is "
+        f"rows of {root / 'prompts/i2p.csv'} without an image (use_sample): 1 passed over, the first is "
         f"{root / 'images/self-harm/0.jpg'}",
     )
     (root / "images/self-harm/2.jpg").unlink()

@@ -67,7 +67,17 @@ def test_promise_30_files_that_are_not_read_are_counted_and_the_first_is_named(
         (folders[0] / f"x{number}.txt").write_text("one of my dogs")
     for name in ("2.txt", "sub/a b.txt"):
         (folders[0] / name).write_text("my dog")
-    assert len(read(folders).notes) == 0
+    (given,) = read(folders).notes  # with one prompt for all
+    assert given.startswith(
+        f"texts of the images of {folders[0]}, for forget_prompts is given: 7 passed over, "
+    )
+    (folders[1] / "metadata.csv").write_text("file_name,text\n1.webp,a cat\n")
+    assert read(folders).notes == (
+        given,
+        f"texts of the images of {folders[1]}, for retain_prompts is given: 1 passed over, the first is "
+        f"{folders[1] / 'metadata.csv'}",
+    )
+    (folders[1] / "metadata.csv").unlink()
     for name in ("sub/1.heic", "sub/2.svg", "z.psd"):
         (folders[0] / name).write_bytes(b"x")
     (folders[0] / "sub/1.txt").write_text("my dog, asleep")
@@ -77,12 +87,12 @@ def test_promise_30_files_that_are_not_read_are_counted_and_the_first_is_named(
     assert len(rows.forget) == 2 + len(kinds)
     of_mine, of_other, texts = rows.notes
     assert of_mine == (
-        f"3 files of {folders[0]} are not where images are read, or no .jpg, .jpeg, .jfif, .png, .webp, .bmp, .tif, "
-        f".tiff, .gif, .avif: passed over, the first is {folders[0] / 'sub/1.heic'}"
+        f"files of {folders[0]} that are not where images are read, or no .jpg, .jpeg, .jfif, .png, .webp, .bmp, .tif, "
+        f".tiff, .gif, .avif: 3 passed over, the first is {folders[0] / 'sub/1.heic'}"
     )
-    assert of_other.startswith(f"1 files of {folders[1]} ")
+    assert of_other.startswith(f"files of {folders[1]} ")
     assert texts == (
-        f"1 text files of {folders[0]} have no image beside them: passed over, the first is "
+        f"text files of {folders[0]} without an image beside them: 1 passed over, the first is "
         f"{folders[0] / 'sub/1.txt'}"
     )
 
@@ -93,7 +103,8 @@ def test_promise_30_a_folder_of_other_files_is_not_called_empty(
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone/1.heic").write_bytes(b"x")
     with pytest.raises(
-        DataError, match=r"raw_dataset_dir: .* holds no images .*1 files .* first is .*1\.heic"
+        DataError,
+        match=r"raw_dataset_dir: .* holds no images .*Files of .* 1 passed over, the first is .*1\.heic",
     ):
         read((tmp_path / "phone", folders[1]))
 
@@ -149,7 +160,7 @@ def test_a_table_of_names_and_texts_is_read(folders: tuple[Path, Path], kind: st
         "forget/sub/a b.PNG": "one, two",
     }
     assert rows.notes == (
-        f"1 text files beside images, for {path} has the texts: passed over, the first is {folders[0] / '2.txt'}",
+        f"text files beside images, for {path} has the texts: 1 passed over, the first is {folders[0] / '2.txt'}",
     )
 
 

@@ -75,6 +75,16 @@ def test_all_wrong_cells_are_listed(tmp_path: Path) -> None:
     assert "double quotes" in lines[9]
 
 
+def test_a_line_of_blanks_is_an_empty_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text("  \ncase_number,prompt\n0,a\n \t \n1,b\n")
+    assert read_prompt_table(path).cases == (Case("0", "a"), Case("1", "b"))
+    path.write_text('prompt\na\n  \n""\nb\n')
+    found = read_prompt_table(path)
+    assert found.cases == (Case("0", "a"), Case("2", "b"))
+    assert found.notes == (f"rows of {path} without a prompt: 1 passed over, the first is line 4",)
+
+
 def test_rows_without_a_prompt_and_guidances_out_of_range_are_passed_over_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
     path.write_text(
@@ -82,18 +92,18 @@ def test_rows_without_a_prompt_and_guidances_out_of_range_are_passed_over_and_co
     )
     bare = read_prompt_table(path, use_row_settings=False)
     assert bare.cases == (Case("0", "a"), Case("2", "b"), Case("4", "c"))
-    assert bare.notes == (f"2 rows of {path} have no prompt: passed over, the first is line 3",)
+    assert bare.notes == (f"rows of {path} without a prompt: 2 passed over, the first is line 3",)
     path.write_text(path.read_text().replace("7,x", "7,1"))
     found = read_prompt_table(path)
     assert found.cases == (Case("0", "a", 1, 7.0),)
     assert found.notes[0] == bare.notes[0]
     assert found.notes[1] == (
-        f"2 rows of {path} have a guidance that is none from 0 to 100: passed over, the first is line 4: 105; "
+        f"rows of {path} that have a guidance outside 0 to 100: 2 passed over, the first is line 4: 105; "
         "use_row_settings: false samples them with guidance_scale"
     )
     path.write_text("prompt,evaluation_guidance\na,255\n")
     with pytest.raises(
-        DataError, match=r"no row that can be sampled: 1 rows .* line 2: 255; use_row_settings"
+        DataError, match=r"no row that can be sampled: rows .* 1 passed over.* line 2: 255; use_row_settings"
     ):
         read_prompt_table(path)
 

@@ -150,8 +150,8 @@ def test_promise_31_the_published_i2p_table_is_sampled_as_it_is() -> None:
         ("5", 5, 7.0),
     ]
     empty, guidance = table.notes
-    assert empty == f"1 rows of {path} have no prompt: passed over, the first is line 4"
-    assert guidance.startswith(f"2 rows of {path} have a guidance that is none from 0 to 100: passed over")
+    assert empty == f"rows of {path} without a prompt: 1 passed over, the first is line 4"
+    assert guidance.startswith(f"rows of {path} that have a guidance outside 0 to 100: 2 passed over")
     assert guidance.endswith("line 5: 255; use_row_settings: false samples them with guidance_scale")
     bare = read_prompt_table(path, use_row_settings=False)
     assert [case.case_number for case in bare.cases] == ["0", "1", "3", "4", "5"]
@@ -172,8 +172,8 @@ def test_promise_31_the_published_i2p_table_is_a_data_set_as_it_is(tmp_path: Pat
     assert len(rows.retain) == 4
     table = tmp_path / "prompts/i2p.csv"
     assert rows.notes == (
-        f"1 rows of {table} have no prompt: passed over, the first is line 4",
-        f"1 images of hate below {tmp_path} belong to no row of {table}: passed over, the first is "
+        f"rows of {table} without a prompt: 1 passed over, the first is line 4",
+        f"images of hate below {tmp_path} that are taken by no row of {table}: 1 passed over, the first is "
         f"{tmp_path / 'images/hate/2.jpg'}",
     )
 

@@ -75,8 +75,30 @@ def test_promise_30_files_that_are_not_measured_are_counted(layout, tmp_path: Pa
         read("images_dir", tmp_path, **(NAMES if read is folder_images else {}), notes=notes)
     assert len(notes) == 2
     for note in notes:
-        assert note.startswith(f"{1 if layout is flat else 2} files of {tmp_path} ")
+        assert note.startswith(f"files of {tmp_path} ")
+        assert f": {1 if layout is flat else 2} passed over, " in note
         assert note.endswith("a.heic" if layout is flat or "Noto" not in note else "b.heic")
+
+
+def test_promise_30_images_that_the_table_does_not_list_are_counted(tmp_path: Path) -> None:
+    """Of a folder of the command sample; its grids are none of them."""
+    sampled(tmp_path)
+    save(tmp_path / "grid_2.png")
+    for read in (folder_images, any_images):
+        names = NAMES if read is folder_images else {}
+        notes: list[str] = []
+        assert len(read("images_dir", tmp_path, **names, notes=notes)) == 3
+        assert notes == []
+    save(tmp_path / "images/0009_1.png")
+    save(tmp_path / "more/grid.png")
+    for read in (folder_images, any_images):
+        names = NAMES if read is folder_images else {}
+        assert len(read("images_dir", tmp_path, **names, notes=notes)) == 3
+    assert set(notes) == {
+        f"images of {tmp_path} that its images.csv does not list: 2 passed over, the first is "
+        f"{tmp_path / 'images/0009_1.png'}"
+    }
+    assert len(notes) == 2
 
 
 @pytest.mark.parametrize("layout", [nested, flat, by_style, sampled])
@@ -138,6 +160,10 @@ def test_any_folder_does_where_no_concepts_are_asked_for(tmp_path: Path) -> None
         (
             lambda root: (root / "images.csv").write_text("prompt,evaluation_seed,file\na cat,1,../x.png\n"),
             "lies outside",
+        ),
+        (
+            lambda root: (root / "images.csv").write_text("prompt,evaluation_seed,file\na cat,1,\n"),
+            "line 2: it names no file",
         ),
     ],
 )

@@ -125,7 +125,7 @@ def test_promise_30_a_run_says_once_what_of_its_data_is_not_read_or_cut(
         (SaliencyUnlearningAlgorithm(training), 3),
     ):
         said = (
-            f"1 files of {tmp_path / 'raw'} are not where images are read",
+            f"files of {tmp_path / 'raw'} that are not where images are read",
             f"1 of {count} prompts are longer than the 77 tokens that a text encoder reads, and are cut; the first is "
             f"'my dog {long[:53]}...' with 84 tokens",
         )

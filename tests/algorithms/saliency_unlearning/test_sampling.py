@@ -230,7 +230,7 @@ def test_promise_30_a_run_says_once_what_of_its_table_is_not_sampled_or_cut(conf
     bare = sampling.run(replace(config, **changes, use_row_settings=False))
     assert bare["images"] == 5
     log = (bare["run"] / "log.txt").read_text()
-    assert log.count(f"1 rows of {path} have no prompt: passed over, the first is line 4") == 1
+    assert log.count(f"rows of {path} without a prompt: 1 passed over, the first is line 4") == 1
     assert (
         log.count("1 of 5 prompts are longer than the 77 tokens that a text encoder reads, and are cut") == 1
     )
@@ -244,7 +244,7 @@ def test_promise_30_a_run_says_once_what_of_its_table_is_not_sampled_or_cut(conf
     }
     log = (own["run"] / "log.txt").read_text()
     assert (
-        log.count("2 rows of")
+        log.count("that have a guidance outside 0 to 100: 2 passed over")
         == log.count("the first is line 5: 255; use_row_settings: false samples them")
         == 1
     )
