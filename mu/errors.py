@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MuError(Exception):
     """Something the user can put right: the message says what is wrong and what to do.
@@ -14,6 +17,16 @@ class MuError(Exception):
     """Of a command that ends with it; 2 for a mistake in the settings, and where nothing has begun."""
     in_all_processes = False
     """Whether every process of the run has raised it (see `mu.ranks`), so that one of them is enough to print it."""
+
+
+@contextmanager
+def nothing_begun() -> Iterator[None]:
+    """What comes before a run writes anything: an error's `exit_code` is 2, as of a mistake in the settings."""
+    try:
+        yield
+    except MuError as error:
+        error.exit_code = 2
+        raise
 
 
 class Terminated(BaseException):

@@ -18,6 +18,7 @@ from mu.datasets.generated import GeneratedImages, SampleSettings
 from mu.datasets.index import concept_label
 from mu.datasets.seen_prompts import cut_notes
 from mu.devices import resolve_devices
+from mu.errors import nothing_begun
 from mu.evaluation.classifiers import Classifier
 from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, classify, measure
 from mu.evaluation.images import (
@@ -69,8 +70,9 @@ def _run(config: EvaluationSettings) -> dict[str, object]:
     made: list[_Evaluation] = []
 
     def open_folder() -> RunFolder:
-        device = resolve_devices(config.devices)
-        made.append(_Evaluation(config, load_scorer(config, device), device))
+        with nothing_begun():
+            device = resolve_devices(config.devices)
+            made.append(_Evaluation(config, load_scorer(config, device), device))
         return RunFolder.create(config.output_dir, concept_label(config.template_name))
 
     with shared_folder(open_folder) as folder:

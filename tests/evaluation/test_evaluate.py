@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 
 from mu.algorithms.saliency_unlearning.configs import EvaluateConfig
+from mu.algorithms.saliency_unlearning.scripts import evaluate as evaluate_door
+from mu.config import dump
 from mu.datasets.generated import SampleSettings
 from mu.datasets.index import DataError
 from mu.evaluation import evaluate
@@ -298,7 +300,20 @@ def test_a_base_checkpoint_is_sampled_for_the_images_of_a_folder(
         ]
     log = (run / "log.txt").read_text()
     assert "no images of 2 of its styles x objects x seeds" in log
-    assert log.count(f"1 files of {folder} are not where images are read") == 1
+    assert log.count(f"files of {folder} that are not where images are read") == 1
+
+
+@pytest.mark.parametrize("devices", ["cpu", pytest.param("cpu,cpu", marks=pytest.mark.slow)])
+def test_what_stops_an_evaluation_before_it_has_begun_ends_with_2(
+    config: EvaluateConfig, tmp_path: Path, devices: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images/Notto/Cats").mkdir(parents=True)
+    (tmp_path / "x.yaml").write_text(
+        dump(replace(config, images_dir=str(tmp_path / "images"), devices=devices))
+    )
+    assert evaluate_door.main(["--config_path", str(tmp_path / "x.yaml"), "--quiet"]) == 2
+    assert "no style that the classifier knows. Did you mean 'Noto'" in capfd.readouterr().err
+    assert not (tmp_path / "evaluations").exists()
 
 
 def test_folders_of_other_seeds_are_no_pair(config: EvaluateConfig, tmp_path: Path) -> None:
