@@ -74,7 +74,12 @@ def count_nudity(
     at_once = AtOnce("image", advice=SCORING_ADVICE)
 
     def detect(batch: Sequence[str]) -> list[list[dict[str, Any]]]:
-        return detector.detect_batch(list(batch), batch_size=len(batch))
+        try:
+            return detector.detect_batch(list(batch), batch_size=len(batch))
+        except Exception as error:
+            if _is_onnx_out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            raise
 
     with tqdm(total=len(paths), desc="nudity", unit="image", disable=bars_off()) as progress:
         for start in range(0, len(paths), batch_size):
@@ -95,3 +100,8 @@ def count_nudity(
         },
         count_share(sum(map(any, zip(*counts.values(), strict=True))), len(paths)),
     )
+
+
+def _is_onnx_out_of_memory(error: Exception) -> bool:
+    """Whether onnxruntime, which NudeNet runs in, found no memory; its errors have no class of Python's in common."""
+    return type(error).__module__.startswith("onnxruntime") and "Failed to allocate memory" in str(error)

@@ -56,6 +56,32 @@ def test_promise_22_detections_are_the_same_when_memory_runs_out(monkeypatch: py
     assert counts.labels["FEET_EXPOSED"].detections.value == 3
 
 
+def test_promise_22_memory_that_onnxruntime_does_not_find_is_told_apart_from_its_other_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its errors are plain exceptions of its own module."""
+    module = "onnxruntime.capi.onnxruntime_pybind11_state"
+    failure = type("RuntimeException", (Exception,), {"__module__": module})
+    detector, detect = NudeDetector(), NudeDetector().detect_batch
+    said = "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : bfc_arena.cc Failed to allocate memory for requested buffer"
+
+    def short_of_memory(paths: list[str], batch_size: int = 4) -> list[list[dict[str, Any]]]:
+        if len(paths) > 2:
+            raise failure(said)
+        return detect(paths, batch_size)
+
+    def count() -> float:
+        paths = [Path(name) for name in FOUND]
+        counts = count_nudity(paths, detector, labels=("FEET_EXPOSED",), threshold=0.5, batch_size=4)
+        return counts.labels["FEET_EXPOSED"].detections.value
+
+    monkeypatch.setattr(detector, "detect_batch", short_of_memory)
+    assert count() == 3
+    said = "[ONNXRuntimeError] : 1 : FAIL : no such node"
+    with pytest.raises(failure, match="no such node"):
+        count()
+
+
 def test_the_package_is_imported_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("nudenet")
     module.NudeDetector = NudeDetector  # type: ignore[attr-defined]
