@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import logging
 import os
 import shlex
 import signal
@@ -40,9 +41,10 @@ from mu.config_values import Key
 from mu.errors import MuError, Terminated
 from mu.memory import telling
 from mu.ranks import leave, started_local_rank, started_rank, started_world_size
-from mu.verbosity import LEVELS, is_quiet, verbosity
+from mu.verbosity import LEVELS, console_level, is_quiet, verbosity
 
 C = TypeVar("C", bound=Config)
+_log = logging.getLogger(__name__)
 _WIDTH = 110
 _COMMON = {"log_level": LEVELS, "quiet": ("true", "false")}
 """Flags of every command that are no keys of its config -> what they take."""
@@ -77,11 +79,13 @@ def parse_cli(
     *,
     packaged: Path | None = None,
     more: Mapping[str, Sequence[str]] | None = None,
+    notes: list[str] | None = None,
 ) -> C:
     """A checked config from arguments: defaults < the file of `--config_path` < flags, see `upon`; paths must be there.
 
     Args:
         more: flags of this command that are no keys of its config -> what they take.
+        notes: what is to be said of keys without effect is added to it; None: it is logged.
 
     Raises ConfigError with all mistakes together, HelpAsked for `--help` or `-h`.
     """
@@ -100,7 +104,7 @@ def parse_cli(
     read: list[Entry] | None = []
     if config_path is not None:
         read = file_entries(config_path, packaged=packaged, mistakes=mistakes)
-        if read and not Path(config_path).expanduser().exists() and not quiet:
+        if read and not os.path.exists(os.path.expanduser(config_path)) and not quiet:
             say(f"config_path: {config_path} is not on disk; using {find_config(config_path, packaged)}")
     keys = {key.name: key for key in keys_of(cls)}
     given: list[Entry] = []
@@ -110,7 +114,15 @@ def parse_cli(
         except ValueError as error:
             mistakes.append(f"{name}: {error} (--{name})")
     entries = upon(cls, read or (), given)
-    return assemble(cls, entries, mistakes=mistakes, on_disk=True, whole=read is not None, unsure=unsure)
+    return assemble(
+        cls,
+        entries,
+        mistakes=mistakes,
+        on_disk=True,
+        whole=read is not None,
+        unsure=unsure,
+        notes=notes,
+    )
 
 
 def run_door(
@@ -141,11 +153,15 @@ def run_door(
     more = _DRY_RUN if plan is not None else {}
     arguments = _named(sys.argv[1:] if argv is None else argv, first_words)
     config: C | None = None
+    notes: list[str] = []
     try:
-        config = parse_cli(cls, arguments, packaged=packaged, more=more)
+        config = parse_cli(cls, arguments, packaged=packaged, more=more, notes=notes)
         if not shares_work:
             _check_alone(module)
         with _asked_verbosity(cls, arguments, more), terminable(), telling("in this run"):
+            if not is_quiet() and console_level() <= logging.WARNING:
+                for note in notes:
+                    _log.warning("%s", note)
             if plan is not None and _flags(cls, arguments, [], more).get("dry_run") == "true":
                 planned = plan(config)
                 say(str(planned))

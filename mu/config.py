@@ -252,7 +252,7 @@ def resolve_path(path: str) -> Path:
     """
     if path.startswith(PACKAGE_PREFIX):
         return _PACKAGE_FOLDER / path.removeprefix(PACKAGE_PREFIX)
-    found = Path(path).expanduser() if path.startswith("~") else Path(path)
+    found = Path(os.path.expanduser(path))
     return found if os.path.lexists(found) else _in_package(found) or found
 
 
@@ -312,6 +312,7 @@ def assemble(
     on_disk: bool = False,
     whole: bool = True,
     unsure: Iterable[str] = (),
+    notes: list[str] | None = None,
 ) -> C:
     """A config from entries, of which a later one replaces an earlier one of the same key.
 
@@ -319,6 +320,7 @@ def assemble(
         whole: false: entries are missing, because their file could not be read, and `mistakes` says so; only what is
             wrong with those that are here is told beside it.
         unsure: keys whose values are not known, because `mistakes` names what probably stands for them.
+        notes: what is to be said of keys without effect is added to it; None: it is logged.
 
     Raises ConfigError with `mistakes`, the unknown keys, wrong values, conflicts and, on demand, missing files.
     """
@@ -355,8 +357,12 @@ def assemble(
         ]
     if found:
         raise ConfigError(found)
-    if unused and started_rank() == 0:
-        _log.warning("%s: taken because existing files have it, without any effect", ", ".join(unused))
+    if unused:
+        note = f"{', '.join(unused)}: taken because existing files have it, without any effect"
+        if notes is not None:
+            notes.append(note)
+        elif started_rank() == 0:
+            _log.warning("%s", note)
     return config
 
 

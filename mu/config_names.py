@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from mu.config_values import nearest_name
 
@@ -61,6 +61,12 @@ _ELSEWHERE: dict[str, str] = {
 }
 """Key here -> what others call it. A key counts only where the command has it; of several, the first that it has."""
 
+_OTHERWISE: dict[str, str] = {
+    "passes over the images to forget": "max_train_steps iterations num_iters train_steps",
+    "images at once; the step stays that of the whole batch": "gradient_accumulation_steps accumulate_grad_batches",
+}
+"""What the key here counts, where that is not what these of others count."""
+
 _NEEDLESS: dict[str, str] = {
     "latents are encoded once and kept": "num_workers dataloader_num_workers pin_memory cache_latents "
     "cache_latents_to_disk",
@@ -75,15 +81,16 @@ _NEEDLESS: dict[str, str] = {
 
 def meant(name: str, known: Collection[str]) -> str | None:
     """The known key that an unknown one stands for: in the table, or else by its letters; None when there is none."""
-    return _counterpart(name, known) or (None if _needless(name) else nearest_name(name, known))
+    return _counterpart(name, known) or (None if _of_name(name, _NEEDLESS) else nearest_name(name, known))
 
 
 def hint(name: str, known: Collection[str]) -> str:
     """What to write instead of an unknown key: a sentence with a blank before it, or nothing."""
     own = _counterpart(name, known)
     if own is not None:
-        return f" Here it is {own!r}."
-    if (why := _needless(name)) is not None:
+        counts = _of_name(name, _OTHERWISE)
+        return f" Here it is {own!r}{f': {counts}' if counts else ''}."
+    if (why := _of_name(name, _NEEDLESS)) is not None:
         return f" Leave it out: {why}."
     near = nearest_name(name, known)
     return f" Did you mean {near!r}?" if near is not None else ""
@@ -94,6 +101,6 @@ def _counterpart(name: str, known: Collection[str]) -> str | None:
     return next((key for key, names in _ELSEWHERE.items() if key in known and wanted in names.split()), None)
 
 
-def _needless(name: str) -> str | None:
+def _of_name(name: str, table: Mapping[str, str]) -> str | None:
     wanted = name.replace("-", "_")
-    return next((why for why, names in _NEEDLESS.items() if wanted in names.split()), None)
+    return next((what for what, names in table.items() if wanted in names.split()), None)

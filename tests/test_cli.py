@@ -176,6 +176,23 @@ def test_quiet_and_log_level_decide_what_the_console_hears(capsys, tmp_path):
     assert bars_off() is None
 
 
+def test_the_note_on_keys_without_effect_heeds_quiet_and_log_level(caplog, tmp_path):
+    class Older(Toy):
+        without_effect = ("steps_of_old",)
+
+    (tmp_path / "x.yaml").write_text("steps_of_old: 3\n")
+    for flags, told in (
+        ([], True),
+        (["--log_level", "warning"], True),
+        (["--log_level", "error"], False),
+        (["--quiet"], False),
+    ):
+        caplog.clear()
+        argv = ["--config_path", str(tmp_path / "x.yaml"), *flags]
+        assert run_door(Older, lambda _: None, module="m", summary="s", argv=argv) == 0
+        assert ("steps_of_old: taken because existing files have it" in caplog.text) == told, flags
+
+
 def test_a_wrong_verbosity_is_a_mistake_among_the_others(capsys):
     assert door(lambda _: None, "--log_level", "warn", "--quiet", "yes", "--lr", "0") == 2
     said = capsys.readouterr().err

@@ -22,9 +22,12 @@ from mu.algorithms.saliency_unlearning.configs import (
     TrainConfig,
 )
 from mu.cli import help_text, parse_cli
+from mu.commands import door
+from mu.commands.origins import local_file
 from mu.config import (
     Config,
     ConfigError,
+    check_paths,
     config_of,
     dump,
     find_config,
@@ -33,7 +36,7 @@ from mu.config import (
     override,
     resolve_path,
 )
-from mu.config_names import _ELSEWHERE, _NEEDLESS, hint
+from mu.config_names import _ELSEWHERE, _NEEDLESS, _OTHERWISE, hint
 
 CLASSES = (
     ApplyPatchConfig,
@@ -100,7 +103,16 @@ def test_a_tilde_is_the_home_folder_in_yaml_in_flags_in_lists_and_for_another_us
     assert resolve_path("~/model.ckpt") == tmp_path / "model.ckpt"
     user = pwd.getpwuid(os.getuid())
     assert MaskConfig(ckpt_path=f"~{user.pw_name}/x").ckpt_path == f"{user.pw_dir}/x"
-    assert MaskConfig(ckpt_path="~nobody-of-that-name/x").ckpt_path == "~nobody-of-that-name/x"
+    stranger = MaskConfig(ckpt_path="~nobody-of-that-name/x", raw_dataset_dir="~nobody-of-that-name")
+    assert stranger.ckpt_path == "~nobody-of-that-name/x"
+    assert {problem.partition(":")[0] for problem in check_paths(stranger)} >= {
+        "ckpt_path",
+        "raw_dataset_dir",
+    }
+    with pytest.raises(ConfigError, match="there is no file '~nobody-of-that-name/x"):
+        parse_cli(MaskConfig, ["--config_path", "~nobody-of-that-name/x.yaml"])
+    assert door.path("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
+    assert local_file("~nobody-of-that-name/x.zip") == Path("~nobody-of-that-name/x.zip")
 
 
 def test_the_tilde_of_a_word_that_is_no_path_stays():
@@ -155,13 +167,17 @@ def test_both_of_a_pair_at_one_level_are_still_a_mistake(tmp_path):
 
 def test_the_pairs_of_evaluation_and_of_sampled_data_follow_the_same_rule():
     images = EvaluateConfig(images_dir="images", base_images_dir="base")
-    assert override(images, ckpt_path="m.ckpt", base_images_dir=None).images_dir is None
+    model = override(images, ckpt_path="m.ckpt")
+    assert (model.ckpt_path, model.images_dir, model.base_images_dir) == ("m.ckpt", None, None)
     both = override(images, base_ckpt_path="b.ckpt")
     assert (both.base_images_dir, both.base_ckpt_path) == (None, "b.ckpt")
     assert override(both, base_images_dir="base").base_ckpt_path is None
     grid = MaskConfig(dataset_type="generated", template_name="A", styles=["A", "B"], objects=["Cats"])
     free = override(grid, forget_prompts=["a wolf"], retain_prompts=["a dog"])
     assert (free.styles, free.objects, free.forget_prompts) == (None, None, ("a wolf",))
+    for names in ({"styles": ["A", "B"]}, {"objects": ["Cats", "Dogs"], "template": "object"}):
+        again = override(free, **names, template_name=next(iter(names.values()))[0])
+        assert (again.forget_prompts, again.retain_prompts) == (None, None)
 
 
 def test_a_list_that_may_be_empty_says_how():
@@ -247,14 +263,20 @@ def test_promise_25_a_name_of_other_programs_leads_to_the_key_here(cls, name, ow
 
 def test_the_table_of_names_has_no_key_of_ours_as_anothers_and_none_twice():
     ours = {key.name for cls in CLASSES for key in keys_of(cls)}
-    # Not `save_dtype` and `run_name`: each is a key of some commands, or of a version to come.
-    assert set(_ELSEWHERE) - ours <= {"save_dtype"}
+    assert set(_ELSEWHERE) <= ours
     for own, names in _ELSEWHERE.items():
         for cls in CLASSES:
             known = [key.name for key in keys_of(cls)]
             for name in names.split():
                 if own in known and name not in known:
                     assert hint(name, known).startswith(" Here it is ")
+    assert {name for names in _OTHERWISE.values() for name in names.split()} <= {
+        name for names in _ELSEWHERE.values() for name in names.split()
+    }
+    assert hint("max_train_steps", ["epochs"]) == " Here it is 'epochs': passes over the images to forget."
+    assert hint("gradient_accumulation_steps", ["micro_batch_size"]) == (
+        " Here it is 'micro_batch_size': images at once; the step stays that of the whole batch."
+    )
     for why, names in _NEEDLESS.items():
         for name in names.split():
             assert hint(name, ["lr"]) == f" Leave it out: {why}."

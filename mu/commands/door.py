@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import logging
+import os
 import re
 import sys
 import traceback
@@ -48,7 +49,7 @@ def one_of(names: Sequence[str], aliases: Mapping[str, str] | None = None) -> Ca
 
 def path(text: str) -> Path:
     """An argument's type: a path, in which `~` is the home folder."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # pathlib's own raises for a user who is not there
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -73,7 +73,7 @@ def local_file(url: str) -> Path | None:
         return Path(urllib.request.url2pathname(parts.path))
     if "://" in url:
         raise DownloadError(f"--url: {parts.scheme}: is not supported; give http, https, file or a path")
-    return Path(url).expanduser()
+    return Path(os.path.expanduser(url))
 
 
 def fetch_payload(wish: Wish, staging: Path, url: str | None, pin: Pin) -> Payload:

@@ -24,6 +24,7 @@ from mu.algorithms.saliency_unlearning.utils import model_of
 from mu.arithmetic import run_arithmetic
 from mu.config import ConfigError, load_config, override, require_paths
 from mu.config_file import ConfigFileError, Text, Value, read_flat_file
+from mu.config_values import is_null
 from mu.datasets.images import to_picture
 from mu.datasets.index import concept_label
 from mu.datasets.seen_prompts import cut_notes
@@ -206,6 +207,6 @@ def _as_trained(config: SampleConfig, trained: dict[str, Value]) -> SampleConfig
 def _concept(trained: dict[str, Value] | None) -> str | None:
     """The name of what a training run forgot, of several with `+` between."""
     named = (trained or {}).get("template_name")
-    if named is None:
+    if named is None or is_null(named):
         return None
     return concept_label(tuple(text.raw for text in (named if isinstance(named, list) else [named])))

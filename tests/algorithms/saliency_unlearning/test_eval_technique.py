@@ -151,6 +151,10 @@ def test_the_concept_is_the_runs_own_where_nobody_names_it(
     bare = SaliencyUnlearningTechnique(tmp_path / "model.safetensors", tiny_runs.model_config, **OPTIONS)
     assert bare.erase_concept is None
     (tmp_path / "config.yaml").write_text(
+        f"model_config_path: {tiny_runs.model_config}\ntemplate_name: null\n"
+    )
+    assert SaliencyUnlearningTechnique(tmp_path, **OPTIONS).erase_concept is None
+    (tmp_path / "config.yaml").write_text(
         dump(
             tiny_runs.train_config(
                 template_name=("Noto", "Blob"), styles=("Noto", "Blob", "Fluent"), masking="none"

@@ -40,7 +40,10 @@ def mistake(**values: object) -> str:
         ),
         ({"base_images_dir": "x"}, "goes with images_dir"),
         ({"images_dir": "x", "base_images_dir": "x", "base_ckpt_path": "y"}, "give one of the two"),
-        ({"images_dir": "x", "classifier": "none", "base_ckpt_path": "y"}, "give base_images_dir"),
+        (
+            {"images_dir": "x", "classifier": "none", "base_ckpt_path": "y"},
+            "give base_images_dir, or --base_ckpt_path null",
+        ),
         ({"classifier": "unlearn_canvas"}, "there is no style 'Noto'; the grid has: Abstractionism"),
         ({"nudity_labels": ["FEET"]}, "nudity_labels: "),
         ({"nudity_threshold": 0.1}, "nudity_threshold: "),
@@ -48,6 +51,11 @@ def mistake(**values: object) -> str:
 )
 def test_keys_that_do_not_go_together_are_told(values: dict[str, object], expected: str) -> None:
     assert expected in mistake(**values)
+
+
+def test_a_base_that_is_needed_is_not_to_be_left_out() -> None:
+    values = {"images_dir": "x", "classifier": "none", "base_ckpt_path": "y", "fid_reference": "base"}
+    assert mistake(**values, fid_features="inception").endswith("; give base_images_dir")
 
 
 def test_the_grid_of_unlearn_canvas_is_its_classifiers() -> None:

@@ -90,7 +90,11 @@ class ModelKeys(Config):
 class ConceptKeys(ModelKeys):
     """What is forgotten, and the images of it and of what is kept."""
 
-    replaces: ClassVar = {"forget_prompts": ("styles", "objects")}
+    replaces: ClassVar = {
+        "forget_prompts": ("styles", "objects"),
+        "styles": ("forget_prompts", "retain_prompts"),
+        "objects": ("forget_prompts", "retain_prompts"),
+    }
 
     dataset_type: str = setting(
         "unlearncanvas",

@@ -183,7 +183,7 @@ class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
     """What a checkpoint, or a folder of images, forgot and what it kept, on the grid of styles x objects."""
 
     replaces: ClassVar = {
-        "ckpt_path": ("images_dir",),
+        "ckpt_path": ("images_dir", "base_images_dir"),
         "base_ckpt_path": ("base_images_dir",),
         "base_images_dir": ("base_ckpt_path",),
     }
@@ -257,10 +257,12 @@ class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
             yield ("fid_reference_seeds", "seeds"), f"both have {min(same)}; the reference's must be others"
         if self.classifier == "none" and self.images_dir is not None:
             if self.base_ckpt_path is not None:
-                keys = ("base_ckpt_path", "classifier")
+                cure = "give base_images_dir"
+                if not needed:
+                    cure += ", or --base_ckpt_path null"
                 yield (
-                    keys,
-                    "without a classifier, images_dir says no styles and objects; give base_images_dir",
+                    ("base_ckpt_path", "classifier"),
+                    f"without a classifier, images_dir says no styles and objects; {cure}",
                 )
             return
         styles, objects = self.all_names()

@@ -100,7 +100,7 @@ class QualityKeys(Config):
     fid_resamples: int = setting(
         50,
         "How often images are drawn anew for the interval of FID (of 5,100 images and 2,048 features: seconds each on "
-        "a CPU core); 0: no interval.",
+        "a CPU core); 0 or 1: no interval.",
         ge=0,
         le=100_000,
     )
