@@ -111,6 +111,8 @@ def test_a_tilde_is_the_home_folder_in_yaml_in_flags_in_lists_and_for_another_us
     }
     with pytest.raises(ConfigError, match="there is no file '~nobody-of-that-name/x"):
         parse_cli(MaskConfig, ["--config_path", "~nobody-of-that-name/x.yaml"])
+    packaged = ["--config_path", "~nobody-of-that-name/configs/emoji_canvas/sample.yaml"]
+    assert parse_cli(SampleConfig, packaged, packaged=PACKAGED).prompts
     assert door.path("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
     assert local_file("~nobody-of-that-name/x.zip") == Path("~nobody-of-that-name/x.zip")
 
