@@ -68,6 +68,7 @@ _NEEDLESS: dict[str, str] = {
     "images are resized with bicubic filters": "interpolation",
     "every folder of a run has the time in its name": "output_name wandb_run",
     "each image has its own seed, on one device or several": "multiprocessing",
+    "weights are not split over devices: each process holds all of them": "sharding",
     "the loss is one sum, in which alpha weighs the retained images; there is no inner loop": "K_steps",
 }
 """Why a key of others has no counterpart -> those keys. They are to be left out."""

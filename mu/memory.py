@@ -108,14 +108,12 @@ class AtOnce:
         what: the singular of what is counted, for messages.
         advice: the keys that save memory, where one at a time is too many.
         note: the end of the warning that fewer are done at once, beginning with a space or a comma.
-        may_halve: False where other processes take part in every pass and would not know of it.
     """
 
-    def __init__(self, what: str, *, advice: str, note: str = "", may_halve: bool = True) -> None:
+    def __init__(self, what: str, *, advice: str, note: str = "") -> None:
         self.what = what
         self.advice = advice
         self.note = note
-        self.may_halve = may_halve
         self.most: int | None = None
         """The size that memory held, once a larger one was too much."""
 
@@ -125,7 +123,7 @@ class AtOnce:
         `work` is begun again with fewer items, so it must not change anything before it returns.
 
         Raises:
-            OutOfMemoryError: one is too many, or it cannot be halved here.
+            OutOfMemoryError: one is too many.
         """
         done = 0
         while done < len(items):
@@ -135,11 +133,6 @@ class AtOnce:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if not self.may_halve:
-                    raise OutOfMemoryError(
-                        f"out of memory with {size} {self.what}s at a time ({reason_of(error)}). With sharding full, "
-                        f"batches are not halved by themselves. What saves memory: {self.advice}"
-                    ) from error
                 reason = reason_of(error)
             else:
                 done += size

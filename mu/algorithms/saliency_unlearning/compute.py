@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mu import memory, ranks
+from mu import memory
 from mu.arithmetic import products
 from mu.ldm import LatentDiffusion
 from mu.ldm.params import UNetParams
@@ -32,7 +32,6 @@ __all__ = [
     "halved",
     "is_out_of_memory",
     "less_at_once",
-    "too_much_for_shards",
 ]
 
 _log = logging.getLogger(__name__)
@@ -59,8 +58,6 @@ class ComputeKeys(Protocol):
     def gradient_checkpointing(self) -> bool | None: ...
     @property
     def compile(self) -> bool: ...
-    @property
-    def sharding(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +104,7 @@ def choose(
     if compute.recompute_if_short and ldm.device.type == "cpu":
         needed = images * activation_bytes(ldm.params.unet, latent_shape)
         recompute = needed > _SHARE * (free_bytes(ldm.device) - reserved)
-        # The same in all processes: where weights are shards, each layer's pass is a meeting.
-        compute = replace(compute, gradient_checkpointing=bool(ranks.largest(recompute)))
+        compute = replace(compute, gradient_checkpointing=recompute)
     _log.info("%s", compute)
     return compute
 
@@ -125,8 +121,7 @@ def choose_for(keys: ComputeKeys, device: torch.device) -> Compute:
         precision = "fp32"
     return Compute(
         precision=precision,
-        # What is sharded has to be contiguous.
-        channels_last=cuda and keys.sharding == "none" if keys.channels_last is None else keys.channels_last,
+        channels_last=cuda if keys.channels_last is None else keys.channels_last,
         gradient_checkpointing=bool(keys.gradient_checkpointing),
         recompute_if_short=keys.gradient_checkpointing is None,
         compile=keys.compile,
@@ -246,14 +241,6 @@ def encoders_at_hand(ldm: LatentDiffusion) -> Iterator[None]:
     finally:
         for part, place in zip(parts, places, strict=True):
             part.to(place)
-
-
-def too_much_for_shards(reason: str) -> OutOfMemoryError:
-    """What is said where `less_at_once` cannot help, since the other processes do not know of it."""
-    return OutOfMemoryError(
-        f"out of memory ({reason}). With sharding full, batches are not halved by themselves. What saves memory: a "
-        f"smaller batch_size, or micro_batch_size in training, more devices, {_FLAGS}"
-    )
 
 
 def less_at_once(unet: UNet, compute: Compute, images: int, *, reason: str) -> int:

@@ -12,14 +12,6 @@ from torch.optim.adam import adam
 
 from mu import ranks
 from mu.algorithms.saliency_unlearning.mask_file import MaskError
-from mu.algorithms.saliency_unlearning.shards import (
-    cut_state,
-    is_shard,
-    joined_state,
-    local,
-    rows_of,
-    whole_of,
-)
 
 _BUCKET_ENTRIES = 1 << 25
 """Parameters are updated together up to this many selected entries: few kernel launches, bounded extra memory."""
@@ -30,8 +22,7 @@ class SelectedEntries:
     """The selected entries of one tensor, read and written as one packed vector.
 
     Entries come in row-major order, whether they lie so in memory or channels-last: what is packed fits a tensor in
-    either layout. Neither is copied; a tensor in another layout than `like` is. Of a sharded tensor, all of this is
-    of the rows that this process has.
+    either layout. Neither is copied; a tensor in another layout than `like` is.
 
     Args:
         like: the tensor whose shape, layout and device count.
@@ -39,7 +30,6 @@ class SelectedEntries:
     """
 
     def __init__(self, like: Tensor, mask: Tensor) -> None:
-        like = local(like)
         _in_memory_order(like)  # refuses other layouts
         mask = mask.to(like.device)
         self.strides = like.stride()
@@ -54,7 +44,6 @@ class SelectedEntries:
 
     def read(self, tensor: Tensor) -> Tensor:
         """(count,) selected entries of `tensor`; a view of it when all are selected."""
-        tensor = local(tensor)
         if tensor.stride() != self.strides:
             tensor = tensor.new_empty_strided(tensor.shape, self.strides).copy_(tensor)
         flat = _in_memory_order(tensor)
@@ -62,7 +51,7 @@ class SelectedEntries:
 
     def write_(self, tensor: Tensor, values: Tensor) -> None:
         """Write `values` (count,) over the selected entries of `tensor`, which must have the layout of `like`."""
-        flat = _in_memory_order(local(tensor))
+        flat = _in_memory_order(tensor)
         if self.index is not None:
             flat.index_copy_(0, self.index.long(), values.to(flat.dtype))
         elif values.data_ptr() != flat.data_ptr():
@@ -95,12 +84,8 @@ class MaskedAdam(torch.optim.Optimizer):
     others are never written. State exists for selected entries only: two fp32 moments and, for weights of lower
     precision, an fp32 master copy, each packed into one vector per parameter.
 
-    Of sharded parameters, each process moves the rows that it has, under its rows of the mask. `state_dict()` is then a
-    meeting of all processes, and gives the main one the state of the whole parameters.
-
     Args:
-        named_parameters: (name, parameter) pairs. A parameter of which nothing is selected is left out, unless it is
-            sharded: of its other rows, something may be.
+        named_parameters: (name, parameter) pairs. A parameter of which nothing is selected is left out.
         mask: name -> bool tensor of the parameter's shape. May hold more names than `named_parameters`.
         lr: learning rate.
         betas: decay rates of the two moments, each in [0, 1).
@@ -131,14 +116,15 @@ class MaskedAdam(torch.optim.Optimizer):
         for name, parameter in named_parameters:
             if name not in mask:
                 raise MaskError(f"the mask has no entry for parameter {name}; it has {len(mask)} others")
-            if mask[name].shape != (shape := local(parameter).shape):
+            if mask[name].shape != parameter.shape:
                 raise MaskError(
-                    f"the mask of {name} has shape {tuple(mask[name].shape)}, the parameter {tuple(shape)}"
+                    f"the mask of {name} has shape {tuple(mask[name].shape)}, the parameter "
+                    f"{tuple(parameter.shape)}"
                 )
             if mask[name].dtype != torch.bool:
                 raise MaskError(f"the mask of {name} is {mask[name].dtype}, not bool")
             entries = SelectedEntries(parameter, mask[name])
-            if entries.count or is_shard(parameter):
+            if entries.count:
                 selected.append((name, parameter))
                 self._entries[parameter] = entries
                 self._originals[parameter] = (originals or {}).get(name, parameter)
@@ -169,7 +155,7 @@ class MaskedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def sum_gradients(self) -> None:
         """Add up the gradients of the selected entries over the processes of a run; those of the others are left."""
-        if ranks.world_size() == 1 or self._on_shards:  # those come as sums
+        if ranks.world_size() == 1:
             return
         for group in self.param_groups:
             for bucket in self._buckets(group["params"]):
@@ -190,9 +176,9 @@ class MaskedAdam(torch.optim.Optimizer):
         """
         if "master" in self.state[parameter]:
             # The entries are found by their place in the parameter's memory layout, whatever that of `out`.
-            rows = torch.empty_like(local(parameter), dtype=out.dtype).copy_(rows_of(out, parameter))
-            self._entries[parameter].write_(rows, self.state[parameter]["master"])
-            out.copy_(whole_of(rows, parameter))
+            laid_out = torch.empty_like(parameter, dtype=out.dtype).copy_(out)
+            self._entries[parameter].write_(laid_out, self.state[parameter]["master"])
+            out.copy_(laid_out)
 
     def _buckets(self, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         bucket: list[Tensor] = []
@@ -248,9 +234,7 @@ class MaskedAdam(torch.optim.Optimizer):
             **self._new_moments(entries.count, dtype, parameter.device),
         }
         if lower:
-            original = self._originals[parameter]
-            if not is_shard(original):
-                original = rows_of(original, parameter).to(parameter.device)
+            original = self._originals[parameter].to(parameter.device)
             state["master"] = entries.read(original).to(dtype, copy=True)  # (count,)
         return state
 
@@ -263,15 +247,6 @@ class MaskedAdam(torch.optim.Optimizer):
             name: torch.zeros(count, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")
         }  # (count,) each
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state; of sharded parameters, that of the whole ones in the main process, and in the others a part."""
-        state: dict[str, Any] = super().state_dict()
-        return joined_state(state) if self._on_shards else state
-
-    @property
-    def _on_shards(self) -> bool:
-        return any(map(is_shard, self._entries))
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state that `state_dict()` gave, of an optimizer of the same parameters under the same mask.
 
@@ -279,8 +254,6 @@ class MaskedAdam(torch.optim.Optimizer):
             MaskError: the state was made under a mask that selects another number of entries.
             ValueError: it is of other parameters.
         """
-        if self._on_shards:
-            state_dict = cut_state(state_dict, [entries.count for entries in self._entries.values()])
         super().load_state_dict(state_dict)
         # The base class has just cast the moments to the dtype of the weights: take them again, as they were.
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):

@@ -29,15 +29,11 @@ class MaskedAdam8bit(MaskedAdam):
     Raises:
         MissingPackageError: bitsandbytes is not installed.
         MaskError, ValueError: see `MaskedAdam`.
-        ValueError: the parameters are sharded: numbers that share a scale would come from other places than in the
-            whole tensors, so that neither the result nor the state would be independent of the number of processes.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         _library()
         super().__init__(*args, **options)
-        if self._on_shards:
-            raise ValueError("adam8bit does not work on sharded parameters; take adam")
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         eight_bit = [p for p in parameters if "scale" in self.state[p]]

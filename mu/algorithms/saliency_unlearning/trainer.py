@@ -11,17 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import (
-    Compute,
-    is_out_of_memory,
-    less_at_once,
-    too_much_for_shards,
-)
+from mu.algorithms.saliency_unlearning.compute import Compute, is_out_of_memory, less_at_once
 from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel, TrainingError
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
 from mu.algorithms.saliency_unlearning.optim_8bit import MaskedAdam8bit
 from mu.algorithms.saliency_unlearning.prediction import Predictor, predict_pair
-from mu.algorithms.saliency_unlearning.shards import is_sharded, local
 from mu.ldm import LatentDiffusion
 
 __all__ = ["SaliencyUnlearnTrainer", "TrainingError", "ascent_loss", "retain_loss", "salun_loss"]
@@ -126,8 +120,7 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
     Raises:
         TrainingError: while training, a loss or a gradient is NaN or infinite, which names the step and its images; or
             a tensor that may move has no gradient, which names it. Nothing is written.
-        OutOfMemoryError: memory does not suffice for one image of each part; or, on shards, for as many as are asked
-            for.
+        OutOfMemoryError: memory does not suffice for one image of each part.
     """
 
     model: SaliencyUnlearnModel
@@ -209,10 +202,11 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             TrainingError: in one of the processes something is NaN or infinite, or a gradient is missing.
         """
         named = self.model.parameters_to_train()
-        gradients = {name: local(p.grad) for name, p in named if p.grad is not None}
+        gradients = {name: p.grad for name, p in named if p.grad is not None}
         without = [name for name, _ in named if name not in gradients]
-        some = [gradient for gradient in gradients.values() if gradient.numel()]  # of shards, not all
-        largest = torch.nn.utils.get_total_norm(some, norm_type=float("inf")).to(found[0].device)
+        largest = torch.nn.utils.get_total_norm(gradients.values(), norm_type=float("inf")).to(
+            found[0].device
+        )
         sums = torch.stack([*found, largest, largest.new_tensor(float(len(without)))])  # (5,)
         ranks.sum_([sums])  # a sum is finite if each process' number is
         loss, forget_term, retain_term, largest, lacking = sums.unbind()
@@ -248,8 +242,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
-                if is_sharded(self.model.ldm.unet):
-                    raise too_much_for_shards(reason) from error
             # Only here is the error, which holds the tensors of the pass that failed, gone.
             for _, parameter in self.model.parameters_to_train():
                 parameter.grad = None

@@ -40,7 +40,6 @@ AUTO = SimpleNamespace(
     channels_last=None,
     gradient_checkpointing=None,
     compile=False,
-    sharding="none",
 )
 
 
