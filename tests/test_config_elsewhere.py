@@ -284,7 +284,14 @@ def test_keys_of_old_training_files_are_taken_with_one_note(tmp_path, caplog):
         load_config(MaskConfig, base={"start_guidance": 1})
 
 
-@pytest.mark.parametrize(("cls", "key", "default", "other"), [(MaskConfig, "sharding", "none", "full")])
+@pytest.mark.parametrize(
+    ("cls", "key", "default", "other"),
+    [
+        (MaskConfig, "sharding", "none", "full"),
+        (TrainConfig, "sharding", "none", "full"),
+        (TrainConfig, "optimizer", "adam", "adam8bit"),
+    ],
+)
 def test_a_key_that_is_gone_is_taken_at_its_default_alone(cls, key, default, other, tmp_path, caplog):
     """The config.yaml of an older run has it; what another value asked for is not to be passed over in silence."""
     (tmp_path / "x.yaml").write_text(f"{key}: {default}\n")

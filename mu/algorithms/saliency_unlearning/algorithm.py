@@ -243,7 +243,6 @@ class SaliencyUnlearningAlgorithm:
                 objective=config.objective,
                 compute=compute,
                 micro_batch_size=config.micro_batch_size,
-                optimizer=config.optimizer,
                 originals=originals,
             )
             progress = Progress(config, steps, pictures, folder)

@@ -39,7 +39,7 @@ _SHARE = 0.8
 """Share of the memory left that activations may take before they are computed again instead."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
-_FLAGS = "gradient_checkpointing true, precision bf16, optimizer adam8bit, train_method xattn, a smaller image_size"
+_FLAGS = "gradient_checkpointing true, precision bf16, train_method xattn, a smaller image_size"
 
 
 class ComputeKeys(Protocol):

@@ -230,22 +230,14 @@ class MaskedAdam(torch.optim.Optimizer):
         lower = parameter.dtype in (torch.bfloat16, torch.float16)
         dtype = torch.float32 if lower else parameter.dtype
         state = {
-            "step": torch.zeros((), device=self._step_device(parameter)),
-            **self._new_moments(entries.count, dtype, parameter.device),
+            "step": torch.zeros((), device=parameter.device),  # where the fused update reads it
+            "exp_avg": torch.zeros(entries.count, dtype=dtype, device=parameter.device),
+            "exp_avg_sq": torch.zeros(entries.count, dtype=dtype, device=parameter.device),
         }
         if lower:
             original = self._originals[parameter].to(parameter.device)
             state["master"] = entries.read(original).to(dtype, copy=True)  # (count,)
         return state
-
-    def _step_device(self, parameter: Tensor) -> torch.device:
-        """Where the number of steps is counted: where the fused update reads it."""
-        return parameter.device
-
-    def _new_moments(self, count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros(count, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")
-        }  # (count,) each
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state that `state_dict()` gave, of an optimizer of the same parameters under the same mask.
@@ -266,5 +258,4 @@ class MaskedAdam(torch.optim.Optimizer):
                         f"the mask selects {count}: it was made under another mask"
                     )
                 for key, value in saved.items():
-                    device = self._step_device(parameter) if key == "step" else parameter.device
-                    self.state[parameter][key] = value.detach().to(device, copy=True)
+                    self.state[parameter][key] = value.detach().to(parameter.device, copy=True)

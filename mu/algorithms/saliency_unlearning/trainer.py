@@ -14,7 +14,6 @@ from mu import ranks
 from mu.algorithms.saliency_unlearning.compute import Compute, is_out_of_memory, less_at_once
 from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel, TrainingError
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
-from mu.algorithms.saliency_unlearning.optim_8bit import MaskedAdam8bit
 from mu.algorithms.saliency_unlearning.prediction import Predictor, predict_pair
 from mu.ldm import LatentDiffusion
 
@@ -24,7 +23,6 @@ ForgetBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """latents (B, C, H, W), timesteps (B,), noise (B, C, H, W), context (B, L, D), substitute_context (B, L', D)."""
 RetainBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 """latents (B', C, H, W), timesteps (B',), noise (B', C, H, W), context (B', L, D)."""
-_OPTIMIZERS: dict[str, type[MaskedAdam]] = {"adam": MaskedAdam, "adam8bit": MaskedAdam8bit}
 
 
 def salun_loss(
@@ -112,7 +110,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         retain_target: what the retained images are to give: the noise, or what the frozen original predicts.
         compute: the precision of the arithmetic, see `computing`, within which training has to take place.
         micro_batch_size: images of each part, forget and retain, that go through the UNet at once; None: all.
-        optimizer: "adam", or "adam8bit" for moments in 8 bits.
         originals: what `computing` gave: the trained weights are written into them at the end.
         objective: "salun", `salun_loss`; or a control without `alpha` and `target`: "ascent", `ascent_loss`, or
             "retain", `retain_loss`. The term that a control has not is logged as 0.
@@ -136,7 +133,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         retain_target: str = "noise",
         compute: Compute | None = None,
         micro_batch_size: int | None = None,
-        optimizer: str = "adam",
         originals: Mapping[str, Tensor] | None = None,
         objective: str = "salun",
     ) -> None:
@@ -148,8 +144,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             raise ValueError(f"target is {target!r}; known: current, frozen")
         if retain_target not in ("noise", "frozen"):
             raise ValueError(f"retain_target is {retain_target!r}; known: noise, frozen")
-        if optimizer not in _OPTIMIZERS:
-            raise ValueError(f"optimizer is {optimizer!r}; known: {', '.join(_OPTIMIZERS)}")
         # No submodule: Lightning would move all of it, encoders too, to the GPU and afterwards to the CPU.
         object.__setattr__(self, "model", model)
         self.alpha = alpha
@@ -162,13 +156,12 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         self.retain_model = original if retain_target == "frozen" else None
         self.compute_settings = compute or Compute()
         self.micro_batch_size = micro_batch_size
-        self.optimizer = optimizer
         self.originals = originals or {}
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with a schedule of its learning rate where there are `decay_steps`."""
         named = self.model.parameters_to_train()
-        optimizer = _OPTIMIZERS[self.optimizer](named, self.model.selected, self.lr, originals=self.originals)
+        optimizer = MaskedAdam(named, self.model.selected, self.lr, originals=self.originals)
         if self.decay_steps is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LinearLR(

@@ -140,6 +140,7 @@ class TrainConfig(ComputeKeys):
     """Stage 2: masked fine-tuning."""
 
     without_effect: ClassVar = ("start_guidance", "negative_guidance", "ddim_steps")
+    gone: ClassVar = {**ComputeKeys.gone, "optimizer": "adam"}
 
     train_method: str = setting(
         "full",
@@ -210,11 +211,6 @@ class TrainConfig(ComputeKeys):
         "rounding. null: all of the batch. Either is halved when memory runs out.",
         ge=1,
         le=100_000,
-    )
-    optimizer: str = setting(
-        "adam",
-        "adam; adam8bit: with moments in 8 bits, 2 bytes a moving weight instead of 8 (needs bitsandbytes).",
-        choices=("adam", "adam8bit"),
     )
     output_format: str = setting(
         "safetensors",

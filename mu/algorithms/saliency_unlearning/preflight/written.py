@@ -108,7 +108,7 @@ def training_files(
         PlannedFiles(what=what, folder=output, key="output_dir", count=1, bytes=size, how=how)
         for what, size, how in sizes
     ]
-    state = run_state_bytes(selected, precision=precision, optimizer=config.optimizer)
+    state = run_state_bytes(selected, precision=precision)
     files += _run_checkpoints(config, steps, state, there=there)
     files += _processed(config, subject)
     if (pictures := _pictures(config, subject, steps)) is not None:
