@@ -20,7 +20,8 @@ _log = logging.getLogger(__name__)
 _ALLOCATION_ERRORS = ("DefaultCPUAllocator", "ALLOC_FAILED", "CUDA error: out of memory", "std::bad_alloc")
 """Words in a RuntimeError of torch that mean a failed allocation: CPU, cuDNN and cuBLAS, the driver, C++."""
 ADVICE = (
-    "a smaller batch_size or image_size, precision bf16, devices cpu, or closing other programs that use it"
+    "a smaller batch_size or image_size, precision bf16 (of a mask or training run: bf16-mixed), devices cpu, or "
+    "closing other programs that use it"
 )
 SAMPLING_ADVICE = (
     "precision bf16 (in a mask or training run: sample_precision bf16), a smaller image_size, devices cpu, or closing "

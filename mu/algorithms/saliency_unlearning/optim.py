@@ -53,7 +53,7 @@ class SelectedEntries:
         """Write `values` (count,) over the selected entries of `tensor`, which must have the layout of `like`."""
         flat = _in_memory_order(tensor)
         if self.index is not None:
-            flat.index_copy_(0, self.index.long(), values.to(flat.dtype))
+            flat.index_copy_(0, self.index.long(), values)
         elif values.data_ptr() != flat.data_ptr():
             flat.copy_(values)
 
@@ -81,8 +81,8 @@ class MaskedAdam(torch.optim.Optimizer):
     """Adam (Kingma & Ba 2015) on the entries that a mask selects.
 
     The selected entries move as `torch.optim.Adam(fused=True)` would move them on gradients multiplied by the mask; the
-    others are never written. State exists for selected entries only: two fp32 moments and, for weights of lower
-    precision, an fp32 master copy, each packed into one vector per parameter.
+    others are never written. State exists for selected entries only: two moments, each packed into one vector per
+    parameter. Weights are fp32 (or fp64): a half would lose most of the small steps of fine-tuning.
 
     Args:
         named_parameters: (name, parameter) pairs. A parameter of which nothing is selected is left out.
@@ -90,12 +90,10 @@ class MaskedAdam(torch.optim.Optimizer):
         lr: learning rate.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator.
-        originals: name -> values of a whole parameter in higher precision, on any device, from which its master copy
-            starts; by default it starts from the parameter itself.
 
     Raises:
         MaskError: a parameter has no mask or one of another shape, or nothing at all is selected.
-        ValueError: lr, betas or eps out of range.
+        ValueError: lr, betas or eps out of range, or a parameter of less than 32 bits.
     """
 
     def __init__(
@@ -105,14 +103,11 @@ class MaskedAdam(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        *,
-        originals: Mapping[str, Tensor] | None = None,
     ) -> None:
         if not (0.0 <= lr < math.inf and 0.0 <= eps < math.inf and all(0.0 <= beta < 1.0 for beta in betas)):
             raise ValueError(f"lr {lr} and eps {eps} must be finite and >= 0, betas {betas} in [0, 1)")
         selected: list[tuple[str, Tensor]] = []
         self._entries: dict[Tensor, SelectedEntries] = {}
-        self._originals: dict[Tensor, Tensor] = {}
         for name, parameter in named_parameters:
             if name not in mask:
                 raise MaskError(f"the mask has no entry for parameter {name}; it has {len(mask)} others")
@@ -123,11 +118,15 @@ class MaskedAdam(torch.optim.Optimizer):
                 )
             if mask[name].dtype != torch.bool:
                 raise MaskError(f"the mask of {name} is {mask[name].dtype}, not bool")
+            if parameter.dtype.itemsize < 4:
+                raise ValueError(
+                    f"parameter {name} is {parameter.dtype}: train in fp32, as load_model loads every checkpoint; "
+                    "save_checkpoint writes the file's own dtype again"
+                )
             entries = SelectedEntries(parameter, mask[name])
             if entries.count:
                 selected.append((name, parameter))
                 self._entries[parameter] = entries
-                self._originals[parameter] = (originals or {}).get(name, parameter)
         if not selected:
             raise MaskError("the mask selects no entry of any of these parameters: there is nothing to train")
         super().__init__(selected, {"lr": lr, "betas": betas, "eps": eps})
@@ -168,18 +167,6 @@ class MaskedAdam(torch.optim.Optimizer):
                     self._entries[parameter].write_(gradient, values)
                     parameter.grad = gradient
 
-    def write_master_(self, parameter: Tensor, out: Tensor) -> None:
-        """Write the master copy of a parameter's selected entries, where it has one, over those of `out`.
-
-        Args:
-            out: of the whole parameter's shape, in the precision of the master copy.
-        """
-        if "master" in self.state[parameter]:
-            # The entries are found by their place in the parameter's memory layout, whatever that of `out`.
-            laid_out = torch.empty_like(parameter, dtype=out.dtype).copy_(out)
-            self._entries[parameter].write_(laid_out, self.state[parameter]["master"])
-            out.copy_(laid_out)
-
     def _buckets(self, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         bucket: list[Tensor] = []
         filled = 0
@@ -219,25 +206,18 @@ class MaskedAdam(torch.optim.Optimizer):
             self._entries[parameter].write_(parameter, value)
 
     def _packed(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """(count,) selected values, the master copy's where there is one, and (count,) their gradients."""
-        entries, state = self._entries[parameter], self.state[parameter]
-        value = state["master"] if "master" in state else entries.read(parameter)  # (count,)
-        assert parameter.grad is not None
-        return value, entries.read(parameter.grad).to(value.dtype)  # (count,) both
-
-    def _new_state(self, parameter: Tensor) -> dict[str, Any]:
+        """(count,) selected values, and (count,) their gradients."""
         entries = self._entries[parameter]
-        lower = parameter.dtype in (torch.bfloat16, torch.float16)
-        dtype = torch.float32 if lower else parameter.dtype
-        state = {
-            "step": torch.zeros((), device=parameter.device),  # where the fused update reads it
-            "exp_avg": torch.zeros(entries.count, dtype=dtype, device=parameter.device),
-            "exp_avg_sq": torch.zeros(entries.count, dtype=dtype, device=parameter.device),
+        assert parameter.grad is not None
+        return entries.read(parameter), entries.read(parameter.grad)  # (count,) both
+
+    def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        count, device = self._entries[parameter].count, parameter.device
+        return {
+            "step": torch.zeros((), device=device),  # where the fused update reads it
+            "exp_avg": torch.zeros(count, dtype=parameter.dtype, device=device),
+            "exp_avg_sq": torch.zeros(count, dtype=parameter.dtype, device=device),
         }
-        if lower:
-            original = self._originals[parameter].to(parameter.device)
-            state["master"] = entries.read(original).to(dtype, copy=True)  # (count,)
-        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state that `state_dict()` gave, of an optimizer of the same parameters under the same mask.
@@ -247,7 +227,7 @@ class MaskedAdam(torch.optim.Optimizer):
             ValueError: it is of other parameters.
         """
         super().load_state_dict(state_dict)
-        # The base class has just cast the moments to the dtype of the weights: take them again, as they were.
+        # The base class leaves the count of steps where it was, and may share the tensors: take them again, copied.
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, parameter in zip(saved_group["params"], group["params"], strict=True):
                 saved = state_dict["state"].get(index, {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,8 +62,7 @@ class ProgressPictures:
             steps=self.config.sample_steps,
             guidance_scale=self.config.guidance_scale,
             image_size=self.config.image_size,
-            # Fully rounded weights, while they are trained, compute with the rest in their own precision.
-            precision="bf16" if self.model.dtype == torch.bfloat16 else self.config.sample_precision,
+            precision=self.config.sample_precision,
         )
         return list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=bars_off()))
 

@@ -110,7 +110,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         retain_target: what the retained images are to give: the noise, or what the frozen original predicts.
         compute: the precision of the arithmetic, see `computing`, within which training has to take place.
         micro_batch_size: images of each part, forget and retain, that go through the UNet at once; None: all.
-        originals: what `computing` gave: the trained weights are written into them at the end.
         objective: "salun", `salun_loss`; or a control without `alpha` and `target`: "ascent", `ascent_loss`, or
             "retain", `retain_loss`. The term that a control has not is logged as 0.
 
@@ -133,7 +132,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         retain_target: str = "noise",
         compute: Compute | None = None,
         micro_batch_size: int | None = None,
-        originals: Mapping[str, Tensor] | None = None,
         objective: str = "salun",
     ) -> None:
         super().__init__()
@@ -156,12 +154,11 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         self.retain_model = original if retain_target == "frozen" else None
         self.compute_settings = compute or Compute()
         self.micro_batch_size = micro_batch_size
-        self.originals = originals or {}
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with a schedule of its learning rate where there are `decay_steps`."""
         named = self.model.parameters_to_train()
-        optimizer = MaskedAdam(named, self.model.selected, self.lr, originals=self.originals)
+        optimizer = MaskedAdam(named, self.model.selected, self.lr)
         if self.decay_steps is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LinearLR(
@@ -267,14 +264,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         return salun_loss(ldm, forget, retain, self.alpha, self.target_model, retain_model=self.retain_model)[
             1:
         ]
-
-    def on_train_end(self) -> None:
-        """Write what was trained in full precision beside rounded weights to where those came from."""
-        if self.originals:
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            assert isinstance(optimizer, MaskedAdam)
-            for name, parameter in self.model.parameters_to_train():
-                optimizer.write_master_(parameter, self.originals[name])
 
 
 def _pieces(

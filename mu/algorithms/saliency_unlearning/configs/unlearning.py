@@ -36,11 +36,10 @@ _TRAIN_METHOD_HELP = (
     "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
     "output blocks 6 and 8."
 )
-_PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed", "bf16")
+_PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed")
 _PRECISION_HELP = (
     "Arithmetic of the UNet: fp32; tf32, products of factors rounded to 10 bits, on GPUs that have it; bf16-mixed, "
-    "fp32 weights computed with in bf16; bf16, weights too, with the full ones kept in main memory. Files keep their "
-    "own type."
+    "fp32 weights computed with in bf16. Files keep their own type."
 )
 
 

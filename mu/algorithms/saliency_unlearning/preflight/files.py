@@ -74,15 +74,13 @@ def checkpoint_bytes(
     return frame.tell() + sum(tensor.nbytes + 32 for tensor in tensors.values())
 
 
-def run_state_bytes(selected: Mapping[str, int], *, precision: str) -> int:
-    """Size of a checkpoint of a run: the values that move, two moments, and where weights are rounded full copies.
+def run_state_bytes(selected: Mapping[str, int]) -> int:
+    """Size of a checkpoint of a run: the values that move, and two moments of each, in fp32.
 
     Args:
         selected: UNet-relative name -> entries that move.
     """
-    entries = sum(selected.values())
-    # Value and moments in fp32; under bf16 the value is 2 bytes, and there is an fp32 copy.
-    return entries * (12 if precision != "bf16" else 14) + len(selected) * RUN_STATE_TENSOR_BYTES
+    return 12 * sum(selected.values()) + len(selected) * RUN_STATE_TENSOR_BYTES
 
 
 def latents_bytes(rows: Sequence[Row], latent_shape: Sequence[int]) -> tuple[int, int]:

@@ -46,4 +46,4 @@ def test_a_checkpoint_has_the_size_that_was_found(
 def test_a_checkpoint_of_a_run_has_values_and_two_moments() -> None:
     # SD v1 under a mask of half of its weights, as docs/long_runs.md has it.
     half = {str(number): 859_520_964 // 2 // 686 for number in range(686)}
-    assert run_state_bytes(half, precision="fp32") == pytest.approx(5.16e9, rel=0.01)
+    assert run_state_bytes(half) == pytest.approx(5.16e9, rel=0.01)
