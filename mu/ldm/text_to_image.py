@@ -53,9 +53,7 @@ class TextToImage:
         self.shape = shape
         self.eta = eta
         self.half = sampling_precision(precision, model.device) == "bf16"
-        # Shards of weights meet in every pass, so a process cannot make passes of its own.
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in model.unet.parameters())
-        self._sampling = AtOnce("image", advice=SAMPLING_ADVICE, note=_NOTE, may_halve=not sharded)
+        self._sampling = AtOnce("image", advice=SAMPLING_ADVICE, note=_NOTE)
 
     @torch.no_grad()
     def images(

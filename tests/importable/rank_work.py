@@ -29,7 +29,6 @@ def exchanges(_: object) -> dict[str, Any]:
     return {
         "sums": [tensor.tolist() for tensor in tensors],
         "gathered": ranks.gathered((ranks.rank(), ranks.local_rank(), ranks.world_size())),
-        "largest": ranks.largest(mine),
         "from_main": ranks.from_main(mine),
         "on_main": ranks.on_main(os.getpid),
         "pids": ranks.gathered(os.getpid()),

@@ -10,7 +10,6 @@ import gc
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from mu.algorithms.saliency_unlearning.preflight import Plan, plan_training, say
 from mu.algorithms.saliency_unlearning.progress import Progress
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.algorithms.saliency_unlearning.run_state import RunState, read_run_state
-from mu.algorithms.saliency_unlearning.runs import Result, decorating, open_run, parts_of, save_result
+from mu.algorithms.saliency_unlearning.runs import Result, decorating, open_run, save_result
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import (
     check_save_dtype,
@@ -231,10 +230,9 @@ class SaliencyUnlearningAlgorithm:
                 sum(min(ranks.largest_share(n), most) for n in (steps.batch_size, steps.retain_batch_size))
             ),
             latent_shape=model.ldm.latent_shape(data.image_size),
-            reserved=(4 * model.counts["train_method"] + 12 * model.counts["selected"]) // parts_of(config),
+            reserved=4 * model.counts["train_method"] + 12 * model.counts["selected"],
         )
-        sharding = model.sharded() if config.sharding == "full" else nullcontext()
-        with computing(model.ldm, compute) as originals, sharding:
+        with computing(model.ldm, compute):
             trainer = SaliencyUnlearnTrainer(
                 model,
                 alpha=config.alpha,
@@ -245,8 +243,6 @@ class SaliencyUnlearningAlgorithm:
                 objective=config.objective,
                 compute=compute,
                 micro_batch_size=config.micro_batch_size,
-                optimizer=config.optimizer,
-                originals=originals,
             )
             progress = Progress(config, steps, pictures, folder)
             return fit(

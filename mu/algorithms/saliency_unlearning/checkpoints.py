@@ -46,7 +46,7 @@ MAY_DIFFER = frozenset(
         *("sample_every_steps", "validate_every_steps", "validation_draws", "wandb_unsafe_pictures"),
         *("report", "show_unsafe_pictures"),
         # Memory and speed, the result to rounding.
-        *("micro_batch_size", "channels_last", "gradient_checkpointing", "compile", "sharding"),
+        *("micro_batch_size", "channels_last", "gradient_checkpointing", "compile"),
         # What lies at these paths is compared, not the paths.
         *("ckpt_path", "model_config_path", "mask_path", "raw_dataset_dir", "retain_dataset_dir"),
     }
@@ -55,6 +55,7 @@ MAY_DIFFER = frozenset(
 
 _FOLDER = "checkpoints"
 _FILES = "step-*.safetensors"
+_NO_KEY = "no key any more"
 _log = logging.getLogger(__name__)
 
 
@@ -295,13 +296,13 @@ def _candidates(config: TrainConfig) -> list[Path]:
 
 
 def _differences(head: Head, settings: Mapping[str, Any]) -> list[str]:
-    """The keys of which a checkpoint has other values; one that it lacks had its default."""
+    """The keys of which a checkpoint has other values; one that it lacks had its default, as one that is gone has."""
     defaults = {key.name: key.default for key in keys_of(TrainConfig)}
     was = {**json.loads(json.dumps(_only(defaults, settings))), **head.settings}
     return [
-        f"{key}: the run was begun with {was[key]}, now it is {settings.get(key, 'no key any more')} ({head.path})"
+        f"{key}: the run was begun with {was[key]}, now it is {settings.get(key, _NO_KEY)} ({head.path})"
         for key in was
-        if key not in settings or was[key] != settings[key]
+        if was[key] != settings.get(key, TrainConfig.gone.get(key, _NO_KEY))
     ]
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from mu import memory, ranks
+from mu import memory
 from mu.arithmetic import products
 from mu.ldm import LatentDiffusion
 from mu.ldm.params import UNetParams
@@ -32,15 +31,15 @@ __all__ = [
     "halved",
     "is_out_of_memory",
     "less_at_once",
-    "too_much_for_shards",
 ]
 
 _log = logging.getLogger(__name__)
 _SHARE = 0.8
 """Share of the memory left that activations may take before they are computed again instead."""
+_PRECISIONS = ("fp32", "tf32", "bf16-mixed")
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
-_FLAGS = "gradient_checkpointing true, precision bf16, optimizer adam8bit, train_method xattn, a smaller image_size"
+_FLAGS = "gradient_checkpointing true, precision bf16-mixed, train_method xattn, a smaller image_size"
 
 
 class ComputeKeys(Protocol):
@@ -59,8 +58,6 @@ class ComputeKeys(Protocol):
     def gradient_checkpointing(self) -> bool | None: ...
     @property
     def compile(self) -> bool: ...
-    @property
-    def sharding(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +65,7 @@ class Compute:
     """How the UNet computes. None of it changes a result by more than the rounding of its precision."""
 
     precision: str = "fp32"
-    """fp32; tf32, products and convolutions with factors of 10 bits; bf16-mixed, fp32 weights computed with in bf16;
-    bf16, weights too."""
+    """fp32; tf32, products and convolutions with factors of 10 bits; bf16-mixed, fp32 weights computed with in bf16."""
     channels_last: bool = False
     """Whether features and kernels of convolutions lie in memory with the channels together."""
     gradient_checkpointing: bool = False
@@ -78,6 +74,10 @@ class Compute:
     """Whether it is from then on when memory has run out."""
     compile: bool = False
     """Whether torch.compile translates the UNet."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in _PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; known: {', '.join(_PRECISIONS)}")
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """bf16 arithmetic for forward passes inside, where the precision is bf16-mixed.
@@ -107,8 +107,7 @@ def choose(
     if compute.recompute_if_short and ldm.device.type == "cpu":
         needed = images * activation_bytes(ldm.params.unet, latent_shape)
         recompute = needed > _SHARE * (free_bytes(ldm.device) - reserved)
-        # The same in all processes: where weights are shards, each layer's pass is a meeting.
-        compute = replace(compute, gradient_checkpointing=bool(ranks.largest(recompute)))
+        compute = replace(compute, gradient_checkpointing=recompute)
     _log.info("%s", compute)
     return compute
 
@@ -125,8 +124,7 @@ def choose_for(keys: ComputeKeys, device: torch.device) -> Compute:
         precision = "fp32"
     return Compute(
         precision=precision,
-        # What is sharded has to be contiguous.
-        channels_last=cuda and keys.sharding == "none" if keys.channels_last is None else keys.channels_last,
+        channels_last=cuda if keys.channels_last is None else keys.channels_last,
         gradient_checkpointing=bool(keys.gradient_checkpointing),
         recompute_if_short=keys.gradient_checkpointing is None,
         compile=keys.compile,
@@ -179,38 +177,26 @@ def free_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def computing(ldm: LatentDiffusion, compute: Compute) -> Iterator[dict[str, Tensor]]:
+def computing(ldm: LatentDiffusion, compute: Compute) -> Iterator[None]:
     """Let the UNet compute as asked, with autoencoder and text encoder out of the GPU's memory, until the block ends.
 
-    With precision bf16 its weights are rounded, and come back from the full ones in the end.
-
-    Yields:
-        UNet-relative name -> the full weights on the CPU, which come back when the block ends; what training changes
-        has to be written into them (`MaskedAdam.write_master_`). Empty where the weights are not rounded.
+    The weights keep their type in every precision.
     """
-    unet, device = ldm.unet, ldm.device
-    originals: dict[str, Tensor] = {}
+    unet = ldm.unet
     # Beside bf16, what is left in fp32 may be rounded to TF32, which is the finer of the two.
     with _encoders_parked(ldm), products(tf32=compute.precision != "fp32"):
         try:
             unet.gradient_checkpointing = compute.gradient_checkpointing
-            if compute.precision == "bf16":
-                for name, parameter in unet.named_parameters():
-                    originals[name] = parameter.detach().cpu()
-                    parameter.data = parameter.data.to(torch.bfloat16)
             if compute.channels_last:
                 unet.to(memory_format=torch.channels_last)
             if compute.compile:  # in the place of the method: wrapping the module would rename its weights
                 unet.__dict__["forward"] = torch.compile(unet.forward)
-            yield originals
+            yield
         finally:
             unet.__dict__.pop("forward", None)
             unet.gradient_checkpointing = False
             if compute.channels_last:
                 unet.to(memory_format=torch.contiguous_format)
-            for name, parameter in unet.named_parameters():
-                if name in originals:
-                    parameter.data = originals.pop(name).to(device)
 
 
 @contextmanager
@@ -246,14 +232,6 @@ def encoders_at_hand(ldm: LatentDiffusion) -> Iterator[None]:
     finally:
         for part, place in zip(parts, places, strict=True):
             part.to(place)
-
-
-def too_much_for_shards(reason: str) -> OutOfMemoryError:
-    """What is said where `less_at_once` cannot help, since the other processes do not know of it."""
-    return OutOfMemoryError(
-        f"out of memory ({reason}). With sharding full, batches are not halved by themselves. What saves memory: a "
-        f"smaller batch_size, or micro_batch_size in training, more devices, {_FLAGS}"
-    )
 
 
 def less_at_once(unet: UNet, compute: Compute, images: int, *, reason: str) -> int:

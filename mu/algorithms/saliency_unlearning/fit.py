@@ -23,7 +23,6 @@ from mu.algorithms.saliency_unlearning.guarded_logger import GuardedLogger, is_l
 from mu.algorithms.saliency_unlearning.rank_strategy import loop_devices
 from mu.algorithms.saliency_unlearning.run_state import RunState
 from mu.algorithms.saliency_unlearning.runs import first_line
-from mu.algorithms.saliency_unlearning.shards import is_sharded
 from mu.algorithms.saliency_unlearning.step_boundary import StepBoundary
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.atomic import WriteError
@@ -58,8 +57,7 @@ def fit(
     """Run all steps of a config; of a run that is resumed, those that it still has to do.
 
     Args:
-        callbacks: called after the losses of a step are on disk; in the main process alone, unless the others have a
-            part of the weights.
+        callbacks: called after the losses of a step are on disk; in the main process alone.
 
     Returns:
         `loss`, `forget_loss` and `retain_loss`, each the mean over the last epoch.
@@ -90,7 +88,7 @@ def fit(
             logger=loggers or False,
             callbacks=[
                 history,
-                *(callbacks if ranks.is_main() or is_sharded(trainer.model.ldm.unet) else ()),
+                *(callbacks if ranks.is_main() else ()),
                 TQDMProgressBar(refresh_rate=0 if bars_off() else 1),
                 boundary,
             ],

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import (
-    Compute,
-    is_out_of_memory,
-    less_at_once,
-    too_much_for_shards,
-)
+from mu.algorithms.saliency_unlearning.compute import Compute, is_out_of_memory, less_at_once
 from mu.algorithms.saliency_unlearning.mask_file import (
     Mask,
     MaskError,
@@ -27,7 +21,6 @@ from mu.algorithms.saliency_unlearning.mask_file import (
 )
 from mu.algorithms.saliency_unlearning.prediction import predict_pair
 from mu.algorithms.saliency_unlearning.selection import find_edges, mark
-from mu.algorithms.saliency_unlearning.shards import is_sharded, local
 from mu.ldm import LatentDiffusion
 
 __all__ = [
@@ -78,7 +71,7 @@ def accumulate_within_memory(
         batch_size: images of the largest of them.
 
     Raises:
-        OutOfMemoryError: memory does not suffice for one image; or, on shards, for as many as are asked for.
+        OutOfMemoryError: memory does not suffice for one image.
     """
     size = ranks.largest_share(batch_size)
     while True:
@@ -90,8 +83,6 @@ def accumulate_within_memory(
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
-            if is_sharded(model.unet):
-                raise too_much_for_shards(reason) from error
         # Only here is the error, which holds tensors, gone.
         size = less_at_once(model.unet, compute or Compute(), size, reason=reason)
 
@@ -123,7 +114,7 @@ def accumulate_saliency(
 
     Returns:
         UNet-relative name -> fp32 tensor, for every UNet parameter, in the order of `unet.named_parameters()`; the
-        same bits in every process. Of a UNet that is sharded, this process' rows.
+        same bits in every process.
 
     Raises:
         MaskError: there is no batch; or a tensor gets no gradient from the predictions, which is named.
@@ -131,7 +122,6 @@ def accumulate_saliency(
     """
     unet = model.unet
     parameters = dict(unet.named_parameters())
-    shards = is_sharded(unet)
     requires_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
     training = [module for module in model.modules() if module.training]
     sums: dict[str, Tensor] = {}  # for weights of lower precision; fp32 weights sum in their own .grad
@@ -159,15 +149,12 @@ def accumulate_saliency(
             for index, batch, count in _pieces(batches, micro_batch_size):
                 with torch.enable_grad(), (compute or Compute()).autocast(batch[0].device):
                     loss = count * _forget_loss(model, batch, c_guidance)  # ()
-                with (
-                    ranks.in_step() if shards else nullcontext()
-                ):  # none goes into a pass that another leaves out
-                    if not torch.isfinite(loss):
-                        raise MaskLossError(
-                            index,
-                            f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or "
-                            "the model's weights are not finite",
-                        )
+                if not torch.isfinite(loss):
+                    raise MaskLossError(
+                        index,
+                        f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or the "
+                        "model's weights are not finite",
+                    )
                 loss.backward()
                 images += count
         images = sum(ranks.gathered(images))
@@ -178,7 +165,7 @@ def accumulate_saliency(
             total = sums.pop(name, parameter.grad)
             parameter.grad = None
             if total is not None:
-                totals[name] = local(total)
+                totals[name] = total
         with ranks.in_step():
             if without := [name for name in parameters if name not in totals]:
                 raise MaskError(
@@ -186,8 +173,7 @@ def accumulate_saliency(
                     "and would be ranked last: they take no part in the prediction, or this release of torch "
                     f"({torch.__version__}) loses their gradient. No mask is made"
                 )
-        if not shards:  # those are sums already
-            ranks.sum_(totals.values())
+        ranks.sum_(totals.values())
         saliency = {name: total.div_(images).abs_().float().contiguous() for name, total in totals.items()}
         return saliency
     finally:
@@ -258,7 +244,6 @@ def threshold_masks(
     thresholds: Sequence[float],
     *,
     pool: Collection[str] | None = None,
-    shards: bool = False,
 ) -> list[Mask]:
     """One mask for each threshold, as `threshold_mask` makes it, from shared passes over the saliencies.
 
@@ -266,17 +251,13 @@ def threshold_masks(
 
     Args:
         pool: names that are ranked; the others are left unmarked. Default: all.
-        shards: the saliencies are this process' rows, see `shards`; so are then the masks, of what is the most salient
-            in all processes together.
 
     Raises:
         MaskError: as `threshold_mask`, or the pool holds a name that has no saliency.
     """
     ranked = _ranked(saliency, pool)
     size = sum(values.numel() for values in ranked.values())
-    if shards:
-        size = sum(ranks.gathered(size))
-    edges = find_edges(ranked, [_kept_count(threshold, size) for threshold in thresholds], shards=shards)
+    edges = find_edges(ranked, [_kept_count(threshold, size) for threshold in thresholds])
     masks: list[Mask] = [
         {
             # What is ranked is written once, below.

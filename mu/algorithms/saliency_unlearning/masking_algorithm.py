@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -29,8 +28,7 @@ from mu.algorithms.saliency_unlearning.masking import (
 )
 from mu.algorithms.saliency_unlearning.model import names_of
 from mu.algorithms.saliency_unlearning.preflight import Plan, plan_mask, say_warnings
-from mu.algorithms.saliency_unlearning.runs import Result, open_run, parts_of, save_result
-from mu.algorithms.saliency_unlearning.shards import sharded, whole_mask
+from mu.algorithms.saliency_unlearning.runs import Result, open_run, save_result
 from mu.algorithms.saliency_unlearning.utils import (
     layer_groups,
     model_of,
@@ -98,11 +96,8 @@ class MaskingAlgorithm:
             data = SaliencyUnlearnDataHandler(config, model, rows=self._plan.rows if self._plan else None)
 
             saliency = self._saliency(model, data)
-            shards = config.sharding == "full"
-            masks = threshold_masks(saliency, config.thresholds, pool=pool, shards=shards)
+            masks = threshold_masks(saliency, config.thresholds, pool=pool)
             del saliency  # 4 bytes a weight
-            if shards:
-                masks = [whole_mask(mask, dict(model.unet.named_parameters())) for mask in masks]
             described = {
                 "concept": concept_label(config.concepts),
                 "template": config.template,
@@ -157,10 +152,10 @@ class MaskingAlgorithm:
             model,
             images=ranks.largest_share(config.batch_size) * (2 if config.c_guidance else 1),
             latent_shape=model.latent_shape(data.image_size),
-            reserved=4 * sum(parameter.numel() for parameter in model.unet.parameters()) // parts_of(config),
+            reserved=4 * sum(parameter.numel() for parameter in model.unet.parameters()),
         )
         try:
-            with computing(model, compute), sharded(model) if config.sharding == "full" else nullcontext():
+            with computing(model, compute):
                 return accumulate_within_memory(
                     model,
                     batches,

@@ -12,14 +12,6 @@ from torch import Tensor, nn
 from mu import ranks
 from mu.algorithms.saliency_unlearning.mask_file import MaskError, check_mask
 from mu.algorithms.saliency_unlearning.optim import SelectedEntries
-from mu.algorithms.saliency_unlearning.shards import (
-    is_shard,
-    joined_on_main,
-    local,
-    places_in_joined,
-    rows_of,
-    sharded,
-)
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
 from mu.ldm.checkpoint import fingerprint
@@ -119,40 +111,18 @@ class SaliencyUnlearnModel(nn.Module):
         """(UNet-relative name, parameter) of every tensor of which something may move."""
         return [(name, p) for name, p in self.ldm.unet.named_parameters() if name in self.selected]
 
-    @contextmanager
-    def sharded(self) -> Iterator[None]:
-        """Until the block ends, weights and `selected` are this process' rows alone, see `shards.sharded`."""
-        whole = self.selected
-        with sharded(self.ldm):
-            self.selected = {
-                name: rows_of(whole[name], parameter) for name, parameter in self.parameters_to_train()
-            }
-            try:
-                yield
-            finally:
-                self.selected = whole
-
     def selected_values(self) -> dict[str, Tensor]:
-        """Name -> (count,) values of the entries that move, row-major, on the CPU.
-
-        On shards it is a meeting of all processes, and gives the main one those of the whole tensors.
-        """
-        parameters = self.parameters_to_train()
-        values = {
-            name: local(parameter.detach())[self.selected[name].to(parameter.device)].cpu()
-            for name, parameter in parameters
+        """Name -> (count,) values of the entries that move, row-major, on the CPU."""
+        return {
+            name: parameter.detach()[self.selected[name].to(parameter.device)].cpu()
+            for name, parameter in self.parameters_to_train()
         }
-        return joined_on_main(values) if is_shard(parameters[0][1]) else values
 
     @torch.no_grad()
     def write_selected_(self, values: Mapping[str, Tensor]) -> None:
-        """Write what `selected_values` gave; on shards, every process is given all of it and takes its part."""
-        parameters = self.parameters_to_train()
-        places = [slice(None)] * len(parameters)
-        if is_shard(parameters[0][1]):
-            places = places_in_joined([int(self.selected[name].count_nonzero()) for name, _ in parameters])
-        for (name, parameter), place in zip(parameters, places, strict=True):
-            local(parameter)[self.selected[name].to(parameter.device)] = values[name][place].to(parameter)
+        """Write what `selected_values` gave."""
+        for name, parameter in self.parameters_to_train():
+            parameter[self.selected[name].to(parameter.device)] = values[name].to(parameter)
 
     def train(self, mode: bool = True) -> SaliencyUnlearnModel:  # noqa: ARG002
         """Stay in eval mode, whatever is asked."""

@@ -12,14 +12,6 @@ from torch.optim.adam import adam
 
 from mu import ranks
 from mu.algorithms.saliency_unlearning.mask_file import MaskError
-from mu.algorithms.saliency_unlearning.shards import (
-    cut_state,
-    is_shard,
-    joined_state,
-    local,
-    rows_of,
-    whole_of,
-)
 
 _BUCKET_ENTRIES = 1 << 25
 """Parameters are updated together up to this many selected entries: few kernel launches, bounded extra memory."""
@@ -30,8 +22,7 @@ class SelectedEntries:
     """The selected entries of one tensor, read and written as one packed vector.
 
     Entries come in row-major order, whether they lie so in memory or channels-last: what is packed fits a tensor in
-    either layout. Neither is copied; a tensor in another layout than `like` is. Of a sharded tensor, all of this is
-    of the rows that this process has.
+    either layout. Neither is copied; a tensor in another layout than `like` is.
 
     Args:
         like: the tensor whose shape, layout and device count.
@@ -39,7 +30,6 @@ class SelectedEntries:
     """
 
     def __init__(self, like: Tensor, mask: Tensor) -> None:
-        like = local(like)
         _in_memory_order(like)  # refuses other layouts
         mask = mask.to(like.device)
         self.strides = like.stride()
@@ -54,7 +44,6 @@ class SelectedEntries:
 
     def read(self, tensor: Tensor) -> Tensor:
         """(count,) selected entries of `tensor`; a view of it when all are selected."""
-        tensor = local(tensor)
         if tensor.stride() != self.strides:
             tensor = tensor.new_empty_strided(tensor.shape, self.strides).copy_(tensor)
         flat = _in_memory_order(tensor)
@@ -62,9 +51,9 @@ class SelectedEntries:
 
     def write_(self, tensor: Tensor, values: Tensor) -> None:
         """Write `values` (count,) over the selected entries of `tensor`, which must have the layout of `like`."""
-        flat = _in_memory_order(local(tensor))
+        flat = _in_memory_order(tensor)
         if self.index is not None:
-            flat.index_copy_(0, self.index.long(), values.to(flat.dtype))
+            flat.index_copy_(0, self.index.long(), values)
         elif values.data_ptr() != flat.data_ptr():
             flat.copy_(values)
 
@@ -92,25 +81,19 @@ class MaskedAdam(torch.optim.Optimizer):
     """Adam (Kingma & Ba 2015) on the entries that a mask selects.
 
     The selected entries move as `torch.optim.Adam(fused=True)` would move them on gradients multiplied by the mask; the
-    others are never written. State exists for selected entries only: two fp32 moments and, for weights of lower
-    precision, an fp32 master copy, each packed into one vector per parameter.
-
-    Of sharded parameters, each process moves the rows that it has, under its rows of the mask. `state_dict()` is then a
-    meeting of all processes, and gives the main one the state of the whole parameters.
+    others are never written. State exists for selected entries only: two moments, each packed into one vector per
+    parameter. Weights are fp32 (or fp64): a half would lose most of the small steps of fine-tuning.
 
     Args:
-        named_parameters: (name, parameter) pairs. A parameter of which nothing is selected is left out, unless it is
-            sharded: of its other rows, something may be.
+        named_parameters: (name, parameter) pairs. A parameter of which nothing is selected is left out.
         mask: name -> bool tensor of the parameter's shape. May hold more names than `named_parameters`.
         lr: learning rate.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator.
-        originals: name -> values of a whole parameter in higher precision, on any device, from which its master copy
-            starts; by default it starts from the parameter itself.
 
     Raises:
         MaskError: a parameter has no mask or one of another shape, or nothing at all is selected.
-        ValueError: lr, betas or eps out of range.
+        ValueError: lr, betas or eps out of range, or a parameter of less than 32 bits.
     """
 
     def __init__(
@@ -120,28 +103,30 @@ class MaskedAdam(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        *,
-        originals: Mapping[str, Tensor] | None = None,
     ) -> None:
         if not (0.0 <= lr < math.inf and 0.0 <= eps < math.inf and all(0.0 <= beta < 1.0 for beta in betas)):
             raise ValueError(f"lr {lr} and eps {eps} must be finite and >= 0, betas {betas} in [0, 1)")
         selected: list[tuple[str, Tensor]] = []
         self._entries: dict[Tensor, SelectedEntries] = {}
-        self._originals: dict[Tensor, Tensor] = {}
         for name, parameter in named_parameters:
             if name not in mask:
                 raise MaskError(f"the mask has no entry for parameter {name}; it has {len(mask)} others")
-            if mask[name].shape != (shape := local(parameter).shape):
+            if mask[name].shape != parameter.shape:
                 raise MaskError(
-                    f"the mask of {name} has shape {tuple(mask[name].shape)}, the parameter {tuple(shape)}"
+                    f"the mask of {name} has shape {tuple(mask[name].shape)}, the parameter "
+                    f"{tuple(parameter.shape)}"
                 )
             if mask[name].dtype != torch.bool:
                 raise MaskError(f"the mask of {name} is {mask[name].dtype}, not bool")
+            if parameter.dtype.itemsize < 4:
+                raise ValueError(
+                    f"parameter {name} is {parameter.dtype}: train in fp32, as load_model loads every checkpoint; "
+                    "save_checkpoint writes the file's own dtype again"
+                )
             entries = SelectedEntries(parameter, mask[name])
-            if entries.count or is_shard(parameter):
+            if entries.count:
                 selected.append((name, parameter))
                 self._entries[parameter] = entries
-                self._originals[parameter] = (originals or {}).get(name, parameter)
         if not selected:
             raise MaskError("the mask selects no entry of any of these parameters: there is nothing to train")
         super().__init__(selected, {"lr": lr, "betas": betas, "eps": eps})
@@ -169,7 +154,7 @@ class MaskedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def sum_gradients(self) -> None:
         """Add up the gradients of the selected entries over the processes of a run; those of the others are left."""
-        if ranks.world_size() == 1 or self._on_shards:  # those come as sums
+        if ranks.world_size() == 1:
             return
         for group in self.param_groups:
             for bucket in self._buckets(group["params"]):
@@ -181,18 +166,6 @@ class MaskedAdam(torch.optim.Optimizer):
                 for parameter, gradient, values in zip(bucket, gradients, packed, strict=True):
                     self._entries[parameter].write_(gradient, values)
                     parameter.grad = gradient
-
-    def write_master_(self, parameter: Tensor, out: Tensor) -> None:
-        """Write the master copy of a parameter's selected entries, where it has one, over those of `out`.
-
-        Args:
-            out: of the whole parameter's shape, in the precision of the master copy.
-        """
-        if "master" in self.state[parameter]:
-            # The entries are found by their place in the parameter's memory layout, whatever that of `out`.
-            rows = torch.empty_like(local(parameter), dtype=out.dtype).copy_(rows_of(out, parameter))
-            self._entries[parameter].write_(rows, self.state[parameter]["master"])
-            out.copy_(whole_of(rows, parameter))
 
     def _buckets(self, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         bucket: list[Tensor] = []
@@ -233,44 +206,18 @@ class MaskedAdam(torch.optim.Optimizer):
             self._entries[parameter].write_(parameter, value)
 
     def _packed(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """(count,) selected values, the master copy's where there is one, and (count,) their gradients."""
-        entries, state = self._entries[parameter], self.state[parameter]
-        value = state["master"] if "master" in state else entries.read(parameter)  # (count,)
-        assert parameter.grad is not None
-        return value, entries.read(parameter.grad).to(value.dtype)  # (count,) both
-
-    def _new_state(self, parameter: Tensor) -> dict[str, Any]:
+        """(count,) selected values, and (count,) their gradients."""
         entries = self._entries[parameter]
-        lower = parameter.dtype in (torch.bfloat16, torch.float16)
-        dtype = torch.float32 if lower else parameter.dtype
-        state = {
-            "step": torch.zeros((), device=self._step_device(parameter)),
-            **self._new_moments(entries.count, dtype, parameter.device),
-        }
-        if lower:
-            original = self._originals[parameter]
-            if not is_shard(original):
-                original = rows_of(original, parameter).to(parameter.device)
-            state["master"] = entries.read(original).to(dtype, copy=True)  # (count,)
-        return state
+        assert parameter.grad is not None
+        return entries.read(parameter), entries.read(parameter.grad)  # (count,) both
 
-    def _step_device(self, parameter: Tensor) -> torch.device:
-        """Where the number of steps is counted: where the fused update reads it."""
-        return parameter.device
-
-    def _new_moments(self, count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        count, device = self._entries[parameter].count, parameter.device
         return {
-            name: torch.zeros(count, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")
-        }  # (count,) each
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state; of sharded parameters, that of the whole ones in the main process, and in the others a part."""
-        state: dict[str, Any] = super().state_dict()
-        return joined_state(state) if self._on_shards else state
-
-    @property
-    def _on_shards(self) -> bool:
-        return any(map(is_shard, self._entries))
+            "step": torch.zeros((), device=device),  # where the fused update reads it
+            "exp_avg": torch.zeros(count, dtype=parameter.dtype, device=device),
+            "exp_avg_sq": torch.zeros(count, dtype=parameter.dtype, device=device),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state that `state_dict()` gave, of an optimizer of the same parameters under the same mask.
@@ -279,10 +226,8 @@ class MaskedAdam(torch.optim.Optimizer):
             MaskError: the state was made under a mask that selects another number of entries.
             ValueError: it is of other parameters.
         """
-        if self._on_shards:
-            state_dict = cut_state(state_dict, [entries.count for entries in self._entries.values()])
         super().load_state_dict(state_dict)
-        # The base class has just cast the moments to the dtype of the weights: take them again, as they were.
+        # The base class leaves the count of steps where it was, and may share the tensors: take them again, copied.
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, parameter in zip(saved_group["params"], group["params"], strict=True):
                 saved = state_dict["state"].get(index, {})
@@ -293,5 +238,4 @@ class MaskedAdam(torch.optim.Optimizer):
                         f"the mask selects {count}: it was made under another mask"
                     )
                 for key, value in saved.items():
-                    device = self._step_device(parameter) if key == "step" else parameter.device
-                    self.state[parameter][key] = value.detach().to(device, copy=True)
+                    self.state[parameter][key] = value.detach().to(parameter.device, copy=True)

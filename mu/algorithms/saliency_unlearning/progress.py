@@ -6,7 +6,6 @@ Neither touches what is trained: nothing is drawn from a random stream that trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import TrainSteps
 from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.algorithms.saliency_unlearning.runs import decorating
-from mu.algorithms.saliency_unlearning.shards import is_sharded
 from mu.algorithms.saliency_unlearning.trainer import (
     ForgetBatch,
     RetainBatch,
@@ -72,11 +70,11 @@ class Progress(pl.Callback):
         if _is_due(step, self.config.sample_every_steps):
             path = self.folder.path / "pictures" / f"step_{step:06d}.png"
             drawn = False
-            with self._decorating(f"pictures/{path.name}"), encoders_at_hand(self.pictures.model):
+            with decorating(f"pictures/{path.name}"), encoders_at_hand(self.pictures.model):
                 self.pictures.snapshot(f"step {step}", path)
                 drawn = True
             for logger in trainer.loggers if drawn else ():
-                with self._decorating(f"pictures in {type(logger).__name__}"):
+                with decorating(f"pictures in {type(logger).__name__}"):
                     self._send(logger, path, step)
 
     def _send(self, logger: Logger, path: Path, step: int) -> None:
@@ -89,14 +87,10 @@ class Progress(pl.Callback):
                 pixels = np.asarray(opened.convert("RGB"))  # (H, W, 3)
             logger.experiment.add_image("pictures", pixels, step, dataformats="HWC")
 
-    def _decorating(self, what: str) -> AbstractContextManager[None]:
-        """`decorating`; not on shards, where all processes take part, and one that gives up strands the rest."""
-        return nullcontext() if is_sharded(self.pictures.model.unet) else decorating(what)
-
     def _validate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, SaliencyUnlearnTrainer)
         losses: dict[str, float] = {}
-        with self._decorating(f"validation at step {trainer.global_step}"), products(tf32=False):
+        with decorating(f"validation at step {trainer.global_step}"), products(tf32=False):
             losses = validation_losses(module, self.batches)
             self.csv.append(trainer.global_step, **losses)
         for logger in trainer.loggers:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.sampling import sample_images
 from mu.datasets.images import to_picture
@@ -53,12 +51,8 @@ class ProgressPictures:
         return self._write(self._taken, path) if self._taken else None
 
     def snapshot(self, moment: str, path: Path) -> Path:
-        """Sample all prompts with all seeds, and write them by themselves; nothing of it is kept for `save`.
-
-        Where several processes sample, which on shards they have to do together, the main one writes.
-        """
-        taken = {moment: self._sample(moment)}
-        return self._write(taken, path) if ranks.is_main() else path
+        """Sample all prompts with all seeds, and write them by themselves; nothing of it is kept for `save`."""
+        return self._write({moment: self._sample(moment)}, path)
 
     def _sample(self, moment: str) -> list[Tensor]:
         pairs = [(prompt, seed) for prompt in self.prompts for seed in self.config.sample_seeds]
@@ -68,8 +62,7 @@ class ProgressPictures:
             steps=self.config.sample_steps,
             guidance_scale=self.config.guidance_scale,
             image_size=self.config.image_size,
-            # Fully rounded weights, while they are trained, compute with the rest in their own precision.
-            precision="bf16" if self.model.dtype == torch.bfloat16 else self.config.sample_precision,
+            precision=self.config.sample_precision,
         )
         return list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=bars_off()))
 

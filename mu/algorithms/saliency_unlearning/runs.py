@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image
 
-from mu import ranks
 from mu.algorithms.saliency_unlearning.checkpoints import run_of
 from mu.algorithms.saliency_unlearning.compute import is_out_of_memory
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
@@ -41,11 +40,6 @@ def save_result(folder: RunFolder, result: Result) -> None:
     """Write the environment; and last, because it says that the run is done, a result as metrics.json."""
     folder.save_environment()
     folder.save_json(RESULT, _plain(result))
-
-
-def parts_of(config: MaskConfig | TrainConfig) -> int:
-    """Into how many parts weights, gradients and the optimizer's state are cut."""
-    return ranks.world_size() if config.sharding == "full" else 1
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mu import ranks
 from mu.algorithms.saliency_unlearning.mask_file import MaskError
 
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
@@ -48,14 +46,12 @@ class Edge:
     cut: int
 
 
-def find_edges(values: Mapping[str, Tensor], counts: Sequence[int], *, shards: bool = False) -> list[Edge]:
+def find_edges(values: Mapping[str, Tensor], counts: Sequence[int]) -> list[Edge]:
     """For each of `counts`, the edge of that many largest values; of equal ones, the earlier are taken first.
 
     Args:
         values: name -> non-negative float tensor. Positions count through the tensors in this order, row-major.
         counts: each from 1 to the number of values.
-        shards: `values` are this process' rows of each tensor, and all processes' are ranked together: `counts` are of
-            all, and the edges cut this process' values as those of the whole would be cut.
 
     Raises:
         MaskError: a value is NaN, infinite or negative (named), or all are zero.
@@ -70,10 +66,8 @@ def find_edges(values: Mapping[str, Tensor], counts: Sequence[int], *, shards: b
     for number, width in enumerate(_WIDTHS["cpu" if on_cpu else "other", dtype]):
         shift -= width
         digits = count_digits(values, dtype, shift, width=width, prefixes=sorted(set(prefixes)))
-        if shards:
-            ranks.sum_(digits.values())
         if number == 0:
-            _refuse_unfit(values, digits[0], dtype, shift=shift, shards=shards)
+            _refuse_unfit(values, digits[0], dtype, shift=shift)
         for i, rank in enumerate(ranks_left):
             count = digits[prefixes[i]]  # (2^width,)
             reached = count.flip(0).cumsum(0)  # (2^width,) how many keys have this digit or a larger one
@@ -84,31 +78,11 @@ def find_edges(values: Mapping[str, Tensor], counts: Sequence[int], *, shards: b
             prefixes[i] = prefixes[i] << width | digit
     edges = []
     for key, rank, all_tied in zip(prefixes, ranks_left, tied, strict=True):
-        if rank < all_tied and shards:
-            rank, all_tied = _own_ties(values, dtype, key, ties=rank)
         cut = sum(tensor.numel() for tensor in values.values())
         if rank < all_tied:
             cut = _find_cut(values, dtype, key, ties=rank) if rank else 0
         edges.append(Edge(key, cut))
     return edges
-
-
-def _own_ties(values: Mapping[str, Tensor], dtype: torch.dtype, key: int, *, ties: int) -> tuple[int, int]:
-    """Of the first `ties` entries of all processes that are equal to `key`, how many are here; and of all such ones.
-
-    Of a tensor come first the rows of the first process: so what is taken here is a prefix of what there is here.
-    """
-    here = [
-        sum(int((_keys(pieces, dtype, fold=key == 0) == key).sum()) for _, pieces in _chunks([tensor]))
-        for tensor in values.values()
-    ]
-    taken = 0
-    for by_rank in zip(*ranks.gathered(here), strict=True):  # tensor by tensor
-        for rank, count in enumerate(by_rank):
-            within = min(ties, count)
-            ties -= within
-            taken += within * (rank == ranks.rank())
-    return taken, sum(here)
 
 
 def mark(values: Mapping[str, Tensor], edges: Sequence[Edge], masks: Sequence[Mapping[str, Tensor]]) -> None:
@@ -279,9 +253,7 @@ def _keys(pieces: _Pieces, dtype: torch.dtype, *, fold: bool) -> Tensor:
     return keys & torch.iinfo(dtype).max if fold else keys
 
 
-def _refuse_unfit(
-    values: Mapping[str, Tensor], count: Tensor, dtype: torch.dtype, *, shift: int, shards: bool
-) -> None:
+def _refuse_unfit(values: Mapping[str, Tensor], count: Tensor, dtype: torch.dtype, *, shift: int) -> None:
     """Refuse what cannot be ranked, told from `count` of the leading bits: sign, exponent, some of the mantissa.
 
     Counts of -0.0, whose sign bit is set, are moved to those of 0.0.
@@ -289,19 +261,15 @@ def _refuse_unfit(
     negative = len(count) // 2
     infinite = (0x7FF << 52 if dtype == torch.int64 else 0xFF << 23) >> shift
     if count[infinite:].any():
-        with ranks.in_step() if shards else nullcontext():
-            for name, tensor in values.items():
-                for _, pieces in _chunks([tensor]):
-                    if not all(piece.isfinite().all() for piece in pieces):
-                        raise MaskError(
-                            f"the saliency of {name} is not finite everywhere: no mask can be made from it"
-                        )
-                    if any((piece < 0).any() for piece in pieces):
-                        raise MaskError(f"the saliency of {name} has negative values; it must be absolute")
+        for name, tensor in values.items():
+            for _, pieces in _chunks([tensor]):
+                if not all(piece.isfinite().all() for piece in pieces):
+                    raise MaskError(
+                        f"the saliency of {name} is not finite everywhere: no mask can be made from it"
+                    )
+                if any((piece < 0).any() for piece in pieces):
+                    raise MaskError(f"the saliency of {name} has negative values; it must be absolute")
     count[0] += count[negative]
     count[negative] = 0
-    if count[1:].any():
-        return
-    nonzero = any(bool(tensor.any()) for tensor in values.values())
-    if not (ranks.largest(nonzero) if shards else nonzero):
+    if not count[1:].any() and not any(bool(tensor.any()) for tensor in values.values()):
         raise MaskError("every saliency is zero: the forget loss has no gradient, nothing can be ranked")

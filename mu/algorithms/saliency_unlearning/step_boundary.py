@@ -116,7 +116,7 @@ class StepBoundary(pl.Callback):
         if state.content["layout"] != self._layout():
             raise ResumeError(
                 f"resume: in the run of {state.path} the weights lay in memory in another order, to which the "
-                "optimizer's state belongs: give devices, sharding and channels_last the values that they had"
+                "optimizer's state belongs: give devices and channels_last the values that they had"
             )
         (optimizer,), schedules = trainer.optimizers, trainer.lr_scheduler_configs
         optimizer.load_state_dict(state.content["optimizer"])
@@ -147,8 +147,7 @@ class StepBoundary(pl.Callback):
         asked = next((number for number, *_ in told if number is not None), None)
         due, failed = told[0][1:]
         if asked is not None or due or failed:
-            content = self._content(trainer)  # on shards, a meeting
-            ranks.on_main(lambda: self._save(content))
+            ranks.on_main(lambda: self._save(self._content(trainer)))
         if asked is not None:
             raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
 

@@ -11,17 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import (
-    Compute,
-    is_out_of_memory,
-    less_at_once,
-    too_much_for_shards,
-)
+from mu.algorithms.saliency_unlearning.compute import Compute, is_out_of_memory, less_at_once
 from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel, TrainingError
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
-from mu.algorithms.saliency_unlearning.optim_8bit import MaskedAdam8bit
 from mu.algorithms.saliency_unlearning.prediction import Predictor, predict_pair
-from mu.algorithms.saliency_unlearning.shards import is_sharded, local
 from mu.ldm import LatentDiffusion
 
 __all__ = ["SaliencyUnlearnTrainer", "TrainingError", "ascent_loss", "retain_loss", "salun_loss"]
@@ -30,7 +23,6 @@ ForgetBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """latents (B, C, H, W), timesteps (B,), noise (B, C, H, W), context (B, L, D), substitute_context (B, L', D)."""
 RetainBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 """latents (B', C, H, W), timesteps (B',), noise (B', C, H, W), context (B', L, D)."""
-_OPTIMIZERS: dict[str, type[MaskedAdam]] = {"adam": MaskedAdam, "adam8bit": MaskedAdam8bit}
 
 
 def salun_loss(
@@ -118,16 +110,13 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         retain_target: what the retained images are to give: the noise, or what the frozen original predicts.
         compute: the precision of the arithmetic, see `computing`, within which training has to take place.
         micro_batch_size: images of each part, forget and retain, that go through the UNet at once; None: all.
-        optimizer: "adam", or "adam8bit" for moments in 8 bits.
-        originals: what `computing` gave: the trained weights are written into them at the end.
         objective: "salun", `salun_loss`; or a control without `alpha` and `target`: "ascent", `ascent_loss`, or
             "retain", `retain_loss`. The term that a control has not is logged as 0.
 
     Raises:
         TrainingError: while training, a loss or a gradient is NaN or infinite, which names the step and its images; or
             a tensor that may move has no gradient, which names it. Nothing is written.
-        OutOfMemoryError: memory does not suffice for one image of each part; or, on shards, for as many as are asked
-            for.
+        OutOfMemoryError: memory does not suffice for one image of each part.
     """
 
     model: SaliencyUnlearnModel
@@ -143,8 +132,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         retain_target: str = "noise",
         compute: Compute | None = None,
         micro_batch_size: int | None = None,
-        optimizer: str = "adam",
-        originals: Mapping[str, Tensor] | None = None,
         objective: str = "salun",
     ) -> None:
         super().__init__()
@@ -155,8 +142,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             raise ValueError(f"target is {target!r}; known: current, frozen")
         if retain_target not in ("noise", "frozen"):
             raise ValueError(f"retain_target is {retain_target!r}; known: noise, frozen")
-        if optimizer not in _OPTIMIZERS:
-            raise ValueError(f"optimizer is {optimizer!r}; known: {', '.join(_OPTIMIZERS)}")
         # No submodule: Lightning would move all of it, encoders too, to the GPU and afterwards to the CPU.
         object.__setattr__(self, "model", model)
         self.alpha = alpha
@@ -169,13 +154,11 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         self.retain_model = original if retain_target == "frozen" else None
         self.compute_settings = compute or Compute()
         self.micro_batch_size = micro_batch_size
-        self.optimizer = optimizer
-        self.originals = originals or {}
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with a schedule of its learning rate where there are `decay_steps`."""
         named = self.model.parameters_to_train()
-        optimizer = _OPTIMIZERS[self.optimizer](named, self.model.selected, self.lr, originals=self.originals)
+        optimizer = MaskedAdam(named, self.model.selected, self.lr)
         if self.decay_steps is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LinearLR(
@@ -209,10 +192,11 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
             TrainingError: in one of the processes something is NaN or infinite, or a gradient is missing.
         """
         named = self.model.parameters_to_train()
-        gradients = {name: local(p.grad) for name, p in named if p.grad is not None}
+        gradients = {name: p.grad for name, p in named if p.grad is not None}
         without = [name for name, _ in named if name not in gradients]
-        some = [gradient for gradient in gradients.values() if gradient.numel()]  # of shards, not all
-        largest = torch.nn.utils.get_total_norm(some, norm_type=float("inf")).to(found[0].device)
+        largest = torch.nn.utils.get_total_norm(gradients.values(), norm_type=float("inf")).to(
+            found[0].device
+        )
         sums = torch.stack([*found, largest, largest.new_tensor(float(len(without)))])  # (5,)
         ranks.sum_([sums])  # a sum is finite if each process' number is
         loss, forget_term, retain_term, largest, lacking = sums.unbind()
@@ -248,8 +232,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
-                if is_sharded(self.model.ldm.unet):
-                    raise too_much_for_shards(reason) from error
             # Only here is the error, which holds the tensors of the pass that failed, gone.
             for _, parameter in self.model.parameters_to_train():
                 parameter.grad = None
@@ -282,14 +264,6 @@ class SaliencyUnlearnTrainer(pl.LightningModule):
         return salun_loss(ldm, forget, retain, self.alpha, self.target_model, retain_model=self.retain_model)[
             1:
         ]
-
-    def on_train_end(self) -> None:
-        """Write what was trained in full precision beside rounded weights to where those came from."""
-        if self.originals:
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            assert isinstance(optimizer, MaskedAdam)
-            for name, parameter in self.model.parameters_to_train():
-                optimizer.write_master_(parameter, self.originals[name])
 
 
 def _pieces(

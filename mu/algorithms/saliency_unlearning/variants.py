@@ -21,7 +21,6 @@ _PLACES = [
     "model_config_path",
     "use_ema",
     "devices",
-    "sharding",
     "resume",
     "checkpoint_every_steps",
     "checkpoint_every_minutes",

@@ -176,13 +176,11 @@ def test_state_dict_keys_of_the_model_itself_stay_those_of_compvis(tiny_model: L
     assert list(model.ldm.state_dict()) == keys
 
 
-@pytest.mark.parametrize(
-    ("dtype", "masked"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)]
-)
+@pytest.mark.parametrize("masked", [True, False])
 def test_the_frozen_original_stands_in_and_leaves_no_trace(
-    make_tiny_model: Callable[..., LatentDiffusion], dtype: torch.dtype, masked: bool
+    make_tiny_model: Callable[..., LatentDiffusion], masked: bool
 ) -> None:
-    ldm, reference = make_tiny_model(dtype=dtype), make_tiny_model(dtype=dtype)
+    ldm, reference = make_tiny_model(), make_tiny_model()
     model = SaliencyUnlearnModel(ldm, "full", half_mask(ldm.unet) if masked else None)
     original = FrozenOriginal(model)
     with torch.no_grad():
@@ -190,8 +188,8 @@ def test_the_frozen_original_stands_in_and_leaves_no_trace(
             parameter[model.selected[name]] += 0.1
     trained = bits_of(ldm)
     generator = torch.Generator().manual_seed(0)
-    noisy = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
-    context, t = torch.randn(2, 5, 32, generator=generator).to(dtype), torch.tensor([3, 700])
+    noisy = torch.randn(2, 4, 8, 8, generator=generator)
+    context, t = torch.randn(2, 5, 32, generator=generator), torch.tensor([3, 700])
 
     prediction = original.predict(noisy, t, context)
     with torch.no_grad():

@@ -178,19 +178,3 @@ def test_unsafe_pictures_go_to_wandb_only_when_asked(
 def test_pictures_of_no_prompts_are_a_mistake(tiny_runs: Any) -> None:
     with pytest.raises(ConfigError, match="sample_every_steps: there are no prompts to sample"):
         tiny_runs.train_config(sample_prompts=(), sample_every_steps=2)
-
-
-def test_weights_rounded_for_training_are_sampled_too(tiny_runs: Any, tmp_path: Path) -> None:
-    run = SaliencyUnlearningAlgorithm(
-        tiny_runs.train_config(
-            masking="none",
-            precision="bf16",
-            sample_prompts=("a teapot",),
-            sample_every_steps=2,
-            validate_every_steps=2,
-            output_dir=str(tmp_path),
-        )
-    ).run()
-    taken = sorted(path.name for path in (run["run"] / "pictures").iterdir())
-    assert taken == ["before_after.png", "step_000002.png", "step_000004.png"]
-    assert [row["step"] for row in rows_of(run["run"] / "validation.csv")] == [0, 2, 4]

@@ -18,7 +18,7 @@ import pytest
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, ResumeError, find_run_state
 from mu.algorithms.saliency_unlearning.fit import LossHistory
-from mu.algorithms.saliency_unlearning.run_state import read_head, read_run_state
+from mu.algorithms.saliency_unlearning.run_state import read_head, read_run_state, write_run_state
 from mu.config import ConfigError
 from mu.errors import Terminated
 from mu.ldm.tensor_file import FINGERPRINT_KEY, CheckpointError, fingerprint, read_state_dict
@@ -217,6 +217,22 @@ def test_promise_19_other_settings_are_refused_and_named(tiny_runs: Any, stopped
             SaliencyUnlearningAlgorithm(tiny_runs.train_config(**changed)).run()
         assert sorted(mistake.split(":")[0] for mistake in caught.value.mistakes) == ["lr", "seed"]
         assert "lr: the run was begun with 0.001, now it is 0.002" in str(caught.value)
+
+
+@pytest.mark.parametrize(("optimizer", "refused"), [("adam", False), ("adam8bit", True)])
+def test_a_run_of_a_key_that_is_gone_goes_on_if_it_had_its_default(
+    tiny_runs: Any, stopped: Path, optimizer: str, refused: bool
+) -> None:
+    newest = stopped / "checkpoints" / "step-00000003.safetensors"
+    state = read_run_state(newest)
+    settings = {**state.settings, "optimizer": optimizer}
+    write_run_state(newest, state.content, step=state.step, settings=settings, identity=state.identity)
+    config = tiny_runs.train_config(**SETTINGS, output_dir=str(stopped.parent), resume=str(newest))
+    if refused:
+        with pytest.raises(ConfigError, match="begun with adam8bit, now it is no key any more"):
+            find_run_state(config)
+    else:
+        assert find_run_state(config).step == 3
 
 
 def test_another_model_or_mask_at_the_same_settings_is_refused(tiny_runs: Any, stopped: Path) -> None:

@@ -202,7 +202,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("retain_target", ["noise", "frozen"])
 @pytest.mark.parametrize("target", ["current", "frozen"])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16-mixed", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16-mixed"])
 def test_promise_29_every_weight_that_may_move_has_a_gradient(
     make_tiny_model: Callable[..., LatentDiffusion],
     precision: str,
@@ -734,8 +734,8 @@ def test_another_error_is_not_taken_for_memory(
 def test_precision_is_that_of_the_arithmetic(
     make_tiny_model: Callable[..., LatentDiffusion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Autocast for bf16-mixed alone; weights are of another type for bf16 alone."""
-    for precision in ("fp32", "bf16-mixed", "bf16"):
+    """Autocast for bf16-mixed alone; weights and inputs are fp32."""
+    for precision in ("fp32", "bf16-mixed"):
         ldm = make_tiny_model()
         whole, seen = ldm.unet.forward, set()
 
@@ -746,43 +746,9 @@ def test_precision_is_that_of_the_arithmetic(
 
         monkeypatch.setattr(ldm.unet, "forward", forward)
         compute = Compute(precision=precision)
-        with computing(ldm, compute) as originals:
+        with computing(ldm, compute):
             model = SaliencyUnlearnModel(ldm, "full")
-            trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3, compute=compute, originals=originals)
+            trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3, compute=compute)
             monkeypatch.setattr(ldm.unet, "forward", forward)
             fit(trainer, [tiny_batch(0)])
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        assert seen == {(precision == "bf16-mixed", dtype, dtype)}
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("target", ["current", "frozen"])
-def test_bf16_weights_end_as_full_ones_that_only_training_has_moved(
-    make_tiny_model: Callable[..., LatentDiffusion], target: str, channels_last: bool
-) -> None:
-    """Against fp32 training; entries outside the mask, and the rounding of those inside, are not touched."""
-    batches = [tiny_batch(k) for k in range(3)]
-    ldm, plain, start = make_tiny_model(), make_tiny_model(), make_tiny_model()
-    compute = Compute(precision="bf16", channels_last=channels_last)
-    model = SaliencyUnlearnModel(ldm, "noxattn", half_mask(ldm))
-    with computing(ldm, compute) as originals:
-        trainer = SaliencyUnlearnTrainer(
-            model, alpha=0.5, lr=1e-5, target=target, compute=compute, originals=originals
-        )
-        fit(trainer, batches)
-    verify_unmasked(model, make_tiny_model())
-    fit(
-        SaliencyUnlearnTrainer(
-            SaliencyUnlearnModel(plain, "noxattn", half_mask(plain)), alpha=0.5, lr=1e-5, target=target
-        ),
-        batches,
-    )
-    apart, moved = [], []
-    for name, parameter in ldm.unet.named_parameters():
-        assert parameter.dtype == torch.float32
-        begin, simple = start.unet.get_parameter(name), plain.unet.get_parameter(name)
-        # Adam's steps are about lr long: by rounding to bf16, weights would move a hundred times as far.
-        assert (parameter - begin).abs().max().item() < 1e-4
-        apart.append((parameter - simple).reshape(-1))
-        moved.append((simple - begin).reshape(-1))
-    assert (torch.cat(apart).norm() / torch.cat(moved).norm()).item() < 0.6
+        assert seen == {(precision == "bf16-mixed", torch.float32, torch.float32)}

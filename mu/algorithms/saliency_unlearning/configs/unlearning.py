@@ -18,8 +18,6 @@ from mu.algorithms.saliency_unlearning.configs.concept import (
 )
 from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
-from mu.devices import device_names
-from mu.ranks import is_grouped
 from mu.run_folder import space_problem, writable_problem
 
 MASKS = f"{OUTPUTS}/masks"
@@ -38,11 +36,10 @@ _TRAIN_METHOD_HELP = (
     "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
     "output blocks 6 and 8."
 )
-_PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed", "bf16")
+_PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed")
 _PRECISION_HELP = (
     "Arithmetic of the UNet: fp32; tf32, products of factors rounded to 10 bits, on GPUs that have it; bf16-mixed, "
-    "fp32 weights computed with in bf16; bf16, weights too, with the full ones kept in main memory. Files keep their "
-    "own type."
+    "fp32 weights computed with in bf16. Files keep their own type."
 )
 
 
@@ -52,6 +49,7 @@ class ComputeKeys(ConceptKeys):
 
     AUTO_PRECISION: ClassVar[str] = "bf16-mixed"
     """What precision auto is on a GPU that has it."""
+    gone: ClassVar = {"sharding": "none"}
 
     precision: str = setting(
         "auto",
@@ -69,38 +67,10 @@ class ComputeKeys(ConceptKeys):
     compile: bool = setting(
         False, "Translate the UNet with torch.compile: minutes at first, then faster steps; for long runs."
     )
-    sharding: str = setting(
-        "none",
-        "Several devices. none: each process has all weights. full: weights, gradients and the optimizer's state are "
-        "split over the processes while gradients are taken, for a model that does not fit (docs/devices.md).",
-        choices=("none", "full"),
-    )
 
     def doubts(self) -> Iterator[str]:
         """What is allowed and seldom meant; a run warns of it, and a plan."""
         yield from ()
-
-    def conflicts(self) -> Iterator[Problem]:
-        yield from super().conflicts()
-        if self.sharding == "none":
-            return
-        if len(device_names(self.devices)) == 1 and not is_grouped():
-            yield (
-                ("sharding", "devices"),
-                f"sharding {self.sharding} splits the weights over several processes, devices {self.devices} is one; "
-                "name several, as in 0,1, or leave sharding out",
-            )
-        if self.channels_last:
-            yield (
-                ("sharding", "channels_last"),
-                "only weights that lie contiguous in memory can be split; leave channels_last out",
-            )
-        if self.compile:
-            yield (
-                ("sharding", "compile"),
-                "between the blocks of a split UNet, weights come and go, which torch.compile cannot translate; leave "
-                "compile out",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +139,7 @@ class TrainConfig(ComputeKeys):
     """Stage 2: masked fine-tuning."""
 
     without_effect: ClassVar = ("start_guidance", "negative_guidance", "ddim_steps")
+    gone: ClassVar = {**ComputeKeys.gone, "optimizer": "adam"}
 
     train_method: str = setting(
         "full",
@@ -239,11 +210,6 @@ class TrainConfig(ComputeKeys):
         "rounding. null: all of the batch. Either is halved when memory runs out.",
         ge=1,
         le=100_000,
-    )
-    optimizer: str = setting(
-        "adam",
-        "adam; adam8bit: with moments in 8 bits, 2 bytes a moving weight instead of 8 (needs bitsandbytes).",
-        choices=("adam", "adam8bit"),
     )
     output_format: str = setting(
         "safetensors",
@@ -338,11 +304,6 @@ class TrainConfig(ComputeKeys):
             yield (
                 ("mask_path", "masking"),
                 f"masking saliency needs a mask; this makes one: {mask_command(self)}",
-            )
-        if self.sharding == "full" and self.optimizer == "adam8bit":
-            yield (
-                ("sharding", "optimizer"),
-                "the 8-bit moments of neighbouring weights share a scale, which cannot be split; take optimizer adam",
             )
         if self.logger == "wandb" and self.wandb == "off":
             yield ("logger", "wandb"), "wandb is off; leave one of the two keys out"

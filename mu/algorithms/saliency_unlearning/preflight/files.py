@@ -74,22 +74,13 @@ def checkpoint_bytes(
     return frame.tell() + sum(tensor.nbytes + 32 for tensor in tensors.values())
 
 
-def run_state_bytes(selected: Mapping[str, int], *, precision: str, optimizer: str) -> int:
-    """Size of a checkpoint of a run: the values that move, two moments, and where weights are rounded full copies.
+def run_state_bytes(selected: Mapping[str, int]) -> int:
+    """Size of a checkpoint of a run: the values that move, and two moments of each, in fp32.
 
     Args:
         selected: UNet-relative name -> entries that move.
     """
-    entries = sum(selected.values())
-    return entries * (4 if precision != "bf16" else 2) + optimizer_bytes(
-        entries, precision=precision, optimizer=optimizer
-    ) + len(selected) * RUN_STATE_TENSOR_BYTES  # fmt: skip
-
-
-def optimizer_bytes(entries: int, *, precision: str, optimizer: str) -> int:
-    """What the optimizer keeps of so many moving entries: moments, and an fp32 copy of rounded weights."""
-    moments = 8 * entries if optimizer == "adam" else 2 * entries + 8 * entries // 256
-    return moments + (4 * entries if precision == "bf16" else 0)
+    return 12 * sum(selected.values()) + len(selected) * RUN_STATE_TENSOR_BYTES
 
 
 def latents_bytes(rows: Sequence[Row], latent_shape: Sequence[int]) -> tuple[int, int]:

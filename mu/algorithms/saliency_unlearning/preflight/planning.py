@@ -115,9 +115,7 @@ def plan_training(config: TrainConfig) -> Plan:
             "train_method": sum(subject.numel[name] for name in methods),
             "selected": sum(selected.values()),
         },
-        files=training_files(
-            config, subject, selected, steps=steps, precision=compute.precision, there=there
-        ),
+        files=training_files(config, subject, selected, steps=steps, there=there),
         mask=mask,
         fingerprint=fingerprint,
     )

@@ -80,7 +80,6 @@ def training_files(
     selected: Mapping[str, int],
     *,
     steps: int,
-    precision: str,
     there: int = 0,
 ) -> list[PlannedFiles]:
     """The unlearned checkpoint, its patch, checkpoints of the run, pictures, and what is sampled and encoded before.
@@ -88,7 +87,6 @@ def training_files(
     Args:
         selected: UNet-relative name -> entries that will move.
         steps: of the whole run.
-        precision: of the weights while they are trained.
         there: bytes of checkpoints of the run that it goes on from.
     """
     output = Path(config.output_dir)
@@ -108,7 +106,7 @@ def training_files(
         PlannedFiles(what=what, folder=output, key="output_dir", count=1, bytes=size, how=how)
         for what, size, how in sizes
     ]
-    state = run_state_bytes(selected, precision=precision, optimizer=config.optimizer)
+    state = run_state_bytes(selected)
     files += _run_checkpoints(config, steps, state, there=there)
     files += _processed(config, subject)
     if (pictures := _pictures(config, subject, steps)) is not None:
