@@ -117,8 +117,13 @@ def write_yaml(path: Path, values: dict[str, Any]) -> None:
 def test_the_last_of_base_file_and_overrides_wins(
     cls: type[Config], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    """And the other of a pair (`Config.replaces`) goes with what was below."""
     base, in_file, overrides = (data.draw(some_values(cls)) for _ in range(3))
-    expected = made(cls, base | in_file | overrides)
+    merged: dict[str, Any] = {}
+    for level in (base, in_file, overrides):
+        others = {other for key in level if level[key] is not None for other in cls.replaces.get(key, ())}
+        merged = {key: value for key, value in merged.items() if key not in others} | level
+    expected = made(cls, merged)
     path = tmp_path_factory.getbasetemp() / f"{cls.__name__}.yaml"
     write_yaml(path, in_file)
     assert load_config(cls, base=base, config_path=path, overrides=overrides) == expected

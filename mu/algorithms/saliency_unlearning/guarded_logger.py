@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,12 @@ class GuardedLogger:
 
     def begin(self) -> bool:
         """Begin the logger's run, as Lightning will; False where that failed: then Lightning must not have it."""
+        mode = os.environ.get("WANDB_MODE")
         self._try(lambda: self.logger.experiment)
+        # Lightning sets the variable for good where a run is offline: it would decide over the next run here.
+        os.environ.pop("WANDB_MODE", None)
+        if mode is not None:
+            os.environ["WANDB_MODE"] = mode
         self._begun = not self._failed
         return self._begun
 

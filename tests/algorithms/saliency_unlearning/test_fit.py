@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -235,9 +236,13 @@ def test_promise_26_a_service_of_a_parent_that_is_gone_loses_no_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """wandb raises an exception there that is none of `wandb.errors`."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere/of-a-process-that-ended")
     assert train(tiny_runs.train_config(wandb="offline"))["loss"] == 8.5
     assert sum("WandbLogger failed" in message for message in caplog.messages) == 1
+    assert (
+        "WANDB_MODE" not in os.environ
+    )  # Lightning's; it would send the next run of this process offline too
 
 
 def test_an_error_that_is_no_loggers_is_raised(tmp_path: Path) -> None:
