@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -90,7 +90,7 @@ class ModelKeys(Config):
 class ConceptKeys(ModelKeys):
     """What is forgotten, and the images of it and of what is kept."""
 
-    replaces: ClassVar = {
+    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "forget_prompts": ("styles", "objects"),
         "styles": ("forget_prompts", "retain_prompts"),
         "objects": ("forget_prompts", "retain_prompts"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -43,7 +43,10 @@ _PRECISION_HELP = (
 class SampleConfig(ModelKeys):
     """Images from a checkpoint."""
 
-    replaces: ClassVar = {"prompts": ("prompts_path",), "prompts_path": ("prompts",)}
+    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "prompts": ("prompts_path",),
+        "prompts_path": ("prompts",),
+    }
 
     prompts: tuple[str, ...] = setting(
         (), "Prompts: one, or a YAML list (commas do not separate them).", split=False, may_be_empty=True
@@ -182,7 +185,7 @@ class ScoringKeys(Config):
 class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
     """What a checkpoint, or a folder of images, forgot and what it kept, on the grid of styles x objects."""
 
-    replaces: ClassVar = {
+    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "ckpt_path": ("images_dir", "base_images_dir"),
         "base_ckpt_path": ("base_images_dir",),
         "base_images_dir": ("base_ckpt_path",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +49,7 @@ class ComputeKeys(ConceptKeys):
 
     AUTO_PRECISION: ClassVar[str] = "bf16-mixed"
     """What precision auto is on a GPU that has it."""
-    gone: ClassVar = {"sharding": "none"}
+    gone: ClassVar[Mapping[str, str]] = {"sharding": "none"}
 
     precision: str = setting(
         "auto",
@@ -138,8 +138,8 @@ class MaskConfig(ComputeKeys):
 class TrainConfig(ComputeKeys):
     """Stage 2: masked fine-tuning."""
 
-    without_effect: ClassVar = ("start_guidance", "negative_guidance", "ddim_steps")
-    gone: ClassVar = {**ComputeKeys.gone, "optimizer": "adam"}
+    without_effect: ClassVar[tuple[str, ...]] = ("start_guidance", "negative_guidance", "ddim_steps")
+    gone: ClassVar[Mapping[str, str]] = {**ComputeKeys.gone, "optimizer": "adam"}
 
     train_method: str = setting(
         "full",
