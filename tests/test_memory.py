@@ -12,12 +12,13 @@ import torch
 from mu.memory import AtOnce, OutOfMemoryError, is_out_of_memory, telling
 from tests.memory_limit import memory_left
 
-MB = 1_000_000
+GB = 10**9
 
 
 def squares(numbers: Sequence[int]) -> torch.Tensor:
-    """Takes 8 MB a number."""
-    return torch.tensor(list(numbers))[:, None].expand(-1, MB).square()[:, 0].clone()
+    """Asks for 1 GB of address space a number, more than malloc ever keeps of what earlier tests gave back."""
+    torch.empty(len(numbers), GB, dtype=torch.uint8)
+    return torch.tensor(list(numbers)).square()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux alone")
@@ -25,7 +26,7 @@ def test_promise_22_half_as_many_at_once_where_the_system_gives_no_more(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     at_once = AtOnce("number", advice="smaller numbers", note="; which is slower")
-    with memory_left(100 * MB), caplog.at_level(logging.WARNING):
+    with memory_left(15 * GB), caplog.at_level(logging.WARNING):
         pieces = list(at_once.pieces(range(21), squares))
         again = list(at_once.pieces(range(21), squares))
     assert torch.cat(pieces).tolist() == [number**2 for number in range(21)]  # all of them, in order
@@ -39,12 +40,7 @@ def test_promise_22_half_as_many_at_once_where_the_system_gives_no_more(
 @pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux alone")
 def test_promise_22_where_one_is_too_many_the_advice_is_told() -> None:
     at_once = AtOnce("number", advice="smaller numbers")
-
-    def squares(numbers: Sequence[int]) -> torch.Tensor:
-        """40 MB a number, which malloc never keeps for the next time."""
-        return torch.ones(len(numbers), 5 * MB, dtype=torch.int64)
-
-    with memory_left(20 * MB), pytest.raises(OutOfMemoryError) as caught:
+    with memory_left(GB // 2), pytest.raises(OutOfMemoryError) as caught:
         list(at_once.pieces(range(4), squares))
     assert str(caught.value).startswith("out of memory with one number at a time (")
     assert str(caught.value).endswith("What saves memory: smaller numbers")
