@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning.model import names_of
 from mu.ldm import LatentDiffusion, sample_posterior
+from mu.unlearning.moving import names_of
 
 C_GUIDANCE = 7.5
 ALPHA = 0.5

@@ -13,11 +13,14 @@ from pathlib import Path
 from benchmark_arms import ALPHA, C_GUIDANCE, LR, Arm, Careful, EncodedOnce, Examples, Plain, Values
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning.compute import Compute, computing
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency, save_mask, threshold_masks
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer, salun_loss
 from mu.ldm import LatentDiffusion, save_checkpoint
+from mu.unlearning.compute import (
+    Compute,
+    computing,
+)
 
 
 class Ours(EncodedOnce):

@@ -38,9 +38,9 @@ from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.model import names_of
 from mu.ldm import LatentDiffusion, load_model_config
 from mu.run_folder import environment
+from mu.unlearning.moving import names_of
 
 
 def measure_device(spec: Spec) -> Result:

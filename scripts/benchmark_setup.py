@@ -15,11 +15,11 @@ import yaml
 from benchmark_arms import Arm, Examples
 from benchmark_ours import ARMS
 
-from mu.algorithms.saliency_unlearning.model import names_of
 from mu.config import resolve_path
 from mu.datasets.images import load_image, save_png
 from mu.datasets.streams import draw, generator
 from mu.ldm import LatentDiffusion, load_model, load_model_config, save_checkpoint
+from mu.unlearning.moving import names_of
 
 PROMPTS = {"forget": "A picture in the style to forget.", "retain": "A picture of something else."}
 SUBSTITUTE = "A picture in another style."

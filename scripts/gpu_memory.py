@@ -20,9 +20,12 @@ from gpu_parts import Record, Spec
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.configs import EvaluateConfig, SampleConfig
-from mu.algorithms.saliency_unlearning.sampling import run as sample
+from mu.commands.sampling import run as sample
 from mu.errors import MuError
+from mu.evaluation.config import (
+    EvaluateConfig,
+    SampleConfig,
+)
 from mu.evaluation.evaluate import run as evaluate
 
 _NEEDED = {"mask": 12, "train_full": 16}

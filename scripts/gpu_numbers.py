@@ -8,10 +8,13 @@ from gpu_model import checkpoint_path, image_size, model_path
 from gpu_parts import Record, Spec
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning.compute import Compute, computing
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency, threshold_mask
 from mu.config import resolve_path
 from mu.ldm import LatentDiffusion, load_model, load_model_config
+from mu.unlearning.compute import (
+    Compute,
+    computing,
+)
 
 _THRESHOLD = 0.5
 _EMOJI = "package:assets/emoji_canvas/model"

@@ -11,23 +11,27 @@ from collections.abc import Iterable, Sequence
 import readme_section
 
 from mu.algorithms.saliency_unlearning.configs import (
-    ApplyPatchConfig,
     BenchmarkConfig,
-    ConceptKeys,
-    ConvertConfig,
-    EvaluateConfig,
     MaskConfig,
-    ModelKeys,
-    SampleConfig,
     TrainConfig,
 )
+from mu.commands.convert_config import ConvertConfig
+from mu.commands.patch_config import ApplyPatchConfig
 from mu.config import Config, keys_of
 from mu.config_values import Key
+from mu.evaluation.config import (
+    EvaluateConfig,
+    SampleConfig,
+)
+from mu.unlearning.config import (
+    DataKeys,
+    ModelKeys,
+)
 
 
 def tables() -> str:
     """All tables, each folded under a line that names the commands it is for."""
-    shared = keys_of(ConceptKeys)
+    shared = keys_of(DataKeys)
     sections = [
         ("<code>generate_mask</code> and <code>train</code>: the model, the concept, the images", shared),
         ("<code>generate_mask</code>", _own(MaskConfig, shared)),

@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SCRIPTS = "mu.algorithms.saliency_unlearning.scripts"
 HEAVY = (
     "mu.algorithms.saliency_unlearning.algorithm",
-    "mu.algorithms.saliency_unlearning.sampling",
+    "mu.commands.sampling",
     "mu.evaluation.evaluate",
     "mu.commands.download_data",
 )

@@ -13,17 +13,15 @@ import pytest
 from mu.algorithms.saliency_unlearning import configs
 from mu.algorithms.saliency_unlearning.configs import (
     PACKAGED,
-    ApplyPatchConfig,
     BenchmarkConfig,
-    ConvertConfig,
-    EvaluateConfig,
     MaskConfig,
-    SampleConfig,
     TrainConfig,
 )
 from mu.cli import help_text, parse_cli
 from mu.commands import door
+from mu.commands.convert_config import ConvertConfig
 from mu.commands.origins import local_file
+from mu.commands.patch_config import ApplyPatchConfig
 from mu.config import (
     Config,
     ConfigError,
@@ -37,6 +35,10 @@ from mu.config import (
     resolve_path,
 )
 from mu.config_names import _ELSEWHERE, _NEEDLESS, _OTHERWISE, hint
+from mu.evaluation.config import (
+    EvaluateConfig,
+    SampleConfig,
+)
 
 CLASSES = (
     ApplyPatchConfig,

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from mu.algorithms.saliency_unlearning.configs import EvaluateConfig, SampleConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.masking import load_mask, save_mask
 from mu.config import keys_of
 from mu.config_names import hint
+from mu.evaluation.config import (
+    EvaluateConfig,
+    SampleConfig,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -104,3 +104,38 @@ class TextToImage:
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.half)
+
+
+def sample_images(
+    model: LatentDiffusion,
+    pairs: Sequence[tuple[str, int]],
+    *,
+    steps: int,
+    guidance_scale: float,
+    eta: float = 0.0,
+    batch_size: int = 8,
+    image_size: int | None = None,
+    precision: str = "fp32",
+) -> Iterator[Tensor]:
+    """One image for each (prompt, seed). A seed belongs to its image: the batch it is in does not matter.
+
+    Args:
+        precision: "fp32", "bf16" (autocast; latents stay fp32 between the steps) or "auto", see `sampling_precision`.
+
+    Yields:
+        (3, H, W), about [-1, 1], on the CPU.
+
+    Raises:
+        OutOfMemoryError: memory does not suffice for one image at a time.
+    """
+    sampler = TextToImage(
+        model,
+        steps=steps,
+        shape=model.latent_shape(image_size),
+        eta=eta,
+        precision=precision,
+    )
+    for first in range(0, len(pairs), batch_size):
+        batch = pairs[first : first + batch_size]
+        prompts, seeds = zip(*batch, strict=True)
+        yield from sampler.images(prompts, guidance_scale=guidance_scale, seeds=seeds)

@@ -19,13 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.algorithms.saliency_unlearning.configs import EvaluateConfig
 from mu.algorithms.saliency_unlearning.scripts import evaluate as evaluate_door
 from mu.config import dump
 from mu.datasets.generated import SampleSettings
 from mu.datasets.index import DataError
 from mu.evaluation import evaluate
 from mu.evaluation.classifier import EmojiClassifier, save_classifier
+from mu.evaluation.config import EvaluateConfig
 from mu.evaluation.evaluate import EvaluationError, Grid, MeasuredModel, measure
 from mu.evaluation.images import AskedImage, of_rows
 from mu.evaluation.metrics import read_predictions, unlearning_scores

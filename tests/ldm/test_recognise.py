@@ -12,8 +12,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning.configs import ConvertConfig
 from mu.algorithms.saliency_unlearning.mask_file import save_mask
+from mu.commands.convert_config import ConvertConfig
 from mu.config import check_paths
 from mu.ldm import CheckpointError, LatentDiffusion, describe_checkpoint, load_model, save_checkpoint
 from mu.ldm.checkpoint import read_state_dict, write_state_dict

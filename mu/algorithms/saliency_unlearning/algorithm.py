@@ -16,12 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, find_run_state
-from mu.algorithms.saliency_unlearning.compute import choose, computing
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
-from mu.algorithms.saliency_unlearning.configs.patching import PATCH_NAME
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
-from mu.algorithms.saliency_unlearning.fit import fit
 from mu.algorithms.saliency_unlearning.masking import (
     Mask,
     check_mask,
@@ -29,14 +25,28 @@ from mu.algorithms.saliency_unlearning.masking import (
     random_mask,
 )
 from mu.algorithms.saliency_unlearning.masking_algorithm import MaskingAlgorithm
-from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel, names_of
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.preflight import Plan, plan_training, say_warnings
-from mu.algorithms.saliency_unlearning.progress import Progress
-from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
-from mu.algorithms.saliency_unlearning.run_state import RunState, read_run_state
-from mu.algorithms.saliency_unlearning.runs import Result, decorating, open_run, save_result
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
-from mu.algorithms.saliency_unlearning.utils import (
+from mu.config import config_of, require_paths
+from mu.devices import peak_memory_bytes
+from mu.errors import MuError
+from mu.launch import on_ranks
+from mu.ldm import LatentDiffusion
+from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
+from mu.run_folder import RESULT, RunFolder
+from mu.unlearning.checkpoints import (
+    Checkpoints,
+    find_run_state,
+)
+from mu.unlearning.compute import (
+    choose,
+    computing,
+)
+from mu.unlearning.fit import fit
+from mu.unlearning.moving import names_of
+from mu.unlearning.output import (
+    PATCH_NAME,
     check_save_dtype,
     count_moved,
     load_written_,
@@ -49,13 +59,18 @@ from mu.algorithms.saliency_unlearning.utils import (
     write_patch,
     write_unlearned,
 )
-from mu.config import config_of, require_paths
-from mu.devices import peak_memory_bytes
-from mu.errors import MuError
-from mu.launch import on_ranks
-from mu.ldm import LatentDiffusion
-from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
-from mu.run_folder import RESULT, RunFolder
+from mu.unlearning.progress import Progress
+from mu.unlearning.progress_pictures import ProgressPictures
+from mu.unlearning.run_state import (
+    RunState,
+    read_run_state,
+)
+from mu.unlearning.runs import (
+    Result,
+    decorating,
+    open_run,
+    save_result,
+)
 
 __all__ = ["MaskingAlgorithm", "SaliencyUnlearnAlgorithm", "SaliencyUnlearningAlgorithm"]
 

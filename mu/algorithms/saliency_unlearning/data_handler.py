@@ -1,10 +1,4 @@
-"""From a config and a model to batches of latents: for the mask, and for fine-tuning.
-
-Random numbers follow `mu.datasets.streams`: timestep, noise and posterior sample of an image are a function of (seed,
-stage, epoch, image), and a training step is a function of (seed, step). Batch size, number of workers and the step at
-which a run is resumed change none of them. The stages are "mask" (whose epochs are its draws an image), "forget" and
-"retain" (whose epochs are passes of its own over the images to retain).
-"""
+"""From a config and a model to batches of latents: for the mask, and for fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,34 +7,29 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.configs.data_sets import (
+from mu.datasets import generated
+from mu.datasets.data_sets import (
     DATASET_TYPES,
-    plan_prompts,
-    read_folder,
-    samples_prompts,
 )
-from mu.datasets import emoji_canvas, generated, generated_prompts
 from mu.datasets.encoded import EncodedRows
 from mu.datasets.index import (
     DataError,
     ForgetRetain,
     Row,
-    check_apart,
     check_choice,
     concept_label,
     write_index_files,
 )
 from mu.datasets.latents import LatentCache
-from mu.datasets.seen_prompts import check_seen_apart
-from mu.datasets.streams import order, passes
 from mu.ldm.latent_diffusion import LatentDiffusion
-from mu.ldm.params import LatentDiffusionParams
+from mu.unlearning.batches import TrainBatch, TrainSteps
+from mu.unlearning.rows import checked_image_size, checked_rows, retained_places, sampled_images
 
 SAMPLE_BATCH = 16  # images sampled at once; of no consequence to what is sampled
 
@@ -48,77 +37,6 @@ MaskBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """latents (B, C, h, w), timesteps (B,), noise (B, C, h, w), context (B, L, D), uncond_context (B, L, D)."""
 
 _log = logging.getLogger(__name__)
-
-
-class TrainBatch(TypedDict):
-    """One training step; shapes as in `MaskBatch`."""
-
-    forget: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    """latents, timesteps, noise, context, substitute_context."""
-    retain: tuple[Tensor, Tensor, Tensor, Tensor]
-    """latents, timesteps, noise, context."""
-    images: dict[str, list[str]]
-    """"forget" and "retain" -> the image files of that part, for messages."""
-
-
-class TrainSteps(Dataset[TrainBatch]):
-    """Item `step` is the batch of that training step: a pure function of (seed, step) and the data.
-
-    An epoch is one shuffled pass over the rows to forget; its last batch may be short. The rows to retain run
-    through shuffled passes of their own, without a break between passes, so their batch is always full.
-    """
-
-    def __init__(
-        self,
-        forget: EncodedRows,
-        retain: EncodedRows,
-        *,
-        seed: int,
-        epochs: int,
-        batch_size: int,
-        retain_batch_size: int,
-        num_timesteps: int,
-    ) -> None:
-        self.forget = forget
-        self.retain = retain
-        self.seed = seed
-        self.batch_size = batch_size
-        self.retain_batch_size = retain_batch_size
-        self.num_timesteps = num_timesteps
-        self.steps_per_epoch = math.ceil(len(forget.rows) / batch_size)
-        self.total_steps = epochs * self.steps_per_epoch
-
-    def __len__(self) -> int:
-        return self.total_steps
-
-    def __getitem__(self, step: int) -> TrainBatch:
-        if not 0 <= step < self.total_steps:
-            raise IndexError(f"step {step} is not in 0..{self.total_steps - 1}")
-        epoch, number = divmod(step, self.steps_per_epoch)
-        places = order(self.seed, "forget", epoch, len(self.forget.rows))
-        first = number * self.batch_size
-        forget = [(epoch, place) for place in places[first : first + self.batch_size]]
-        first = step * self.retain_batch_size
-        retain = list(
-            passes(
-                self.seed, "retain", len(self.retain.rows), start=first, stop=first + self.retain_batch_size
-            )
-        )
-        return {
-            "forget": (
-                *self.forget.batch(forget, seed=self.seed, stage="forget", num_timesteps=self.num_timesteps),
-                self.forget.context(forget),
-                self.forget.substitute_context(forget),
-            ),
-            "retain": (
-                *self.retain.batch(retain, seed=self.seed, stage="retain", num_timesteps=self.num_timesteps),
-                self.retain.context(retain),
-            ),
-            "images": {
-                "forget": [str(self.forget.rows[place].image) for _, place in forget],
-                "retain": [str(self.retain.rows[place].image) for _, place in retain],
-            },
-        }
 
 
 class SaliencyUnlearnDataHandler:
@@ -272,88 +190,3 @@ class SaliencyUnlearnDataHandler:
             contexts=contexts,
             scale_factor=self.model.scale_factor,
         )
-
-
-def checked_rows(config: Any, sampled: Path | None, params: LatentDiffusionParams) -> ForgetRetain:
-    """`rows_of`, whose prompts the model's text encoder can tell apart; see `check_seen_apart` for what is raised."""
-    rows = rows_of(config, sampled)
-    check_seen_apart(rows, params)
-    return rows
-
-
-def rows_of(config: Any, sampled: Path | None) -> ForgetRetain:
-    """All rows to forget and to retain.
-
-    Args:
-        sampled: the folder of images that are sampled from the model, which need not be there; None: there are none.
-
-    Raises:
-        DataError: see `SaliencyUnlearnDataHandler`.
-    """
-    if sampled is None:
-        return read_folder(config)
-    if samples_prompts(config):
-        rows = plan_prompts(config, sampled)
-        if config.dataset_type != "generated":
-            found = read_folder(config)
-            rows = ForgetRetain(found.forget, rows.retain, found.notes)
-            check_apart(rows)
-        return rows
-    return generated.plan_rows(
-        sampled,
-        styles=tuple(config.styles or emoji_canvas.STYLES),
-        objects=tuple(config.objects or emoji_canvas.OBJECTS),
-        template=config.template,
-        template_name=config.template_name,
-        images_per_prompt=config.images_per_prompt,
-        retain_images_per_prompt=config.retain_images_per_prompt,
-        substitute=config.substitute,
-    )
-
-
-def retained_places(config: Any, rows: ForgetRetain) -> list[int]:
-    """Which of the rows to retain a training run reads.
-
-    Raises:
-        DataError: there is none.
-    """
-    count = len(rows.retain)
-    if not count:
-        raise DataError(
-            f"there is no image to retain beside {config.template} "
-            f"{concept_label(config.template_name)!r}: the data set needs other concepts (for dataset_type "
-            "generated, retain_images_per_prompt >= 1)."
-        )
-    steps = int(config.epochs) * math.ceil(len(rows.forget) / config.batch_size)
-    stop = steps * (config.retain_batch_size or config.batch_size)
-    return sorted({place for _, place in passes(config.seed, "retain", count, start=0, stop=stop)})
-
-
-def sampled_images(config: Any, image_size: int) -> tuple[generated.SampleSettings, dict[str, str]] | None:
-    """How a data set's images are sampled from the model, and where (see `GeneratedImages`); None: they are not."""
-    if config.dataset_type != "generated" and not samples_prompts(config):
-        return None
-    settings = generated.SampleSettings(
-        steps=config.sample_steps,
-        guidance_scale=config.guidance_scale,
-        image_size=image_size,
-        precision=config.sample_precision,
-    )
-    kind = {"subfolder": generated_prompts.SUBFOLDER, "prompt": generated_prompts.PROMPT}
-    return settings, kind if samples_prompts(config) else {}
-
-
-def checked_image_size(image_size: int | None, model: LatentDiffusion) -> int:
-    """The images' side in pixels; None is the model's own.
-
-    Raises:
-        DataError: the model cannot be given such images.
-    """
-    size = image_size or model.image_size
-    step = model.params.image_step
-    if size % step:
-        near = max(step, round(size / step) * step)
-        raise DataError(
-            f"image_size = {size} px: this model needs a multiple of {step} px, for example {near}."
-        )
-    return size

@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mu.algorithms.saliency_unlearning.configs import SampleConfig
-from mu.algorithms.saliency_unlearning.sampling import SamplingError, sample_images
-from mu.algorithms.saliency_unlearning.utils import model_of
 from mu.arithmetic import run_arithmetic
+from mu.commands.sampling import SamplingError
 from mu.config import ConfigError, load_config, override, require_paths
 from mu.config_file import ConfigFileError, Text, Value, read_flat_file
 from mu.config_values import is_null
@@ -29,6 +27,9 @@ from mu.datasets.images import to_picture
 from mu.datasets.index import concept_label
 from mu.datasets.seen_prompts import cut_notes
 from mu.devices import device_names
+from mu.evaluation.config import SampleConfig
+from mu.ldm.text_to_image import sample_images
+from mu.unlearning.output import model_of
 
 _OPTIONS = ("sample_steps", "guidance_scale", "eta", "image_size", "batch_size", "precision")
 _OTHER_NAMES = {"num_inference_steps": "sample_steps"}

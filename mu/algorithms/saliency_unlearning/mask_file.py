@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mu.errors import MuError
 from mu.ldm.tensor_file import (
     FINGERPRINT_KEY,
     MOST_DIMENSIONS,
@@ -22,6 +21,7 @@ from mu.ldm.tensor_file import (
     read_state_dict,
     write_state_dict,
 )
+from mu.unlearning.optim import SelectionError
 
 MASK_FORMAT = 1
 """Version of the file. Each tensor is a (ceil(n / 8),) uint8 vector under the weight's name: entry i, in row-major
@@ -36,7 +36,7 @@ Mask = dict[str, Tensor]
 """UNet-relative name -> bool tensor of the weight's shape; True: the entry may move."""
 
 
-class MaskError(MuError, ValueError):
+class MaskError(SelectionError):
     """A mask cannot be made, is damaged, or is of another model."""
 
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import Compute, is_out_of_memory, less_at_once
 from mu.algorithms.saliency_unlearning.mask_file import (
     Mask,
     MaskError,
@@ -19,9 +18,14 @@ from mu.algorithms.saliency_unlearning.mask_file import (
     load_mask_metadata,
     save_mask,
 )
-from mu.algorithms.saliency_unlearning.prediction import predict_pair
 from mu.algorithms.saliency_unlearning.selection import find_edges, mark
 from mu.ldm import LatentDiffusion
+from mu.ldm.prediction import predict_pair
+from mu.unlearning.compute import (
+    Compute,
+    is_out_of_memory,
+    less_at_once,
+)
 
 __all__ = [
     "Mask",

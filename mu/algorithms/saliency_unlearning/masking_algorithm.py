@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import choose, computing
 from mu.algorithms.saliency_unlearning.configs import MaskConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
 from mu.algorithms.saliency_unlearning.masking import (
@@ -26,12 +25,9 @@ from mu.algorithms.saliency_unlearning.masking import (
     save_mask,
     threshold_masks,
 )
-from mu.algorithms.saliency_unlearning.model import names_of
 from mu.algorithms.saliency_unlearning.preflight import Plan, plan_mask, say_warnings
-from mu.algorithms.saliency_unlearning.runs import Result, open_run, save_result
 from mu.algorithms.saliency_unlearning.utils import (
     layer_groups,
-    model_of,
     unet_fingerprint,
 )
 from mu.config import config_of, require_paths
@@ -39,6 +35,17 @@ from mu.datasets.index import concept_label
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
+from mu.unlearning.compute import (
+    choose,
+    computing,
+)
+from mu.unlearning.moving import names_of
+from mu.unlearning.output import model_of
+from mu.unlearning.runs import (
+    Result,
+    open_run,
+    save_result,
+)
 from mu.verbosity import bars_off
 
 

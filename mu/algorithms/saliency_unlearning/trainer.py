@@ -11,11 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import Compute, is_out_of_memory, less_at_once
-from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel, TrainingError
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
-from mu.algorithms.saliency_unlearning.prediction import Predictor, predict_pair
 from mu.ldm import LatentDiffusion
+from mu.ldm.prediction import (
+    Predictor,
+    predict_pair,
+)
+from mu.unlearning.compute import (
+    Compute,
+    is_out_of_memory,
+    less_at_once,
+)
+from mu.unlearning.moving import (
+    FrozenOriginal,
+    TrainingError,
+)
 
 __all__ = ["SaliencyUnlearnTrainer", "TrainingError", "ascent_loss", "retain_loss", "salun_loss"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import Mask
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.utils import verify_tensors
 from mu.ldm import LatentDiffusion, load_model, save_checkpoint
 from mu.ldm.checkpoint import read_state_dict
+from mu.unlearning.output import verify_tensors
 from tests.conftest import randomise
 
 CHANNELS, SIDE, WIDTH = 4, 3, 5

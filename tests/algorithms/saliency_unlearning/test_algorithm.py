@@ -42,13 +42,20 @@ from mu.algorithms.saliency_unlearning.masking import (
     random_mask,
     threshold_mask,
 )
-from mu.algorithms.saliency_unlearning.model import TrainingError, names_of
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
-from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, unet_fingerprint, write_unlearned
+from mu.algorithms.saliency_unlearning.utils import (
+    UNET_PREFIX,
+    unet_fingerprint,
+)
 from mu.config import ConfigError, load_config
 from mu.ldm import LatentDiffusion, load_model
 from mu.ldm.checkpoint import read_state_dict
 from mu.ldm.model_config import load_model_config
+from mu.unlearning.moving import (
+    TrainingError,
+    names_of,
+)
+from mu.unlearning.output import write_unlearned
 
 Result = dict[str, Any]
 

@@ -11,8 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning import compute as compute_module
-from mu.algorithms.saliency_unlearning.compute import (
+from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
+from mu.algorithms.saliency_unlearning.trainer import salun_loss
+from mu.config import resolve_path
+from mu.ldm import LatentDiffusion, load_model
+from mu.ldm.unet import UNet
+from mu.unlearning import compute as compute_module
+from mu.unlearning.compute import (
     Compute,
     OutOfMemoryError,
     activation_bytes,
@@ -25,12 +31,6 @@ from mu.algorithms.saliency_unlearning.compute import (
     is_out_of_memory,
     less_at_once,
 )
-from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
-from mu.algorithms.saliency_unlearning.trainer import salun_loss
-from mu.config import resolve_path
-from mu.ldm import LatentDiffusion, load_model
-from mu.ldm.unet import UNet
 from tests.algorithms.saliency_unlearning.test_trainer import tiny_batch
 
 LATENT = (4, 8, 8)

@@ -12,11 +12,8 @@ from mu.algorithms.saliency_unlearning import configs
 from mu.algorithms.saliency_unlearning.configs import (
     PACKAGED,
     BenchmarkConfig,
-    EvaluateConfig,
     MaskConfig,
-    SampleConfig,
     TrainConfig,
-    checkpoint_file,
     mask_command,
 )
 from mu.cli import _flag_value, parse_cli
@@ -33,6 +30,11 @@ from mu.config import (
     resolve_path,
 )
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
+from mu.evaluation.config import (
+    EvaluateConfig,
+    SampleConfig,
+)
+from mu.unlearning.find_checkpoint import checkpoint_file
 from tests.datasets.drawing import draw_i2p
 
 ROOT = Path(__file__).parents[3]
@@ -141,7 +143,7 @@ def test_a_recipe_of_training_looks_where_its_mask_is_put(world_name, kind):
     mask = load_config(MaskConfig, config_path=f"{world_name}/mask_{kind}.yaml", packaged=PACKAGED)
     train = load_config(TrainConfig, config_path=f"{world_name}/train_{kind}.yaml", packaged=PACKAGED)
     assert train.mask_path == mask.output_dir
-    shared = [key.name for key in keys_of(configs.ConceptKeys)]
+    shared = [key.name for key in keys_of(configs.DataKeys)]
     assert {key: getattr(mask, key) for key in shared} == {key: getattr(train, key) for key in shared}
     assert mask.template == kind
 
@@ -155,8 +157,8 @@ def test_every_key_has_a_whole_sentence_of_help(cls):
 
 def test_names_here_are_those_of_the_modules_that_use_them():
     from mu.algorithms.saliency_unlearning.data_handler import DATASET_TYPES
-    from mu.algorithms.saliency_unlearning.model import TRAIN_METHODS
     from mu.datasets.generated import PRECISIONS
+    from mu.unlearning.moving import TRAIN_METHODS
 
     choices = {key.name: key.rule.choices for key in keys_of(TrainConfig)}
     assert choices["train_method"] == TRAIN_METHODS
@@ -370,7 +372,7 @@ def test_the_command_for_a_missing_mask_makes_the_mask_of_this_concept():
     words = shlex.split(mask_command(config))
     assert words[:3] == ["python", "-m", "mu.algorithms.saliency_unlearning.scripts.generate_mask"]
     mask = parse_cli(MaskConfig, words[3:])
-    for key in keys_of(configs.ConceptKeys):
+    for key in keys_of(configs.DataKeys):
         assert getattr(mask, key.name) == getattr(config, key.name)
     assert (mask.output_dir, mask.threshold) == ("my masks", 0.3)
 

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from mu.algorithms.saliency_unlearning.scripts.convert import main
 
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.configs import ConvertConfig, checkpoint_file
-from mu.algorithms.saliency_unlearning.model import TrainingError
-from mu.algorithms.saliency_unlearning.scripts.convert import main
 from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX
+from mu.commands.convert_config import ConvertConfig
 from mu.config import ConfigError, check_paths
 from mu.ldm import load_model
 from mu.ldm.checkpoint import read_state_dict, write_state_dict
 from mu.ldm.ema import ema_name
+from mu.unlearning.find_checkpoint import checkpoint_file
+from mu.unlearning.moving import TrainingError
 from tests.algorithms.saliency_unlearning.conftest import verify_written
 
 ROOT = Path(__file__).parents[3]

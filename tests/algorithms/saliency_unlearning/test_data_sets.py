@@ -12,7 +12,6 @@ from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, Salien
 from mu.algorithms.saliency_unlearning.configs import (
     MaskConfig,
     TrainConfig,
-    checkpoint_file,
     saliency_unlearning_generate_mask_i2p,
     saliency_unlearning_train_i2p,
 )
@@ -21,6 +20,7 @@ from mu.algorithms.saliency_unlearning.masking import load_mask_metadata
 from mu.config import load_config
 from mu.datasets.index import DataError
 from mu.ldm import LatentDiffusion, load_model
+from mu.unlearning.find_checkpoint import checkpoint_file
 from tests.datasets.drawing import draw, draw_i2p, write_table
 
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from mu.algorithms.saliency_unlearning.eval_technique import SaliencyUnlearningTechnique, _device_number
-from mu.algorithms.saliency_unlearning.sampling import sample_images
 from mu.config import ConfigError, dump
 from mu.datasets.images import to_picture
+from mu.ldm.text_to_image import sample_images
 from tests.memory_limit import hungry
 
 ROOT = Path(__file__).parents[3]

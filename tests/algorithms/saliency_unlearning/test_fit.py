@@ -20,20 +20,25 @@ from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader
 
-from mu.algorithms.saliency_unlearning import fit as fit_module
-from mu.algorithms.saliency_unlearning import progress
 from mu.algorithms.saliency_unlearning import trainer as trainer_module
-from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
-from mu.algorithms.saliency_unlearning.fit import fit, run_loggers, wandb_logger, wandb_mode
-from mu.algorithms.saliency_unlearning.guarded_logger import GuardedLogger
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.run_state import read_run_state
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.atomic import WriteError
 from mu.config import ConfigError, check_paths
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
+from mu.unlearning import fit as fit_module
+from mu.unlearning import progress
+from mu.unlearning.checkpoints import Checkpoints
+from mu.unlearning.fit import (
+    fit,
+    run_loggers,
+    wandb_logger,
+    wandb_mode,
+)
+from mu.unlearning.guarded_logger import GuardedLogger
+from mu.unlearning.run_state import read_run_state
 
 TERMS = [(3.0, 1.0, 4.0), (5.0, 2.0, 6.0), (7.0, 3.0, 8.0), (10.0, 4.0, 12.0)]
 """loss, forget, retain of four steps."""

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.compute import Compute, computing
 from mu.algorithms.saliency_unlearning.masking import (
     accumulate_saliency,
     accumulate_within_memory,
@@ -28,13 +27,17 @@ from mu.algorithms.saliency_unlearning.masking import (
     threshold_mask,
 )
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.sampling import sample_images
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer, salun_loss
 from mu.arithmetic import CUBLAS_WORKSPACE
 from mu.datasets.images import to_uint8
 from mu.errors import Terminated
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import read_state_dict
+from mu.ldm.text_to_image import sample_images
+from mu.unlearning.compute import (
+    Compute,
+    computing,
+)
 from tests.algorithms.saliency_unlearning.test_resume import SETTINGS, only_run, results, stopping_after
 
 pytestmark = pytest.mark.gpu

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.utils import original_of
 from mu.datasets.index import ForgetRetain
 from mu.ldm import load_model
 from mu.ldm.checkpoint import read_state_dict
 from mu.ldm.tensor_file import fingerprint
+from mu.unlearning.checkpoints import Checkpoints
+from mu.unlearning.output import original_of
 
 SMALL = 400_000
 """Bytes of all else: images, latents, embeddings, masks, configs."""
@@ -107,8 +107,8 @@ def test_promise_19_a_checkpoint_of_a_run_knows_the_model_as_it_was_loaded(
     tiny_runs: Any, tmp_path: Path
 ) -> None:
     """Though its identity is computed when weights have moved already: from the file, in the model's own dtypes."""
-    from mu.algorithms.saliency_unlearning import checkpoints
-    from mu.algorithms.saliency_unlearning.run_state import read_head
+    from mu.unlearning import checkpoints
+    from mu.unlearning.run_state import read_head
 
     seen: dict[str, str] = {}
     config = tiny_runs.train_config(

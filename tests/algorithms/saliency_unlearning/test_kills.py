@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.algorithms.saliency_unlearning.run_state import read_run_state
 from mu.evaluation.classifier import EmojiClassifier, save_classifier
 from mu.ldm.tensor_file import fingerprint, read_state_dict
+from mu.unlearning.run_state import read_run_state
 from tests.forked_commands import SCRIPTS, Commands, flags
 from tests.kills import RUN, Found, assert_kills_change_nothing, contents
 

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from mu.algorithms.saliency_unlearning.mask_file import MaskError
-from mu.algorithms.saliency_unlearning.model import (
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
+from mu.ldm import LatentDiffusion
+from mu.ldm.model_config import UNetParams
+from mu.ldm.unet import UNet
+from mu.unlearning.moving import (
     TRAIN_METHODS,
     FrozenOriginal,
-    SaliencyUnlearnModel,
     TrainingError,
     TrainMethodError,
     names_of,
 )
-from mu.ldm import LatentDiffusion
-from mu.ldm.model_config import UNetParams
-from mu.ldm.unet import UNet
 from tests.algorithms.saliency_unlearning.conftest import verify_unmasked
 
 SD_V1_COUNTS = {

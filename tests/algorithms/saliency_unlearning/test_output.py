@@ -17,15 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning import algorithm, progress_pictures
+from mu.algorithms.saliency_unlearning import algorithm
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.masking import random_mask
-from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
-from mu.algorithms.saliency_unlearning.reporting import report_training
-from mu.algorithms.saliency_unlearning.runs import decorating
-from mu.algorithms.saliency_unlearning.sampling import sample_images
+from mu.commands.reporting import report_training
 from mu.algorithms.saliency_unlearning.scripts.train import main
-from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, check_save_dtype, rounding_warning
+from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX
 from mu.config import dump
 from mu.ldm import CheckpointError, load_model, save_checkpoint
 from mu.ldm.checkpoint import read_state_dict, write_state_dict
@@ -33,6 +30,14 @@ from mu.ldm.ema import ema_name, is_ema_copy
 from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import PatchError, bits_of
 from mu.ldm.patching import patch_checkpoint
+from mu.ldm.text_to_image import sample_images
+from mu.unlearning import progress_pictures
+from mu.unlearning.output import (
+    check_save_dtype,
+    rounding_warning,
+)
+from mu.unlearning.progress_pictures import ProgressPictures
+from mu.unlearning.runs import decorating
 
 Tensors = dict[str, Tensor]
 ROOT = Path(__file__).parents[3]

@@ -14,12 +14,16 @@ from pytorch_lightning.loggers import WandbLogger
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.progress import Progress, fixed_batches, validation_losses
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import ConfigError
 from mu.ldm import load_model
 from mu.ldm.checkpoint import read_state_dict
 from mu.run_folder import RunFolder
+from mu.unlearning.progress import (
+    Progress,
+    fixed_batches,
+    validation_losses,
+)
 
 
 def rows_of(path: Path) -> list[dict[str, float]]:

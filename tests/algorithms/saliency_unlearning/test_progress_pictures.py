@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.algorithms.saliency_unlearning import progress_pictures
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
-from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
 from mu.datasets.generated import plan_rows
 from mu.datasets.index import ForgetRetain
 from mu.ldm import LatentDiffusion
 from mu.pictures import MARK
+from mu.unlearning import progress_pictures
+from mu.unlearning.progress_pictures import ProgressPictures
 from tests.memory_limit import hungry
 
 STYLES = ("Noto", "Blob", "Fluent_Flat")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mu.algorithms.saliency_unlearning.configs import EvaluateConfig
 from mu.config import ConfigError, check_paths
 from mu.datasets.unlearn_canvas_names import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
+from mu.evaluation.config import EvaluateConfig
 
 
 def mistake(**values: object) -> str:
@@ -97,7 +97,7 @@ def test_what_is_missing_on_disk_is_told_before_anything_is_loaded(
 
 
 def test_an_extra_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mu.algorithms.saliency_unlearning.configs.quality.find_spec", lambda _: None)
+    monkeypatch.setattr("mu.evaluation.quality_config.find_spec", lambda _: None)
     found = "\n".join(
         check_paths(
             EvaluateConfig(

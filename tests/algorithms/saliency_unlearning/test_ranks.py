@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.mask_file import load_mask
-from mu.algorithms.saliency_unlearning.trainer import TrainingError
 from mu.errors import Terminated
 from mu.launch import on_ranks
+from mu.unlearning.moving import TrainingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

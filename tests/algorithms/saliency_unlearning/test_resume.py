@@ -16,13 +16,21 @@ from typing import Any
 import pytest
 
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, ResumeError, find_run_state
-from mu.algorithms.saliency_unlearning.fit import LossHistory
-from mu.algorithms.saliency_unlearning.run_state import read_head, read_run_state, write_run_state
 from mu.config import ConfigError
 from mu.errors import Terminated
 from mu.ldm.tensor_file import FINGERPRINT_KEY, CheckpointError, fingerprint, read_state_dict
 from mu.run_folder import RunFolder, RunFolderError
+from mu.unlearning.checkpoints import (
+    Checkpoints,
+    ResumeError,
+    find_run_state,
+)
+from mu.unlearning.fit import LossHistory
+from mu.unlearning.run_state import (
+    read_head,
+    read_run_state,
+    write_run_state,
+)
 from tests.forked_commands import SCRIPTS, Commands, flags
 
 TRAIN = f"{SCRIPTS}.train"
@@ -260,7 +268,7 @@ def test_what_does_not_change_the_result_may_change(tiny_runs: Any, stopped: Pat
 def test_older_checkpoints_go_only_when_the_new_one_has_been_read_back(
     tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mu.algorithms.saliency_unlearning import checkpoints as module
+    from mu.unlearning import checkpoints as module
 
     checkpoints = Checkpoints(tmp_path, tiny_runs.train_config(keep_checkpoints=2))
     for step in (1, 2, 3):
@@ -281,7 +289,7 @@ def test_older_checkpoints_go_only_when_the_new_one_has_been_read_back(
 def test_checkpoints_are_due_by_steps_or_by_minutes(
     tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mu.algorithms.saliency_unlearning import checkpoints as module
+    from mu.unlearning import checkpoints as module
 
     now = 1000.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)

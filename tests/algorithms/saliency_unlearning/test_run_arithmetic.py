@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mu.algorithms.saliency_unlearning import progress, sampling
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.algorithms.saliency_unlearning.eval_technique import SaliencyUnlearningTechnique
+from mu.commands import sampling
 from mu.config import dump
+from mu.evaluation.config import SampleConfig
 from mu.ldm.autoencoder import AutoencoderKL
 from mu.ldm.unet import UNet
+from mu.unlearning import progress
 from tests.forked_commands import SCRIPTS, Commands
 
 Seen = set[tuple[str, bool, bool]]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from mu.algorithms.saliency_unlearning.run_state import (
+from mu.ldm.tensor_file import CheckpointError, write_state_dict
+from mu.unlearning.run_state import (
     read_head,
     read_run_state,
     verify_run_state,
     write_run_state,
 )
-from mu.ldm.tensor_file import CheckpointError, write_state_dict
 
 CONTENT: dict[str, Any] = {
     "optimizer": {

@@ -16,14 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.algorithms.saliency_unlearning import sampling
-from mu.algorithms.saliency_unlearning.configs import SampleConfig
-from mu.algorithms.saliency_unlearning.sampling import SamplingError, sample_images
-from mu.algorithms.saliency_unlearning.sampling_plan import plan_images
+from mu.commands import sampling
+from mu.commands.sampling import SamplingError
+from mu.commands.sampling_plan import plan_images
 from mu.config import ConfigError
 from mu.datasets.images import png, to_uint8
+from mu.evaluation.config import SampleConfig
 from mu.ldm import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
+from mu.ldm.text_to_image import sample_images
 from mu.ldm.unet import UNet
 from tests.memory_limit import hungry
 

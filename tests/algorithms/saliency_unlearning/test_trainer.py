@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mu.algorithms.saliency_unlearning.compute import Compute, OutOfMemoryError, computing
-from mu.algorithms.saliency_unlearning.model import FrozenOriginal, SaliencyUnlearnModel
+from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import (
     SaliencyUnlearnTrainer,
-    TrainingError,
     ascent_loss,
     retain_loss,
     salun_loss,
 )
 from mu.ldm import LatentDiffusion
+from mu.unlearning.compute import (
+    Compute,
+    OutOfMemoryError,
+    computing,
+)
+from mu.unlearning.moving import FrozenOriginal, TrainingError
 from tests.algorithms.saliency_unlearning.conftest import verify_unmasked
 
 Batch = dict[str, Any]

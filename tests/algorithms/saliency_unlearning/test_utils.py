@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig
 from mu.algorithms.saliency_unlearning.mask_file import MaskError, save_mask
-from mu.algorithms.saliency_unlearning.model import TrainingError
 from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
     layer_groups,
@@ -22,6 +21,7 @@ from mu.algorithms.saliency_unlearning.utils import (
 from mu.cli import parse_cli
 from mu.ldm import load_model
 from mu.ldm.checkpoint import write_state_dict
+from mu.unlearning.moving import TrainingError
 from tests.algorithms.saliency_unlearning.conftest import verify_written
 
 UNET = "model.diffusion_model."

@@ -6,35 +6,20 @@ a new one. Importing this package loads neither torch nor transformers.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypeVar
 
 from mu.algorithms.saliency_unlearning.configs.benchmarking import BenchmarkConfig
-from mu.algorithms.saliency_unlearning.configs.concept import (
-    PACKAGED,
-    ConceptKeys,
-    ModelKeys,
-    checkpoint_file,
-)
-from mu.algorithms.saliency_unlearning.configs.converting import ConvertConfig
-from mu.algorithms.saliency_unlearning.configs.measuring import EvaluateConfig, SampleConfig
-from mu.algorithms.saliency_unlearning.configs.patching import ApplyPatchConfig
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig, mask_command
 from mu.config import Config, load_config
 
 __all__ = [
     "PACKAGED",
-    "ApplyPatchConfig",
     "BenchmarkConfig",
-    "ConceptKeys",
-    "ConvertConfig",
-    "EvaluateConfig",
     "MaskConfig",
-    "ModelKeys",
     "SaliencyUnlearningConfig",
     "SaliencyUnlearningMaskConfig",
-    "SampleConfig",
     "TrainConfig",
-    "checkpoint_file",
     "mask_command",
     "saliency_unlearning_generate_mask_emoji_canvas",
     "saliency_unlearning_generate_mask_i2p",
@@ -43,6 +28,9 @@ __all__ = [
     "saliency_unlearning_train_i2p",
     "saliency_unlearning_train_mu",
 ]
+
+PACKAGED = Path(__file__).parent
+"""Folder of the packaged YAML configs, among which `--config_path` looks a name up."""
 
 C = TypeVar("C", bound=Config)
 

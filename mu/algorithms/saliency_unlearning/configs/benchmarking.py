@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from mu.algorithms.saliency_unlearning.configs.concept import OUTPUTS, PACKAGED, Problem
-from mu.algorithms.saliency_unlearning.configs.measuring import ScoringKeys
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig
 from mu.config import Config, ConfigError, load_config, nearest, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.devices import DEVICE_PATTERN
+from mu.evaluation.config import ScoringKeys
 from mu.run_folder import writable_problem
+from mu.unlearning.config import (
+    OUTPUTS,
+)
+from mu.unlearning.find_checkpoint import Problem
 
 METHODS: Mapping[str, Mapping[str, str]] = {
     "salun": {},
@@ -102,7 +106,7 @@ class BenchmarkConfig(ScoringKeys):
         loaded: dict[str, Config] = {}
         for key, cls in recipes:
             try:
-                loaded[key] = load_config(cls, config_path=getattr(self, key), packaged=PACKAGED)
+                loaded[key] = load_config(cls, config_path=getattr(self, key), packaged=Path(__file__).parent)
             except ConfigError as error:
                 for mistake in error.mistakes:
                     yield (key,), mistake

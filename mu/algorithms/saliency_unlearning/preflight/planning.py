@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mu.algorithms.saliency_unlearning.checkpoints import find_run_state, run_checkpoint_bytes
-from mu.algorithms.saliency_unlearning.compute import Compute, choose_for
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import (
     MaskError,
@@ -22,11 +20,10 @@ from mu.algorithms.saliency_unlearning.mask_file import (
     load_mask_metadata,
     marks_of,
 )
-from mu.algorithms.saliency_unlearning.model import names_of
 from mu.algorithms.saliency_unlearning.preflight.plan import Plan, PlannedFiles, disk_problems
 from mu.algorithms.saliency_unlearning.preflight.subject import Subject
 from mu.algorithms.saliency_unlearning.preflight.written import mask_files, training_files
-from mu.algorithms.saliency_unlearning.utils import check_save_dtype, find_mask, original_of
+from mu.algorithms.saliency_unlearning.utils import find_mask
 from mu.config import ConfigError
 from mu.datasets.images import check_images
 from mu.errors import MuError
@@ -34,6 +31,19 @@ from mu.ldm.checkpoint import check_state_dict
 from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import base_fingerprint
 from mu.ldm.tensor_file import open_state_dict
+from mu.unlearning.checkpoints import (
+    find_run_state,
+    run_checkpoint_bytes,
+)
+from mu.unlearning.compute import (
+    Compute,
+    choose_for,
+)
+from mu.unlearning.moving import names_of
+from mu.unlearning.output import (
+    check_save_dtype,
+    original_of,
+)
 
 T = TypeVar("T")
 

@@ -12,12 +12,6 @@ import torch
 
 from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.data_handler import (
-    checked_image_size,
-    checked_rows,
-    retained_places,
-    sampled_images,
-)
 from mu.config import resolve_path
 from mu.datasets.generated import folders_like
 from mu.datasets.index import ForgetRetain, Row
@@ -29,6 +23,12 @@ from mu.ldm.formats import read_checkpoint
 from mu.ldm.tensor_file import read_layout
 from mu.ldm.text_to_image import sampling_precision
 from mu.ldm.unet import UNet
+from mu.unlearning.rows import (
+    checked_image_size,
+    checked_rows,
+    retained_places,
+    sampled_images,
+)
 
 T = TypeVar("T")
 _NOT_SAMPLED_YET = "<model>"

@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.configs.concept import DIFFUSERS_NAME
-from mu.algorithms.saliency_unlearning.configs.patching import PATCH_NAME
 from mu.algorithms.saliency_unlearning.mask_file import stored_form as stored_mask
 from mu.algorithms.saliency_unlearning.preflight.files import (
     DIGEST,
@@ -23,7 +21,7 @@ from mu.algorithms.saliency_unlearning.preflight.files import (
 )
 from mu.algorithms.saliency_unlearning.preflight.plan import PlannedFiles
 from mu.algorithms.saliency_unlearning.preflight.subject import Subject
-from mu.algorithms.saliency_unlearning.utils import described_concept, layer_group
+from mu.algorithms.saliency_unlearning.utils import layer_group
 from mu.datasets.index import concept_label
 from mu.ldm.checkpoint import tensors_of
 from mu.ldm.convert import model_spec
@@ -33,6 +31,8 @@ from mu.ldm.patch import INTEGERS, Patch, TensorPatch, places_kind
 from mu.ldm.patch_file import stored_form
 from mu.ldm.tensor_file import FINGERPRINT_KEY
 from mu.ldm.unet_dtype import SAVE_DTYPES
+from mu.unlearning.find_checkpoint import DIFFUSERS_NAME
+from mu.unlearning.output import PATCH_NAME, described_concept
 
 _TEXT_BYTES = 20_000
 _TEXT = "config.yaml, log.txt, metrics and environment"

@@ -2,32 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from mu.commands.evaluate import MODULE, main
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED, EvaluateConfig
-from mu.cli import run_door
-
-MODULE = "mu.algorithms.saliency_unlearning.scripts.evaluate"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return run_door(
-        EvaluateConfig,
-        _run,
-        module=MODULE,
-        summary=str(__doc__),
-        packaged=PACKAGED,
-        argv=argv,
-        shares_work=True,
-    )
-
-
-def _run(config: EvaluateConfig) -> object:
-    from mu.algorithms.saliency_unlearning.reporting import measured
-
-    return measured(config)
-
+__all__ = ["MODULE", "main"]
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -2,32 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from mu.commands.sample import MODULE, main
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED, SampleConfig
-from mu.cli import run_door
-
-MODULE = "mu.algorithms.saliency_unlearning.scripts.sample"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return run_door(
-        SampleConfig,
-        _run,
-        module=MODULE,
-        summary=str(__doc__),
-        packaged=PACKAGED,
-        argv=argv,
-        shares_work=True,
-    )
-
-
-def _run(config: SampleConfig) -> object:
-    from mu.algorithms.saliency_unlearning import sampling
-
-    return sampling.run(config)
-
+__all__ = ["MODULE", "main"]
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: TrainConfig) -> object:
     from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
-    from mu.algorithms.saliency_unlearning.reporting import report_training
+    from mu.commands.reporting import report_training
 
     result = SaliencyUnlearningAlgorithm(config).run()
     if config.report and started_rank() == 0:

@@ -13,7 +13,6 @@ from PIL import Image
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
-from mu.algorithms.saliency_unlearning.data_handler import rows_of
 from mu.algorithms.saliency_unlearning.mask_file import MaskError, load_mask, save_mask
 from mu.algorithms.saliency_unlearning.preflight import planning, subject
 from mu.algorithms.saliency_unlearning.preflight.plan import Plan, disk_problems
@@ -22,6 +21,7 @@ from mu.config import ConfigError, as_dict, as_text, keys_of
 from mu.datasets.index import DataError
 from mu.ldm.checkpoint import CheckpointError, read_state_dict, write_state_dict
 from mu.ldm.ema import ema_name
+from mu.unlearning.rows import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_the_run_has_the_planned_size(
     tiny_runs: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     sizes = []
-    from mu.algorithms.saliency_unlearning import checkpoints as module
+    from mu.unlearning import checkpoints as module
 
     def noting(path: Path) -> None:
         sizes.append(path.stat().st_size)

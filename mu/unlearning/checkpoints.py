@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.configs import TrainConfig
-from mu.algorithms.saliency_unlearning.configs.unlearning import RESUME_NEWEST, TRAIN_MODULE
-from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.run_state import (
+from mu.config import ConfigError, keys_of, resolve_path
+from mu.datasets.index import ForgetRetain
+from mu.errors import MuError
+from mu.ldm.checkpoint import SCHEDULE_KEYS, check_layout
+from mu.ldm.tensor_file import CheckpointError, fingerprint
+from mu.run_folder import is_finished, is_running
+from mu.unlearning.moving import MovingModel
+from mu.unlearning.run_state import (
     Head,
     RunState,
     read_head,
@@ -29,12 +33,7 @@ from mu.algorithms.saliency_unlearning.run_state import (
     verify_run_state,
     write_run_state,
 )
-from mu.config import ConfigError, keys_of, resolve_path
-from mu.datasets.index import ForgetRetain
-from mu.errors import MuError
-from mu.ldm.checkpoint import SCHEDULE_KEYS, check_layout
-from mu.ldm.tensor_file import CheckpointError, fingerprint
-from mu.run_folder import is_finished, is_running
+from mu.unlearning.training_config import RESUME_NEWEST, TrainingKeys
 
 MAY_DIFFER = frozenset(
     {
@@ -74,7 +73,7 @@ class Checkpoints:
         config: `checkpoint_every_steps`, `checkpoint_every_minutes` and `keep_checkpoints`.
     """
 
-    def __init__(self, run: Path, config: TrainConfig) -> None:
+    def __init__(self, run: Path, config: TrainingKeys) -> None:
         self.run = run
         self.config = config
         self.folder = run / _FOLDER
@@ -88,7 +87,7 @@ class Checkpoints:
 
     def identify(
         self,
-        model: SaliencyUnlearnModel,
+        model: MovingModel,
         rows: ForgetRetain,
         original: Mapping[str, Tensor],
         resumed: Head | None = None,
@@ -154,16 +153,16 @@ class Checkpoints:
             if self.folder.exists():
                 shutil.rmtree(self.folder)
         elif self.paths:
-            _log.info("to go on from %s: %s", self.paths[0], resume_command(self.run))
+            _log.info("to go on from %s: %s", self.paths[0], resume_command(self.run, self.config.MODULE))
 
 
-def resume_command(run: Path) -> str:
+def resume_command(run: Path, module: str) -> str:
     """The command that goes on with a run."""
-    words = ["python", "-m", TRAIN_MODULE, "--config_path", str(run / "config.yaml"), "--resume", str(run)]
+    words = ["python", "-m", module, "--config_path", str(run / "config.yaml"), "--resume", str(run)]
     return shlex.join(words)
 
 
-def settings_of(config: TrainConfig) -> dict[str, Any]:
+def settings_of(config: TrainingKeys) -> dict[str, Any]:
     """The keys that decide what a run comes to, as JSON has them."""
     wanted = {
         key.name: getattr(config, key.name) for key in keys_of(type(config)) if key.name not in MAY_DIFFER
@@ -173,7 +172,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def _identity(
-    model: SaliencyUnlearnModel, rows: ForgetRetain, original: Mapping[str, Tensor]
+    model: MovingModel, rows: ForgetRetain, original: Mapping[str, Tensor]
 ) -> Callable[[], dict[str, str]]:
     """Gives digests of what a config names by path, and what the rounding depends on; computed once, when asked for.
 
@@ -222,7 +221,7 @@ def _check_identity(resumed: Head, identity: Mapping[str, str]) -> None:
         raise ConfigError([f"{fault} ({resumed.path})" for fault in faults])
 
 
-def find_run_state(config: TrainConfig) -> RunState:
+def find_run_state(config: TrainingKeys) -> RunState:
     """The checkpoint that `resume` leads to, checked; damaged ones before it are named in the log.
 
     Raises:
@@ -235,7 +234,7 @@ def find_run_state(config: TrainConfig) -> RunState:
     damaged: list[str] = []
     for path in _candidates(config):
         try:
-            faults = _differences(read_head(path), settings)
+            faults = _differences(read_head(path), settings, type(config))
             if not faults:
                 state = read_run_state(path)
                 _log.info("resume: going on after step %d, from %s", state.step, path)
@@ -256,14 +255,14 @@ def find_run_state(config: TrainConfig) -> RunState:
     )
 
 
-def run_of(state: Head, config: TrainConfig) -> Path | None:
+def run_of(state: Head, config: TrainingKeys) -> Path | None:
     """The run folder that a resumed run goes on in; None: a new one, as the old is not in `output_dir`."""
     run = state.path.absolute().parent.parent
     inside = state.path.parent.name == _FOLDER and run.parent.resolve() == Path(config.output_dir).resolve()
     return Path(config.output_dir) / run.name if inside else None
 
 
-def run_checkpoint_bytes(config: TrainConfig) -> int:
+def run_checkpoint_bytes(config: TrainingKeys) -> int:
     """What lies in the folder of checkpoints that a resumed run goes on in, cut-off ones too; 0 for one that is new.
 
     Raises:
@@ -277,7 +276,7 @@ def run_checkpoint_bytes(config: TrainConfig) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def _candidates(config: TrainConfig) -> list[Path]:
+def _candidates(config: TrainingKeys) -> list[Path]:
     """The checkpoint files that `resume` may mean, newest first."""
     assert config.resume is not None
     if config.resume == RESUME_NEWEST:
@@ -295,14 +294,14 @@ def _candidates(config: TrainConfig) -> list[Path]:
     return sorted((path / _FOLDER).glob(_FILES), reverse=True)
 
 
-def _differences(head: Head, settings: Mapping[str, Any]) -> list[str]:
+def _differences(head: Head, settings: Mapping[str, Any], kind: type[TrainingKeys]) -> list[str]:
     """The keys of which a checkpoint has other values; one that it lacks had its default, as one that is gone has."""
-    defaults = {key.name: key.default for key in keys_of(TrainConfig)}
+    defaults = {key.name: key.default for key in keys_of(kind)}
     was = {**json.loads(json.dumps(_only(defaults, settings))), **head.settings}
     return [
         f"{key}: the run was begun with {was[key]}, now it is {settings.get(key, _NO_KEY)} ({head.path})"
         for key in was
-        if was[key] != settings.get(key, TrainConfig.gone.get(key, _NO_KEY))
+        if was[key] != settings.get(key, kind.gone.get(key, _NO_KEY))
     ]
 
 

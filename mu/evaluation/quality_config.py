@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from mu.algorithms.saliency_unlearning.configs.concept import Problem, file_problems
 from mu.config import Config, resolve_path, setting
+from mu.unlearning.find_checkpoint import (
+    Problem,
+    file_problems,
+)
 
 _OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 _CLASSIFIER_ADVICE = "`download_model classifier` puts both into models/classifier_ckpt_path"

@@ -15,13 +15,16 @@ import pytorch_lightning as pl
 import torch
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints, ResumeError
-from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.run_state import RunState
 from mu.atomic import WriteError, write_atomically
 from mu.errors import Terminated
 from mu.ldm.tensor_file import CheckpointError
 from mu.run_folder import RunFolder
+from mu.unlearning.checkpoints import (
+    Checkpoints,
+    ResumeError,
+)
+from mu.unlearning.moving import MovingModel
+from mu.unlearning.run_state import RunState
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOTE = b"\nstopping after this step, with a checkpoint; once more: at once, without\n"
@@ -43,7 +46,7 @@ class StepBoundary(pl.Callback):
     """
 
     def __init__(
-        self, model: SaliencyUnlearnModel, folder: RunFolder, checkpoints: Checkpoints, *, total_steps: int
+        self, model: MovingModel, folder: RunFolder, checkpoints: Checkpoints, *, total_steps: int
     ) -> None:
         self.model = model
         self.folder = folder

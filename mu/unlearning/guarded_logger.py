@@ -9,7 +9,7 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
-from mu.algorithms.saliency_unlearning.runs import first_line
+from mu.unlearning.runs import first_line
 
 _log = logging.getLogger(__name__)
 _METHODS = ("log_metrics", "log_image", "log_hyperparams", "log_graph", "save", "finalize")

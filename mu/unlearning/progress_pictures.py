@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from mu.algorithms.saliency_unlearning.configs import TrainConfig
-from mu.algorithms.saliency_unlearning.sampling import sample_images
 from mu.datasets.images import to_picture
 from mu.datasets.index import ForgetRetain, Row, concept_label
 from mu.ldm import LatentDiffusion
+from mu.ldm.text_to_image import sample_images
 from mu.pictures import image_grid
+from mu.unlearning.training_config import TrainingKeys
 from mu.verbosity import bars_off
 
 _PROMPTS_OF_EACH_KIND = 4
@@ -28,7 +28,7 @@ class ProgressPictures:
         rows: where the prompts come from.
     """
 
-    def __init__(self, config: TrainConfig, model: LatentDiffusion, rows: ForgetRetain) -> None:
+    def __init__(self, config: TrainingKeys, model: LatentDiffusion, rows: ForgetRetain) -> None:
         self.config = config
         self.model = model
         forgotten = {row.prompt for row in rows.forget}

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mu.algorithms.saliency_unlearning.configs import SampleConfig
 from mu.atomic import write_atomically
 from mu.config import ConfigError
+from mu.evaluation.config import SampleConfig
 from mu.run_folder import RunFolder
 
 PLAN = "plan.json"

@@ -12,10 +12,10 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.configs import EvaluateConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import load_mask_metadata
-from mu.algorithms.saliency_unlearning.runs import decorating
 from mu.devices import peak_memory_bytes
+from mu.evaluation.config import EvaluateConfig
 from mu.evaluation.report import (
     TrainingRun,
     is_training_run,
@@ -24,6 +24,7 @@ from mu.evaluation.report import (
     write_report,
 )
 from mu.launch import on_ranks
+from mu.unlearning.runs import decorating
 
 REPORT_NAME = "report.html"
 _FAULTS = (TemplateError, SafetensorError, yaml.YAMLError, UnicodeDecodeError)

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mu.algorithms.saliency_unlearning.configs.concept import (
-    SD_MODEL_CONFIG,
+from mu.config import Config, resolve_path, setting
+from mu.run_folder import space_problem, writable_problem
+from mu.unlearning.config import SD_MODEL_CONFIG
+from mu.unlearning.find_checkpoint import (
     Problem,
     checkpoint_bytes,
     checkpoint_file,
     checkpoint_problems,
     is_checkpoint,
 )
-from mu.config import Config, resolve_path, setting
-from mu.run_folder import space_problem, writable_problem
-
-PATCH_NAME = "model.patch.safetensors"
-"""Name of the patch in the folder of a training run."""
+from mu.unlearning.output import PATCH_NAME
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,6 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.compute import encoders_at_hand
-from mu.algorithms.saliency_unlearning.configs import TrainConfig
-from mu.algorithms.saliency_unlearning.data_handler import TrainSteps
-from mu.algorithms.saliency_unlearning.progress_pictures import ProgressPictures
-from mu.algorithms.saliency_unlearning.runs import decorating
 from mu.algorithms.saliency_unlearning.trainer import (
     ForgetBatch,
     RetainBatch,
@@ -32,6 +27,11 @@ from mu.arithmetic import products
 from mu.datasets.encoded import EncodedRows
 from mu.datasets.streams import order
 from mu.run_folder import MetricsCsv, RunFolder
+from mu.unlearning.batches import TrainSteps
+from mu.unlearning.compute import encoders_at_hand
+from mu.unlearning.progress_pictures import ProgressPictures
+from mu.unlearning.runs import decorating
+from mu.unlearning.training_config import TrainingKeys
 
 TERMS = ("loss", "forget", "retain")
 
@@ -47,7 +47,7 @@ class Progress(pl.Callback):
     """
 
     def __init__(
-        self, config: TrainConfig, steps: TrainSteps, pictures: ProgressPictures, folder: RunFolder
+        self, config: TrainingKeys, steps: TrainSteps, pictures: ProgressPictures, folder: RunFolder
     ) -> None:
         self.config = config
         self.pictures = pictures

@@ -10,24 +10,24 @@ from typing import Any
 
 from PIL import Image
 
-from mu.algorithms.saliency_unlearning.checkpoints import run_of
-from mu.algorithms.saliency_unlearning.compute import is_out_of_memory
-from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.run_state import Head
-from mu.algorithms.saliency_unlearning.utils import run_name
 from mu.errors import MuError
 from mu.memory import let_go
 from mu.run_folder import RESULT, RunFolder, shared_folder
+from mu.unlearning.checkpoints import run_of
+from mu.unlearning.compute import is_out_of_memory
+from mu.unlearning.output import run_name
+from mu.unlearning.run_state import Head
+from mu.unlearning.training_config import ComputeKeys, TrainingKeys
 
 Result = dict[str, Any]
 _log = logging.getLogger(__name__)
 
 
-def open_run(config: MaskConfig | TrainConfig, resumed: Head | None = None) -> RunFolder:
+def open_run(config: ComputeKeys, resumed: Head | None = None) -> RunFolder:
     """A new folder with its config.yaml; or that of the run which is resumed, where it lies in `output_dir`."""
 
     def open_it() -> RunFolder:
-        if isinstance(config, TrainConfig) and resumed is not None and (run := run_of(resumed, config)):
+        if isinstance(config, TrainingKeys) and resumed is not None and (run := run_of(resumed, config)):
             return RunFolder.go_on(run.parent, run.name)
         folder = RunFolder.create(config.output_dir, run_name(config))
         folder.save_config(config)

@@ -8,27 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mu.algorithms.saliency_unlearning.configs.concept import (
-    EMOJI_CHECKPOINT,
-    EMOJI_MODEL_CONFIG,
-    OUTPUTS,
-    SAMPLE_PRECISIONS,
-    ModelKeys,
-    Problem,
-    checkpoint_file,
-    checkpoint_problems,
-    file_problems,
-    is_checkpoint,
-)
-from mu.algorithms.saliency_unlearning.configs.quality import QualityKeys
-from mu.algorithms.saliency_unlearning.configs.unlearning import SHOW_UNSAFE_HELP
 from mu.config import Config, ConfigError, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.index import DataError, concept_names
 from mu.datasets.prompt_table import Case, PromptTable, read_prompt_table
 from mu.datasets.tables import read_text
 from mu.datasets.unlearn_canvas_names import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
+from mu.evaluation.quality_config import QualityKeys
 from mu.run_folder import writable_problem
+from mu.unlearning.config import (
+    EMOJI_CHECKPOINT,
+    EMOJI_MODEL_CONFIG,
+    OUTPUTS,
+    SAMPLE_PRECISIONS,
+    ModelKeys,
+)
+from mu.unlearning.find_checkpoint import (
+    Problem,
+    checkpoint_file,
+    checkpoint_problems,
+    file_problems,
+    is_checkpoint,
+)
+from mu.unlearning.training_config import SHOW_UNSAFE_HELP
 
 # The second classifier: neither the data nor the recipes were made with it.
 SCORE_CLASSIFIER = "package:assets/emoji_canvas/classifier_score.safetensors"

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mu.algorithms.saliency_unlearning.configs.concept import (
-    SD_MODEL_CONFIG,
+from mu.config import Config, resolve_path, setting
+from mu.run_folder import writable_problem
+from mu.unlearning.config import SD_MODEL_CONFIG
+from mu.unlearning.find_checkpoint import (
     Problem,
     checkpoint_file,
     checkpoint_problems,
 )
-from mu.config import Config, resolve_path, setting
-from mu.run_folder import writable_problem
 
 _SUFFIXES = {"compvis": (".safetensors", ".ckpt", ".pth"), "unet": (".pt", ".bin", ".safetensors")}
 

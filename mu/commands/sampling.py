@@ -5,30 +5,33 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.configs import SampleConfig
-from mu.algorithms.saliency_unlearning.sampling_plan import Plan, PlannedImage, plan_images
-from mu.algorithms.saliency_unlearning.utils import model_of
 from mu.atomic import finish_writes, write_atomically, write_together
+from mu.commands.sampling_plan import (
+    Plan,
+    PlannedImage,
+    plan_images,
+)
 from mu.config import override, require_paths
 from mu.datasets.images import png
 from mu.datasets.seen_prompts import cut_notes
 from mu.errors import MuError
+from mu.evaluation.config import SampleConfig
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.text_to_image import TextToImage, sampling_precision
 from mu.pictures import image_grid
 from mu.run_folder import RunFolder, shared_folder
+from mu.unlearning.output import model_of
 from mu.verbosity import bars_off
 
 _log = logging.getLogger(__name__)
@@ -38,41 +41,6 @@ _GRID_HEIGHT_PX = 16_384
 
 class SamplingError(MuError, ArithmeticError):
     """The model gave an image that is none."""
-
-
-def sample_images(
-    model: LatentDiffusion,
-    pairs: Sequence[tuple[str, int]],
-    *,
-    steps: int,
-    guidance_scale: float,
-    eta: float = 0.0,
-    batch_size: int = 8,
-    image_size: int | None = None,
-    precision: str = "fp32",
-) -> Iterator[Tensor]:
-    """One image for each (prompt, seed). A seed belongs to its image: the batch it is in does not matter.
-
-    Args:
-        precision: "fp32", "bf16" (autocast; latents stay fp32 between the steps) or "auto", see `sampling_precision`.
-
-    Yields:
-        (3, H, W), about [-1, 1], on the CPU.
-
-    Raises:
-        OutOfMemoryError: memory does not suffice for one image at a time.
-    """
-    sampler = TextToImage(
-        model,
-        steps=steps,
-        shape=model.latent_shape(image_size),
-        eta=eta,
-        precision=precision,
-    )
-    for first in range(0, len(pairs), batch_size):
-        batch = pairs[first : first + batch_size]
-        prompts, seeds = zip(*batch, strict=True)
-        yield from sampler.images(prompts, guidance_scale=guidance_scale, seeds=seeds)
 
 
 def run(config: SampleConfig) -> dict[str, Any]:

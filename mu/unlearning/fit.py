@@ -16,19 +16,22 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.checkpoints import Checkpoints
-from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
-from mu.algorithms.saliency_unlearning.guarded_logger import GuardedLogger, is_logging_error
-from mu.algorithms.saliency_unlearning.rank_strategy import loop_devices
-from mu.algorithms.saliency_unlearning.run_state import RunState
-from mu.algorithms.saliency_unlearning.runs import first_line
-from mu.algorithms.saliency_unlearning.step_boundary import StepBoundary
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.atomic import WriteError
 from mu.config import as_dict
 from mu.errors import Terminated
 from mu.run_folder import RunFolder, csv_bytes
+from mu.unlearning.checkpoints import Checkpoints
+from mu.unlearning.guarded_logger import (
+    GuardedLogger,
+    is_logging_error,
+)
+from mu.unlearning.rank_strategy import loop_devices
+from mu.unlearning.run_state import RunState
+from mu.unlearning.runs import first_line
+from mu.unlearning.step_boundary import StepBoundary
+from mu.unlearning.training_config import TrainingKeys
 from mu.verbosity import bars_off
 
 _TERMS = ("loss", "forget", "retain")
@@ -47,7 +50,7 @@ _log = logging.getLogger(__name__)
 def fit(
     trainer: SaliencyUnlearnTrainer,
     data: SaliencyUnlearnDataHandler,
-    config: TrainConfig,
+    config: TrainingKeys,
     folder: RunFolder,
     *,
     callbacks: Sequence[pl.Callback] = (),
@@ -153,7 +156,7 @@ class LossHistory(pl.Callback):
             logger.log_metrics(terms, step=trainer.global_step)
 
 
-def run_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+def run_loggers(config: TrainingKeys, folder: Path) -> list[Logger]:
     """Lightning's loggers that the keys `logger` and `wandb`, and the variable WANDB_MODE, ask for."""
     if config.logger == "tensorboard":
         return [TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)]
@@ -161,7 +164,7 @@ def run_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
     return [] if logger is None else [logger]
 
 
-def wandb_mode(config: TrainConfig) -> str:
+def wandb_mode(config: TrainingKeys) -> str:
     """`off`, `offline` or `online`: the key `wandb`, or else WANDB_MODE, or else what `logger` means.
 
     WANDB_MODE may also bring less than the keys ask for: WANDB_MODE=offline makes `online` offline,
@@ -174,7 +177,7 @@ def wandb_mode(config: TrainConfig) -> str:
     return "offline" if asked == "online" and variable == "offline" else asked
 
 
-def wandb_logger(config: TrainConfig, folder: Path) -> WandbLogger | None:
+def wandb_logger(config: TrainingKeys, folder: Path) -> WandbLogger | None:
     """Lightning's Weights & Biases logger, or None where `wandb_mode` says off.
 
     `online` without a key is offline, with one warning; so is a run whose connection cannot be made.

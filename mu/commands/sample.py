@@ -1,0 +1,34 @@
+"""Sample images from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mu.algorithms.saliency_unlearning.configs import PACKAGED
+from mu.cli import run_door
+from mu.evaluation.config import SampleConfig
+
+MODULE = "mu.algorithms.saliency_unlearning.scripts.sample"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_door(
+        SampleConfig,
+        _run,
+        module=MODULE,
+        summary=str(__doc__),
+        packaged=PACKAGED,
+        argv=argv,
+        shares_work=True,
+    )
+
+
+def _run(config: SampleConfig) -> object:
+    from mu.commands import sampling
+
+    return sampling.run(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

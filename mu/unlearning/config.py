@@ -1,0 +1,189 @@
+"""The keys that all methods share: which model, which concept, which images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mu.config import Config, resolve_path, setting
+from mu.datasets.data_sets import DATASET_TYPES, folder_problems, key_problems
+from mu.datasets.index import RETAIN_SETS, concept_names
+from mu.devices import DEVICES_PATTERN, devices_problem
+from mu.run_folder import writable_problem
+from mu.unlearning.find_checkpoint import SD_CHECKPOINT, Problem, checkpoint_file, checkpoint_problems
+
+OUTPUTS = "outputs/saliency_unlearning"
+SD_MODEL_CONFIG = "package:algorithms/saliency_unlearning/configs/model_config.yaml"
+EMOJI_CHECKPOINT = "package:assets/emoji_canvas/model.safetensors"
+EMOJI_MODEL_CONFIG = "package:assets/emoji_canvas/model_config.yaml"
+SAMPLE_PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKeys(Config):
+    """Which model, and where it runs."""
+
+    ckpt_path: str = setting(
+        SD_CHECKPOINT,
+        "CompVis checkpoint (.ckpt, .pth, .safetensors), a diffusers folder or file, the folder of a training run, or "
+        "a folder of runs, whose newest is taken. `package:` before a path means a file of the installed package.",
+        kind="path",
+    )
+    model_config_path: str = setting(
+        SD_MODEL_CONFIG,
+        "CompVis YAML with the structure of that model; the default is SD v1's. Packaged beside it: sd_v2_base.yaml "
+        "(512 px) and sd_v2_v.yaml (768 px).",
+        kind="path",
+    )
+    use_ema: bool = setting(
+        False,
+        "Take the EMA copy of the UNet in the checkpoint, not its raw weights; an error where it has none.",
+    )
+    devices: str = setting(
+        "0",
+        "CUDA device number such as 0, or cpu; several with commas, 0,1 or cpu,cpu, are as many processes that share "
+        "the work, see docs/devices.md. Without CUDA the run is on the CPU, and says so.",
+        pattern=DEVICES_PATTERN,
+    )
+
+    deterministic: bool = setting(
+        False,
+        "The same bits each time on a GPU too: torch, cuDNN and cuBLAS take kernels that give them, which may be "
+        "slower. On a CPU it is so without.",
+    )
+
+    def checkpoint(self) -> Path:
+        """The file that `ckpt_path` leads to."""
+        return checkpoint_file(self.ckpt_path)
+
+    def _checkpoint_problems(self) -> Iterator[Problem]:
+        return checkpoint_problems("ckpt_path", self.ckpt_path)
+
+    def disk_problems(self) -> Iterator[Problem]:
+        yield from self._checkpoint_problems()
+        if (problem := devices_problem(self.devices)) is not None:
+            yield ("devices",), problem
+        if not resolve_path(self.model_config_path).is_file():
+            yield (
+                ("model_config_path",),
+                f"there is no file {self.model_config_path}; for SD v1 leave the key out",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptKeys(ModelKeys):
+    """What is forgotten, and how images are sampled."""
+
+    template: str = setting(
+        "style",
+        "Kind of concept that is forgotten: style or object; i2p goes with dataset_type i2p. For generic, folder and "
+        "prompts it only names the run and its mask.",
+        choices=("style", "object", "i2p"),
+    )
+    template_name: str | tuple[str, ...] = setting(
+        "Abstractionism",
+        "Name of the forgotten style or object, as its folder is called, or of the category; several are forgotten "
+        "together. For folder and prompts: a name of your choice for the run and its mask.",
+        kind="name",
+    )
+    image_size: int | None = setting(
+        None, "Side of the images in pixels; null: what the model was made for.", ge=8, le=4096, multiple_of=8
+    )
+    sample_steps: int = setting(50, "DDIM steps of a sampled image.", ge=1, le=1000)
+    guidance_scale: float = setting(
+        7.5, "Classifier-free guidance of sampled images; 1 is none.", ge=0, le=100
+    )
+    sample_precision: str = setting(
+        "auto",
+        "Arithmetic of sampled images and of pictures: fp32; bf16, faster, whose images differ a little and are kept "
+        "beside the others; auto: bf16 on a GPU that computes in it, else fp32.",
+        choices=SAMPLE_PRECISIONS,
+    )
+    seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """`template_name` as a tuple."""
+        return concept_names(self.template_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataKeys(ConceptKeys):
+    """The images of what is forgotten and of what is kept."""
+
+    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "forget_prompts": ("styles", "objects"),
+        "styles": ("forget_prompts", "retain_prompts"),
+        "objects": ("forget_prompts", "retain_prompts"),
+    }
+
+    dataset_type: str = setting(
+        "unlearncanvas",
+        "unlearncanvas: folders of images, <raw_dataset_dir>/<Style>/<Class>/<n>.jpg. generated: images sampled once "
+        "from the model itself, for a grid of styles x objects or for forget_prompts and retain_prompts. i2p: "
+        "prompts/i2p.csv and images/<category>/<index>.jpg. generic: prompts/<any>.csv (prompt,categories) and "
+        "images/<category>/<number>.jpg. folder: any images, with prompts.",
+        choices=DATASET_TYPES,
+    )
+    substitute: str | None = setting(
+        None,
+        "What forgotten prompts shall give instead: another style or object by name, or a whole prompt with {object} "
+        "or {style}. null: the next style or object of the list that is kept (after the last, the first); for a style "
+        "of unlearncanvas, the photo; for i2p, the category's own prompt (docs/data.md); for folder and prompts, the "
+        "only one of retain_prompts. generic needs one.",
+    )
+    raw_dataset_dir: str | None = setting(
+        "data/quick-canvas-dataset/sample",
+        "Folder of the images (folder: of those to forget); not used by generated.",
+        kind="path",
+    )
+    retain_dataset_dir: str | None = setting(None, "folder: folder of the images to retain.", kind="path")
+    retain_set: str | None = setting(
+        None,
+        "What is retained. others: the other styles, objects or categories; for folder, retain_dataset_dir. "
+        "seed_images: the images in Seed_Images (i2p, generic: images/Seed_Images). generated: images sampled from the "
+        "model for retain_prompts. null: seed_images for i2p, else others.",
+        choices=RETAIN_SETS,
+    )
+    forget_prompts: tuple[str, ...] | None = setting(
+        None,
+        "generated: prompts that are forgotten, instead of a grid. folder: the prompt of all images to forget; null: "
+        "texts beside the images, 7.txt for 7.jpg, or metadata.csv or .jsonl (file_name, text). A YAML list, or one.",
+        split=False,
+    )
+    retain_prompts: tuple[str, ...] | None = setting(
+        None,
+        "Prompts whose images are sampled and retained, with forget_prompts and retain_set generated (null for i2p: "
+        "the substitute). folder, and seed_images of i2p and generic: the prompt of all images to retain; null: "
+        "texts beside the images. A YAML list, or one.",
+        split=False,
+    )
+    processed_dataset_dir: str = setting(
+        "data/processed", "Folder for sampled images, cached latents and lists of what was used.", kind="path"
+    )
+    use_sample: bool = setting(
+        True,
+        "unlearncanvas: take only the first 3 images of each class in each style, as the sample data set has. i2p, "
+        "generic: pass over rows that have no image, which else are an error.",
+    )
+    styles: tuple[str, ...] | None = setting(
+        None, "generated: styles of the grid; null: EmojiCanvas' seven.", kind="name"
+    )
+    objects: tuple[str, ...] | None = setting(
+        None, "generated: objects of the grid; null: EmojiCanvas' twelve.", kind="name"
+    )
+    images_per_prompt: int = setting(
+        5, "generated: images sampled for each forgotten prompt.", ge=1, le=100_000
+    )
+    retain_images_per_prompt: int = setting(2, "Images sampled for each retained prompt.", ge=1, le=100_000)
+
+    def conflicts(self) -> Iterator[Problem]:
+        yield from key_problems(self)
+
+    def disk_problems(self) -> Iterator[Problem]:
+        yield from super().disk_problems()
+        yield from folder_problems(self)
+        if (problem := writable_problem(self.processed_dataset_dir)) is not None:
+            yield ("processed_dataset_dir",), problem

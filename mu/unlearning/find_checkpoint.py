@@ -1,0 +1,144 @@
+"""Which checkpoint a key means: a file, a diffusers folder, or the model in a folder of runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mu.config import resolve_path
+from mu.config_file import ConfigFileError, Value, read_flat_file
+from mu.config_values import PACKAGE_PREFIX
+from mu.datasets.data_sets import Problem as Problem
+from mu.datasets.index import concept_label, concept_names
+
+SD_CHECKPOINT = "models/compvis/style50/compvis.ckpt"
+_MODEL_NAMES = ("model.safetensors", "model.ckpt", "model.pth")
+
+DIFFUSERS_NAME = "diffusers"
+"""Folder of the model in the folder of a training run with output_format diffusers."""
+
+
+def checkpoint_file(
+    path: str, *, template: str | None = None, template_name: str | Sequence[str] | None = None
+) -> Path:
+    """The checkpoint that a key names: a file, the model of a run folder, or of the newest run in a folder of runs.
+
+    With `template` and `template_name`, only runs that forgot just that concept, or those together, count. Nothing is
+    promised of the file's existence; see `checkpoint_problems`.
+    """
+    resolved = resolve_path(path)
+    if not resolved.is_dir() or _is_diffusers_folder(resolved):
+        return resolved
+    if inside := _models_in(resolved):
+        return inside[0]
+    runs = [
+        folder
+        for folder in resolved.iterdir()
+        if folder.is_dir() and _run_matches(folder, template, template_name)
+    ]
+    models = [model for run in runs for model in _models_in(run)[:1]]
+    if not models:
+        return resolved / _MODEL_NAMES[0]
+    return max(models, key=lambda model: (model.stat().st_mtime_ns, str(model)))
+
+
+def checkpoint_problems(
+    key: str, path: str, *, template: str | None = None, template_name: str | Sequence[str] | None = None
+) -> Iterator[Problem]:
+    """Why `checkpoint_file` leads to no checkpoint."""
+    if is_checkpoint(checkpoint_file(path, template=template, template_name=template_name)):
+        return
+    if (told := _other_folder(resolve_path(path))) is not None:
+        yield (key,), f"the folder {path} is {told}"
+    elif resolve_path(path).is_dir():
+        concept = (
+            f" that forgot {template} {concept_label(template_name)}" if template_name is not None else ""
+        )
+        yield (
+            (key, "template", "template_name"),
+            f"the folder {path} holds neither {', '.join(_MODEL_NAMES)}, a diffusers model nor a finished run"
+            f"{concept}; `python -m mu.algorithms.saliency_unlearning.scripts.train` makes one",
+        )
+    else:
+        yield from file_problems(key, path, advice=f"`download_model compvis` puts one at {SD_CHECKPOINT}")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a file, or a diffusers folder."""
+    return path.is_file() or _is_diffusers_folder(path)
+
+
+def checkpoint_bytes(path: Path) -> int:
+    """Size of a checkpoint: of a diffusers folder, the weights of its networks."""
+    if not path.is_dir():
+        return path.stat().st_size
+    weights = [
+        file for part in ("unet", "vae", "text_encoder") for file in (path / part).glob("*.safetensors")
+    ]
+    weights = weights or [
+        file for part in ("unet", "vae", "text_encoder") for file in (path / part).glob("*.bin")
+    ]
+    return sum(file.stat().st_size for file in weights)
+
+
+def _is_diffusers_folder(path: Path) -> bool:
+    return (path / "model_index.json").is_file()
+
+
+def _other_folder(path: Path) -> str | None:
+    """What a folder of another program is, with advice; None for what is not known."""
+    if path.is_dir() and _is_diffusers_folder(path.absolute().parent) and (path / "config.json").is_file():
+        return f"one network of a diffusers model; give the folder above it, {path.absolute().parent}"
+    if (path / "adapter_config.json").is_file() or (path / "pytorch_lora_weights.safetensors").is_file():
+        return (
+            "a LoRA, small changes to a model and not the model; merge it into its base first (diffusers: "
+            "pipe.load_lora_weights(...), pipe.fuse_lora(), pipe.save_pretrained(...)) and give the merged model"
+        )
+    try:
+        network = json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return (
+        f"a {network} alone, one network of a diffusers model; give a whole diffusers folder, with model_index.json"
+        + (
+            ", or complete the file in it: convert FILE whole.safetensors --base_ckpt_path MODEL"
+            if network == "UNet2DConditionModel"
+            else ""
+        )
+    )
+
+
+def file_problems(key: str, path: str, *, advice: str) -> Iterator[Problem]:
+    """Why no file can be read at `path`."""
+    resolved = resolve_path(path)
+    if resolved.is_file():
+        return
+    if path.startswith(PACKAGE_PREFIX):
+        yield (key,), f"{resolved} is missing from the installed package; install it again"
+    else:
+        yield (key,), f"{resolved} is a folder" if resolved.is_dir() else f"there is no file {path}; {advice}"
+
+
+def _models_in(folder: Path) -> list[Path]:
+    return [folder / name for name in (*_MODEL_NAMES, DIFFUSERS_NAME) if is_checkpoint(folder / name)]
+
+
+def _run_matches(run: Path, template: str | None, template_name: str | Sequence[str] | None) -> bool:
+    """Whether the config saved in a run folder has the wanted values; those that are None do not matter."""
+    if template is None and template_name is None:
+        return True
+    try:
+        saved = read_flat_file(run / "config.yaml").values
+    except ConfigFileError:
+        return False
+    return (template is None or _words(saved.get("template")) == {template}) and (
+        template_name is None or _words(saved.get("template_name")) == set(concept_names(template_name))
+    )
+
+
+def _words(value: Value | None) -> set[str]:
+    """What a key of a saved config says, one word or several."""
+    if value is None:
+        return set()
+    return {text.raw for text in (value if isinstance(value, list) else [value])}

@@ -1,0 +1,294 @@
+"""The model of a config in, the unlearned checkpoint out: written, proved to differ nowhere else, and its patch."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mu.config import resolve_path
+from mu.datasets.index import concept_label
+from mu.devices import resolve_devices
+from mu.ldm import CheckpointError, LatentDiffusion, LatentDiffusionParams, load_model
+from mu.ldm.checkpoint import SCHEDULE_KEYS, tensors_of, write_state_dict
+from mu.ldm.convert import model_spec
+from mu.ldm.diffusers_folder import write_diffusers_folder
+from mu.ldm.diffusers_tensors import UNET_PREFIX
+from mu.ldm.ema import EMA_PREFIX, ema_name, has_ema, updated_ema, with_ema_weights
+from mu.ldm.formats import read_checkpoint
+from mu.ldm.patch import bits_of, make_patch
+from mu.ldm.patch_file import save_patch
+from mu.ldm.tensor_file import open_state_dict
+from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet
+from mu.unlearning.config import ConceptKeys, ModelKeys
+from mu.unlearning.find_checkpoint import DIFFUSERS_NAME
+from mu.unlearning.moving import TrainingError
+from mu.unlearning.training_config import TrainingKeys
+
+PATCH_NAME = "model.patch.safetensors"
+"""Name of the patch in the folder of a training run."""
+
+_log = logging.getLogger(__name__)
+
+
+def model_of(config: ModelKeys) -> LatentDiffusion:
+    """The model that `ckpt_path`, `model_config_path` and `devices` name, in eval mode.
+
+    Raises:
+        CheckpointError, ModelConfigError, DeviceError: see `mu.ldm.load_model` and `mu.devices.resolve_devices`.
+    """
+    checkpoint = config.checkpoint()
+    device = resolve_devices(config.devices)
+    _log.info("loading %s on %s", checkpoint, device)
+    return load_model(
+        resolve_path(config.model_config_path), checkpoint, device=device, use_ema=config.use_ema
+    )
+
+
+def original_of(
+    source: Path, params: LatentDiffusionParams, *, use_ema: bool = False
+) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint in its own dtypes, mapped: a value is read from the disk when it is used.
+
+    They stay those of the file that was opened, should another one be put in its place.
+
+    Args:
+        use_ema: with the EMA copy of the UNet in the place of its raw weights, and beside them.
+    """
+    tensors = read_checkpoint(source, params, read=open_state_dict).tensors
+    return with_ema_weights(tensors, source=source) if use_ema else tensors
+
+
+def run_name(config: ConceptKeys) -> str:
+    """What a run's folder is called, before its date: `style-Noto`, `style-Noto+Blob`."""
+    return f"{config.template}-{concept_label(config.concepts)}"
+
+
+def write_unlearned(ldm: LatentDiffusion, config: TrainingKeys, folder: Path, *, source: Path) -> Path:
+    """Write the unlearned model into a run's folder, in the form that `output_format` names; returns its path.
+
+    Where the checkpoint that training started from has an EMA copy of the UNet, so has a CompVis checkpoint written
+    here, updated: nobody gets the forgotten concept back by taking it. A diffusers folder has none. The UNet and its
+    EMA copy are written in the dtype that `save_dtype` names, all else as in that checkpoint.
+
+    Args:
+        source: the checkpoint that training started from.
+
+    Raises:
+        CheckpointError: see `mu.ldm.save_checkpoint` and `mu.ldm.diffusers_folder.write_diffusers_folder`.
+    """
+    dtype = SAVE_DTYPES[config.save_dtype]
+    if config.output_format == "diffusers":
+        path = folder / DIFFUSERS_NAME
+        write_diffusers_folder(tensors_of(ldm, path, unet_dtype=dtype), path, ldm.params)
+        return path
+    path = folder / f"model.{config.output_format}"
+    tensors = tensors_of(ldm, path, unet_dtype=dtype)
+    if ldm.file_has_ema:
+        before = WithUNetDtype(original_of(source, ldm.params), dtype)
+        tensors |= updated_ema(tensors, before, use_ema=config.use_ema, source=source)
+    spec = model_spec(ldm.params, title=f"{concept_label(config.concepts)} unlearned")
+    write_state_dict(tensors, path, spec if path.suffix == ".safetensors" else None)
+    return path
+
+
+def check_save_dtype(original: Mapping[str, Tensor], save_dtype: str) -> None:
+    """Check, before anything is trained, that the UNet can be written in the dtype that `save_dtype` names.
+
+    Args:
+        original: see `original_of`.
+
+    Raises:
+        CheckpointError: it, or its EMA copy, has weights that are too large for it; names one.
+    """
+    dtype = SAVE_DTYPES[save_dtype]
+    if dtype is None or dtype == torch.float32:
+        return
+    for name, tensor in original.items():
+        if not is_of_unet(name) or tensor.dtype.itemsize < 2:
+            continue
+        largest = float(tensor.abs().max())
+        if largest > torch.finfo(dtype).max:
+            raise CheckpointError(
+                f"save_dtype is {save_dtype}, which ends at {torch.finfo(dtype).max:g}: {name} has {largest:g}; take "
+                "bf16 or fp32"
+            )
+
+
+def verify_tensors(
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    selected: Mapping[str, Tensor],
+    *,
+    before: Path,
+    after: Path,
+) -> int:
+    """Compare the tensors of two checkpoints, bit by bit, outside the entries that were allowed to move.
+
+    Args:
+        old: of the checkpoint that training started from (`original_of`), in the dtypes in which it was written again
+            (`WithUNetDtype`).
+        new: of the unlearned one, as it lies on disk.
+        selected: UNet-relative name -> bool tensor of the entries that may differ.
+        before, after: their paths, for errors.
+
+    Returns:
+        The number of weights that do differ; their EMA copies are not counted.
+
+    Raises:
+        TrainingError: another entry differs, a tensor changed its dtype, a weight of the UNet is missing, there is one
+            that was not there before, or an EMA copy still has the old value of a weight that changed.
+    """
+    lost = [name for name in old if name.startswith(UNET_PREFIX) and name not in new]
+    if lost:
+        raise TrainingError(f"{after}: {len(lost)} tensors of {before} are missing: {', '.join(lost[:5])}")
+    allowed_in = {UNET_PREFIX + name: marked.cpu() for name, marked in selected.items()}
+    allowed_in |= {ema_name(name): marked for name, marked in allowed_in.items()}
+    changed = 0
+    for name, tensor in new.items():
+        # Newer releases of transformers name the text encoder's weights without `text_model.`.
+        original = old.get(name, old.get(name.replace(".transformer.text_model.", ".transformer.")))
+        if name in SCHEDULE_KEYS and (original is None or original.dtype.itemsize < 4):
+            continue  # the model's own, exact one, which loading has compared
+        if original is None:
+            if name.endswith(".position_ids"):  # 0, 1, 2, ...; not in every file
+                continue
+            raise TrainingError(f"{after}: {name} was not in {before}")
+        if original.dtype != tensor.dtype or original.shape != tensor.shape:
+            raise TrainingError(f"{after}: {name} is {tensor.dtype}, in {before} it is {original.dtype}")
+        same = bits_of(original) == bits_of(tensor)  # of the tensor's shape
+        if bool(same.all()):
+            continue
+        allowed = allowed_in.get(name)
+        if allowed is None or not bool((same | allowed).all()):
+            raise TrainingError(f"{after}: {name} differs from {before} outside the mask")
+        if name.startswith(EMA_PREFIX):
+            continue
+        changed += int((~same).count_nonzero())
+        copy = new.get(ema_name(name))
+        if copy is not None and not torch.equal(copy[~same], tensor[~same].to(copy.dtype)):
+            raise TrainingError(f"{after}: {ema_name(name)} still has old values of weights that changed")
+    return changed
+
+
+def verify_trained(
+    ldm: LatentDiffusion, new: Mapping[str, Tensor], selected: Mapping[str, Tensor], *, after: Path
+) -> None:
+    """Check that a written checkpoint holds, in its own dtype, what was trained.
+
+    Args:
+        new: its tensors, under CompVis' names.
+        after: its path, for errors.
+
+    Raises:
+        TrainingError: a tensor of which something may have moved is another on disk than in memory.
+    """
+    for name, parameter in ldm.unet.named_parameters():
+        if name not in selected:
+            continue
+        tensor = new[UNET_PREFIX + name]
+        if not torch.equal(bits_of(parameter.to(tensor.dtype)), bits_of(tensor)):
+            raise TrainingError(
+                f"{after}: {name} reads back otherwise than it was written; the disk may be failing"
+            )
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove an unlearned checkpoint, a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def count_moved(ldm: LatentDiffusion, old: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> int:
+    """How many of the selected weights training has moved, as they are in memory: before the file's dtype rounds them.
+
+    Args:
+        ldm: the trained model, before `load_written_`.
+        old: the tensors of the checkpoint that training started from, under CompVis' names.
+        selected: UNet-relative name -> bool tensor of the entries that may have moved.
+    """
+    moved = 0
+    for name, parameter in ldm.unet.named_parameters():
+        if name in selected:
+            original = old[UNET_PREFIX + name].to(parameter.dtype)
+            moved += int((bits_of(parameter) != bits_of(original)).count_nonzero())
+    return moved
+
+
+@torch.no_grad()
+def load_written_(ldm: LatentDiffusion, new: Mapping[str, Tensor]) -> None:
+    """Give the UNet in memory the values of a written checkpoint, which its dtype may have rounded.
+
+    What is drawn afterwards is what anybody gets who loads the file.
+    """
+    for name, parameter in ldm.unet.named_parameters():
+        parameter.copy_(new[UNET_PREFIX + name])
+
+
+def rounding_warning(*, moved: int, changed: int, lr: float) -> str | None:
+    """What to say when rounding to the file's dtype has undone more than half of a training; else None.
+
+    Args:
+        moved: weights that differ from the original in memory.
+        changed: those that do so in the file.
+        lr: what they were moved with.
+    """
+    lost = moved - changed
+    if 2 * lost <= moved:
+        return None
+    return (
+        f"most of the training is not in the file: {lost:,} of {moved:,} weights that moved were rounded back to the "
+        f"original's values, because the file's dtype is too coarse for lr {lr:g}. Set save_dtype fp32, or a higher lr"
+    )
+
+
+def write_patch(
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    config: TrainingKeys,
+    folder: Path,
+    *,
+    source: Path,
+    base: str | None = None,
+) -> Path:
+    """Write what turns the checkpoint that training started from into the unlearned one, and back; returns its path.
+
+    EMA copies in the original are in the patch, also where the unlearned checkpoint, a diffusers folder, has none.
+    With `use_ema`, what is patched is the original with its EMA weights in the place of the raw ones.
+
+    With another `save_dtype` than the original's, the patch notes both dtypes.
+
+    Args:
+        old, new: the tensors of both, see `verify_tensors`; the old ones in the dtypes of their file.
+        folder: of the run.
+        source: the checkpoint that training started from, for errors.
+        base: the fingerprint of its UNet, where it is known.
+
+    Raises:
+        PatchError: they are not two states of one UNet.
+        CheckpointError: the patch could not be written.
+    """
+    if has_ema(old) and not has_ema(new):
+        cast = WithUNetDtype(old, SAVE_DTYPES[config.save_dtype])
+        new = {**new, **updated_ema(new, cast, use_ema=False, source=source)}
+    patch = make_patch(old, new, metadata=described_concept(config), base=base)
+    save_patch(patch, folder / PATCH_NAME)
+    return folder / PATCH_NAME
+
+
+def described_concept(config: TrainingKeys) -> dict[str, Any]:
+    """What a patch says of the run that it is of."""
+    return {
+        "template": config.template,
+        "template_name": config.concepts[0] if len(config.concepts) == 1 else list(config.concepts),
+        "train_method": config.train_method,
+        **({"masking": config.masking} if hasattr(config, "masking") else {}),
+        "use_ema": config.use_ema,
+    }

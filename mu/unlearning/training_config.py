@@ -1,0 +1,213 @@
+"""The keys that all methods share: how the network computes, how it is trained, what is written and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import ClassVar
+
+from mu.config import setting
+from mu.run_folder import space_problem, writable_problem
+from mu.unlearning.config import OUTPUTS, ConceptKeys
+from mu.unlearning.find_checkpoint import Problem, checkpoint_bytes, checkpoint_file, is_checkpoint
+
+RESUME_NEWEST = "newest"
+
+SHOW_UNSAFE_HELP = (
+    "report.html of a concept of template i2p: show its pictures; else they are blurred in the file."
+)
+
+TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
+
+_NARROW = ("selfattn", "xattn", "selflayer", "xlayer")
+
+TRAIN_METHOD_HELP = (
+    "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
+    "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
+    "output blocks 6 and 8."
+)
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed")
+
+PRECISION_HELP = (
+    "Arithmetic of the UNet: fp32; tf32, products of factors rounded to 10 bits, on GPUs that have it; bf16-mixed, "
+    "fp32 weights computed with in bf16. Files keep their own type."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeKeys(ConceptKeys):
+    """How the UNet computes in both stages; docs/speed.md says what each key costs and what is chosen by itself."""
+
+    AUTO_PRECISION: ClassVar[str] = "bf16-mixed"
+    """What precision auto is on a GPU that has it."""
+    gone: ClassVar[Mapping[str, str]] = {"sharding": "none"}
+
+    output_dir: str = setting(OUTPUTS, "The run's folder is made in it.", kind="path")
+    precision: str = setting(
+        "auto",
+        f"{PRECISION_HELP} auto: bf16-mixed on a GPU that has it, else fp32.",
+        choices=PRECISIONS,
+    )
+    channels_last: bool | None = setting(
+        None, "Convolutions with the channels together in memory; null: on a GPU, where it is faster."
+    )
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "Compute the inside of the UNet's blocks again for the backward pass instead of keeping it: much less memory, "
+        "about a third more time; null: once memory has run out, and on a CPU where it is foreseen.",
+    )
+    compile: bool = setting(
+        False, "Translate the UNet with torch.compile: minutes at first, then faster steps; for long runs."
+    )
+
+    def doubts(self) -> Iterator[str]:
+        """What is allowed and seldom meant; a run warns of it, and a plan."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingKeys(ComputeKeys):
+    """How the weights that may move are trained, and what the run writes and shows."""
+
+    MODULE: ClassVar[str]
+    """The command that does it."""
+    train_method: str = setting(
+        "full",
+        f"Which UNet weights may move. {TRAIN_METHOD_HELP}",
+        choices=TRAIN_METHODS,
+    )
+    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
+    lr: float = setting(1e-5, "Learning rate of Adam.", gt=0, le=1)
+    lr_schedule: str = setting(
+        "constant",
+        "constant, as the paper's; linear: the learning rate falls in equal steps, and would be 0 after the last.",
+        choices=("constant", "linear"),
+    )
+    batch_size: int = setting(8, "Images to forget in a step.", ge=1, le=100_000)
+    micro_batch_size: int | None = setting(
+        None,
+        "Images to forget, and to retain, that go through the UNet at once; the step is that of the whole batch, to "
+        "rounding. null: all of the batch. Either is halved when memory runs out.",
+        ge=1,
+        le=100_000,
+    )
+    output_format: str = setting(
+        "safetensors",
+        "Form of the unlearned checkpoint: CompVis' by its suffix, or a diffusers folder.",
+        choices=("safetensors", "ckpt", "pth", "diffusers"),
+    )
+    save_dtype: str = setting(
+        "source",
+        "Type of the UNet's weights in the unlearned checkpoint, and of their EMA copy where there is one. source: as "
+        "in the original. In fp16 and bf16, small changes round back to what was there.",
+        choices=("source", "fp32", "fp16", "bf16"),
+    )
+    patch: bool = setting(
+        True,
+        "Also write model.patch.safetensors, only what changed: apply_patch makes the unlearned checkpoint from the "
+        "original with it, and the original from the unlearned one.",
+    )
+    sample_prompts: tuple[str, ...] | None = setting(
+        None,
+        "Prompts of the pictures before and after; null: some forgotten and some retained ones; []: no pictures.",
+        split=False,
+        may_be_empty=True,
+    )
+    sample_seeds: tuple[int, ...] = setting(
+        (188, 288), "Seeds of each of these pictures.", ge=0, lt=1_000_000
+    )
+    sample_every_steps: int | None = setting(
+        None, "Also take these pictures every so many steps, into pictures/step_*.png; null: do not.", ge=1
+    )
+    validate_every_steps: int | None = setting(
+        None,
+        "Before the first step and every so many steps, both losses on fixed images, timesteps and noise, into "
+        "validation.csv; null: do not. Neither this nor the pictures changes what is trained.",
+        ge=1,
+    )
+    validation_draws: int = setting(
+        32,
+        "validate_every_steps: draws of image, timestep and noise for each of the two losses.",
+        ge=1,
+        le=100_000,
+    )
+    checkpoint_every_steps: int | None = setting(
+        None,
+        "Write a checkpoint of the run after every so many steps; null: only as checkpoint_every_minutes says. A run "
+        "that is asked to stop (Ctrl-C, SIGTERM) always writes one. When the run is done, they are removed.",
+        ge=1,
+    )
+    checkpoint_every_minutes: float | None = setting(
+        10.0,
+        "Write a checkpoint when the last is so old, or the run, at the end of a step; null: never.",
+        gt=0,
+    )
+    keep_checkpoints: int = setting(
+        2,
+        "How many checkpoints of the run are kept; an older one goes when a newer one has been read back.",
+        ge=1,
+    )
+    resume: str | None = setting(
+        None,
+        "Go on with a run that stopped early: its folder (then from the newest checkpoint that is whole), a checkpoint "
+        "file, or newest, the newest checkpoint of a run with these settings in output_dir.",
+        kind="path",
+    )
+    logger: str | None = setting(
+        None,
+        "Where the losses of each step, validation losses and pictures go beside the run's own files. wandb: Weights & "
+        "Biases. tensorboard: tensorboard/ in the run's folder (needs the package). none: nowhere. null: wandb where "
+        "the key wandb or the environment variable WANDB_MODE asks for it, else none.",
+        choices=("none", "wandb", "tensorboard"),
+    )
+    wandb: str | None = setting(
+        None,
+        "Weights & Biases. online without a key, network or terminal becomes offline, with one warning. null: what "
+        "WANDB_MODE says; where that is not set, online with logger wandb, else off. WANDB_MODE=offline and disabled "
+        "also hold for online.",
+        choices=("off", "offline", "online"),
+    )
+    wandb_project: str = setting("saliency-unlearning", "Project there.", kind="name")
+    wandb_unsafe_pictures: bool = setting(
+        False,
+        "template i2p: send the pictures of sample_every_steps there too; else they stay on this machine.",
+    )
+    report: bool = setting(
+        True, "The command train also writes report.html, one file with curves and pictures."
+    )
+    show_unsafe_pictures: bool = setting(False, SHOW_UNSAFE_HELP)
+
+    def conflicts(self) -> Iterator[Problem]:
+        yield from super().conflicts()
+        if self.logger == "wandb" and self.wandb == "off":
+            yield ("logger", "wandb"), "wandb is off; leave one of the two keys out"
+        elif self.logger in ("none", "tensorboard") and self.wandb in ("offline", "online"):
+            yield (
+                ("logger", "wandb"),
+                f"{self.logger} is not Weights & Biases, which wandb {self.wandb} asks for; set wandb: off, or leave "
+                "logger out",
+            )
+        if self.sample_every_steps is not None and self.sample_prompts == ():
+            yield (
+                ("sample_every_steps", "sample_prompts"),
+                "there are no prompts to sample; leave sample_prompts out, or name some",
+            )
+
+    def disk_problems(self) -> Iterator[Problem]:
+        yield from super().disk_problems()
+        if self.logger == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+            yield ("logger",), "tensorboard needs the package of that name: pip install tensorboard"
+        if (problem := writable_problem(self.output_dir)) is not None:
+            yield ("output_dir",), problem
+        elif self.save_dtype == "source" and is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
+            # The unlearned checkpoint, its patch, and what goes with them. In another type, the plan knows their sizes.
+            needed = int(checkpoint_bytes(checkpoint) * (1 + self.patch * self.patch_share())) + 50_000_000
+            if (problem := space_problem(self.output_dir, needed)) is not None:
+                yield ("output_dir", "ckpt_path"), problem
+
+    def patch_share(self) -> float:
+        """The most that a patch takes of the checkpoint's size: the weights that move, and up to a bit for each."""
+        # In SD v1, attention of one kind is a twentieth of the UNet.
+        return (0.1 if self.train_method in _NARROW else 1.0) + 1 / 16
