@@ -36,8 +36,8 @@ from mu.ldm.text_to_image import sampling_precision
 from mu.ldm.unet_dtype import SAVE_DTYPES
 from mu.unlearning.checkpoints import find_run_state, run_checkpoint_bytes
 from mu.unlearning.config import ConceptKeys, DataKeys, OutputKeys
-from mu.unlearning.find_checkpoint import DIFFUSERS_NAME
-from mu.unlearning.output import PATCH_NAME, check_save_dtype, original_of
+from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
+from mu.unlearning.output import check_save_dtype, original_of
 from mu.unlearning.plan import Plan, PlannedFiles, disk_problems
 from mu.unlearning.rows import checked_image_size, checked_rows, sampled_images
 from mu.unlearning.training_config import TrainingKeys

@@ -28,12 +28,9 @@ from mu.ldm.tensor_file import open_state_dict
 from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet
 from mu.run_folder import RunFolder
 from mu.unlearning.config import ModelKeys, OutputKeys
-from mu.unlearning.find_checkpoint import DIFFUSERS_NAME
+from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
 from mu.unlearning.moving import TrainingError
 from mu.unlearning.runs import Result, decorating
-
-PATCH_NAME = "model.patch.safetensors"
-"""Name of the patch in a run's folder."""
 
 _log = logging.getLogger(__name__)
 
