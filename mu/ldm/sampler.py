@@ -66,6 +66,7 @@ def sample_ddim(
     eta: float = 0.0,
     initial_noise: Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    stop_after: int | None = None,
 ) -> Tensor:
     """Sample latents with DDIM.
 
@@ -79,6 +80,7 @@ def sample_ddim(
         initial_noise: (B, C, H, W); drawn when absent.
         generator: for what is drawn here (the initial noise, and the noise of eta > 0); one for each image makes an
             image independent of the batch it is in.
+        stop_after: do only so many steps: the latents are then as noisy as `ddim_timesteps` says at that place. None: all.
 
     Between the steps latents are fp32 (or wider), whatever the networks compute in.
 
@@ -99,7 +101,7 @@ def sample_ddim(
 
     timesteps = ddim_timesteps(model.num_timesteps, steps)
     abar = model.alphas_cumprod.double().tolist()
-    for i, t in enumerate(timesteps):
+    for i, t in enumerate(timesteps[:stop_after]):
         a = abar[t]
         a_next = abar[timesteps[i + 1]] if i + 1 < len(timesteps) else abar[0]
         noise = guided_noise(
