@@ -33,15 +33,9 @@ class PromptKeys(ConceptKeys):
         yield from super().conflicts()
         for prompt in self.prompts:
             try:
-                filled = prompt.format(concept="x", style="x", object="x")
+                prompt.format(concept="x", style="x", object="x")
             except (LookupError, ValueError):
                 yield ("prompts",), f"{prompt!r}: only {{concept}}, {{style}} and {{object}} are filled in"
-            else:
-                if filled == prompt and len(self.concepts) > 1:
-                    yield (
-                        ("prompts", "template_name"),
-                        f"{prompt!r} names none of the concepts; write {{concept}}",
-                    )
 
     def concept_prompts(self) -> list[str]:
         """All prompts of the concepts that are forgotten, each once."""
