@@ -30,8 +30,8 @@ from mu.atomic import WriteError
 from mu.errors import Terminated
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import CheckpointError
-from mu.unlearning.batches import Batch, Batches, on_device, pieces
-from mu.unlearning.checkpoints import Checkpoints, ResumeError, training_tensors
+from mu.unlearning.batches import Batch, Batches, Part, on_device, pieces
+from mu.unlearning.checkpoints import Checkpoints, restore_tables, restore_training_, table_tensors, training_tensors
 from mu.unlearning.compute import Compute, is_out_of_memory, less_at_once
 from mu.unlearning.loggers import LossLog
 from mu.unlearning.moving import MovingModel, TrainingError
@@ -113,31 +113,45 @@ class Trainer:
         self.steps_done = 0
 
     def fit(
-        self, batches: Batches, *, log: LossLog, progress: Progress, checkpoints: Checkpoints
+        self,
+        batches: Batches,
+        *,
+        log: LossLog,
+        progress: Progress,
+        checkpoints: Checkpoints,
+        resumed: RunState | None = None,
     ) -> dict[str, float]:
-        """All steps that are left, after `resume` those after its checkpoint.
+        """All steps of a run; of one that is resumed, those after its checkpoint.
 
         Args:
             log: the losses of each step go to it.
             progress: is shown the model before the first step and after each.
             checkpoints: says when the run is saved, and writes.
+            resumed: the checkpoint that the run goes on from.
 
         Returns:
             `loss`, `forget_loss` and `retain_loss`, each the mean over the last epoch.
 
         Raises:
             TrainingError, OutOfMemoryError: see the class.
+            ResumeError: the checkpoint is of other weights than those that move.
             WriteError: the losses of a step could not be written; a checkpoint that has them was, if that could.
             KeyboardInterrupt, Terminated: SIGINT or SIGTERM; a checkpoint was written after the step.
         """
+        if resumed is not None:
+            self.restore_(resumed)
+            ranks.on_main(lambda: restore_tables(resumed, checkpoints.run))
         total = batches.total_steps
-        with (
-            _StopRequest().at_signals() as stop,
-            log.open(),
-            tqdm(initial=self.steps_done, total=total, desc="training", unit="step", disable=_no_bar()) as bar,
-        ):
+        bar = tqdm(
+            initial=self.steps_done,
+            total=total,
+            desc="training",
+            unit="step",
+            disable=bars_off() if ranks.is_main() else True,
+        )
+        with stopping_between_steps() as stop, log.open(), bar:
             if self.steps_done == 0:
-                progress.look(0, self.objective)
+                progress.look(0, self.losses)
             for step in range(self.steps_done, total):
                 # 1. The gradients of the batch, and one step of Adam on the selected entries
                 terms = self.step(batches[step])
@@ -146,7 +160,7 @@ class Trainer:
                 unwritten = log.append(self.steps_done, terms)
                 bar.update()
                 bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()}, refresh=False)
-                progress.look(self.steps_done, self.objective)
+                progress.look(self.steps_done, self.losses)
 
                 # 3. A checkpoint where one is due, at the end of a run that was worth some, and before a stop.
                 # Signals and clocks do not reach all processes between the same two steps: they agree on it.
@@ -160,6 +174,18 @@ class Trainer:
                     raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
         return log.means(last=batches.steps_per_epoch)
 
+    def restore_(self, state: RunState) -> None:
+        """Go on from a checkpoint of a run of this objective, on this model as it was loaded.
+
+        Raises:
+            ResumeError: it is of other weights than those that move.
+        """
+        restore_training_(state, self.model, self.optimizer)
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state.schedule)
+            self.optimizer.param_groups[0]["lr"] = self.schedule.get_last_lr()[0]
+        self.steps_done = state.step
+
     def step(self, batch: Batch) -> dict[str, float]:
         """One step of the optimizer on a batch; returns `loss`, `forget` and `retain`."""
         terms = self.check_finite(self._gradients_within_memory(batch), batch.images)
@@ -170,6 +196,14 @@ class Trainer:
             self.schedule.step()
         self.steps_done += 1
         return {name: float(terms[name]) if name in terms else 0.0 for name in ("loss", *TERMS)}
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss` and its terms of a whole batch, with the weights as they are, in fp32."""
+        ldm = self.model.ldm
+        forget, retain = (part and on_device(part, ldm.device) for part in (batch.forget, batch.retain))
+        terms = self.objective.terms(ldm, forget, retain)
+        return {"loss": weighed(terms, self.objective.weights), **terms}
 
     def _gradients_within_memory(self, batch: Batch) -> dict[str, Tensor]:
         """`_gradients`, begun again with less at once whenever memory runs out, see `compute.less_at_once`."""
@@ -192,11 +226,14 @@ class Trainer:
     def _gradients(self, parts: Sequence[Part]) -> dict[str, Tensor]:
         """Leave the gradient of the mean loss of a batch in the parameters; returns the loss and its terms."""
         ldm = self.model.ldm
-        counts = dict(zip(TERMS, map(len_of, parts), strict=False))
         totals: dict[str, Tensor] = {}
         for piece in pieces(parts, self.micro_batch_size):
-            (forget, _), (retain, _) = (*piece, (None, 0))[:2]
-            shares = {name: number / counts[name] for name, (_, number) in zip(TERMS, piece, strict=False)}
+            # Of a part that goes through in pieces, each piece counts as much as it has images.
+            shares = {
+                name: number / len(part[0])
+                for name, part, (_, number) in zip(TERMS, parts, piece, strict=False)
+            }
+            forget, retain = piece[0][0], piece[1][0] if len(piece) > 1 else None
             with self.compute.autocast(ldm.device):
                 terms = self.objective.terms(ldm, forget, retain)
             terms = {name: shares[name] * term for name, term in terms.items()}
@@ -251,3 +288,49 @@ class Trainer:
                 "by them"
             )
         return terms
+
+    def _save(self, checkpoints: Checkpoints, log: LossLog, unwritten: WriteError | None) -> None:
+        """Write a checkpoint, with the rows of this step also where they could not be written."""
+        tensors = training_tensors(self.model, self.optimizer)
+        tensors |= table_tensors(checkpoints.run, {"metrics.csv": log.table()})
+        schedule = {} if self.schedule is None else self.schedule.state_dict()
+        try:
+            checkpoints.save(self.steps_done, tensors, schedule)
+        except CheckpointError as error:
+            if unwritten is not None:
+                raise WriteError(f"{unwritten}. Nor could a checkpoint: {error}") from error
+            raise
+        if unwritten is not None:
+            raise unwritten
+
+
+class StopRequest:
+    """Whether a signal has asked the run to stop."""
+
+    signum: int | None = None
+
+
+@contextmanager
+def stopping_between_steps() -> Iterator[StopRequest]:
+    """While the block lasts, SIGINT and SIGTERM are noted, for the loop to stop at; a second one ends the run at once."""
+    request = StopRequest()
+    before: dict[int, Any] = {}  # signal -> what handles it outside
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        handlers = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+        before = {signum: handler for signum, handler in handlers.items() if handler is not signal.SIG_IGN}
+
+    def give_back() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
+    def note(signum: int, _: object) -> None:
+        request.signum = signum
+        give_back()
+        os.write(2, _NOTE)  # print and logging may be in the middle of a line
+
+    for signum in before:
+        signal.signal(signum, note)
+    try:
+        yield request
+    finally:
+        give_back()
