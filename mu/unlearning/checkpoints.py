@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mu import ranks
 from mu.atomic import write_atomically
-from mu.config import ConfigError, keys_of, resolve_path
+from mu.config import ConfigError, as_text, keys_of, resolve_path
 from mu.errors import MuError
 from mu.ldm.checkpoint import SCHEDULE_KEYS, check_layout
 from mu.ldm.tensor_file import CheckpointError, fingerprint
@@ -232,7 +232,9 @@ def settings_of(config: TrainingKeys) -> dict[str, Any]:
     return settings
 
 
-def _identity(model: MovingModel, data: object, original: Mapping[str, Tensor]) -> Callable[[], dict[str, str]]:
+def _identity(
+    model: MovingModel, data: object, original: Mapping[str, Tensor]
+) -> Callable[[], dict[str, str]]:
     """Gives digests of what a config names by path, and what the rounding depends on; computed once, when asked for.
 
     By then weights may have moved: those of the model are taken from the file, in the dtypes that they had when loaded.
@@ -313,6 +315,18 @@ def find_run_state(config: TrainingKeys) -> RunState:
     )
 
 
+def resumed_state(config: TrainingKeys) -> RunState:
+    """As `find_run_state`; all processes of a run take the checkpoint that the main one finds."""
+    found: list[RunState] = []
+
+    def find() -> Path:
+        found.append(find_run_state(config))
+        return found[0].path
+
+    path = ranks.on_main(find)
+    return found[0] if found else read_run_state(path)
+
+
 def run_of(state: RunState, config: TrainingKeys) -> Path | None:
     """The run folder that a resumed run goes on in; None: a new one, as the old is not in `output_dir`."""
     run = state.path.absolute().parent.parent
@@ -356,10 +370,14 @@ def _differences(head: RunState, settings: Mapping[str, Any], kind: type[Trainin
     """The keys of which a checkpoint has other values; one that it lacks had its default, as one that is gone has."""
     defaults = {key.name: key.default for key in keys_of(kind)}
     was = {**json.loads(json.dumps(_only(defaults, settings))), **head.settings}
+    differing = [
+        key
+        for key in was
+        if (was[key] != settings[key] if key in settings else as_text(was[key]) != kind.gone.get(key))
+    ]
     return [
         f"{key}: the run was begun with {was[key]}, now it is {settings.get(key, _NO_KEY)} ({head.path})"
-        for key in was
-        if was[key] != settings.get(key, kind.gone.get(key, _NO_KEY))
+        for key in differing
     ]
 
 

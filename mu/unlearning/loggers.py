@@ -149,7 +149,7 @@ def make_logger(config: TrainingKeys, folder: Path) -> Any:
     """The logger that the keys `logger` and `wandb`, and the variable WANDB_MODE, ask for; None: none."""
     if config.logger != "tensorboard":
         return wandb_logger(config, folder)
-    from lightning_fabric.loggers import TensorBoardLogger
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
     return TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)
 

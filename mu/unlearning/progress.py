@@ -22,8 +22,8 @@ from mu.pictures import image_grid
 from mu.run_folder import MetricsCsv, RunFolder
 from mu.unlearning.batches import Batch, Batches
 from mu.unlearning.compute import encoders_at_hand
-from mu.unlearning.loggers import LossLog, RunLogger
 from mu.unlearning.decorating import decorating
+from mu.unlearning.loggers import LossLog, RunLogger
 from mu.unlearning.training_config import TrainingKeys
 from mu.verbosity import bars_off
 

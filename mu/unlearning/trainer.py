@@ -31,7 +31,13 @@ from mu.errors import Terminated
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import CheckpointError
 from mu.unlearning.batches import Batch, Batches, Part, on_device, pieces
-from mu.unlearning.checkpoints import Checkpoints, restore_tables, restore_training_, table_tensors, training_tensors
+from mu.unlearning.checkpoints import (
+    Checkpoints,
+    restore_tables,
+    restore_training_,
+    table_tensors,
+    training_tensors,
+)
 from mu.unlearning.compute import Compute, is_out_of_memory, less_at_once
 from mu.unlearning.loggers import LossLog
 from mu.unlearning.moving import MovingModel, TrainingError
@@ -243,7 +249,9 @@ class Trainer:
                 totals[name] = totals[name] + term.detach() if name in totals else term.detach()
         return totals
 
-    def check_finite(self, terms: Mapping[str, Tensor], images: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    def check_finite(
+        self, terms: Mapping[str, Tensor], images: Mapping[str, Sequence[str]]
+    ) -> dict[str, Tensor]:
         """Look at the losses and at all gradients before any weight moves.
 
         Args:
@@ -312,7 +320,7 @@ class StopRequest:
 
 @contextmanager
 def stopping_between_steps() -> Iterator[StopRequest]:
-    """While the block lasts, SIGINT and SIGTERM are noted, for the loop to stop at; a second one ends the run at once."""
+    """While the block lasts, SIGINT and SIGTERM are noted, for the loop to stop at; a second one acts at once."""
     request = StopRequest()
     before: dict[int, Any] = {}  # signal -> what handles it outside
     if threading.current_thread() is threading.main_thread():  # no other may set handlers

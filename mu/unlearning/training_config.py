@@ -11,21 +11,12 @@ from mu.config import setting
 from mu.run_folder import space_problem, writable_problem
 from mu.unlearning.config import OUTPUTS, ConceptKeys
 from mu.unlearning.find_checkpoint import Problem, checkpoint_bytes, checkpoint_file, is_checkpoint
+from mu.unlearning.train_methods import NARROW, TRAIN_METHOD_HELP, TRAIN_METHODS
 
 RESUME_NEWEST = "newest"
 
 SHOW_UNSAFE_HELP = (
     "report.html of a concept of template i2p: show its pictures; else they are blurred in the file."
-)
-
-TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
-
-_NARROW = ("selfattn", "xattn", "selflayer", "xlayer")
-
-TRAIN_METHOD_HELP = (
-    "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
-    "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
-    "output blocks 6 and 8."
 )
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed")
@@ -68,31 +59,11 @@ class ComputeKeys(ConceptKeys):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingKeys(ComputeKeys):
-    """How the weights that may move are trained, and what the run writes and shows."""
+class UnlearnKeys(ComputeKeys):
+    """What a run that changes the model writes and shows."""
 
     MODULE: ClassVar[str]
     """The command that does it."""
-    train_method: str = setting(
-        "full",
-        f"Which UNet weights may move. {TRAIN_METHOD_HELP}",
-        choices=TRAIN_METHODS,
-    )
-    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
-    lr: float = setting(1e-5, "Learning rate of Adam.", gt=0, le=1)
-    lr_schedule: str = setting(
-        "constant",
-        "constant, as the paper's; linear: the learning rate falls in equal steps, and would be 0 after the last.",
-        choices=("constant", "linear"),
-    )
-    batch_size: int = setting(8, "Images to forget in a step.", ge=1, le=100_000)
-    micro_batch_size: int | None = setting(
-        None,
-        "Images to forget, and to retain, that go through the UNet at once; the step is that of the whole batch, to "
-        "rounding. null: all of the batch. Either is halved when memory runs out.",
-        ge=1,
-        le=100_000,
-    )
     output_format: str = setting(
         "safetensors",
         "Form of the unlearned checkpoint: CompVis' by its suffix, or a diffusers folder.",
@@ -118,6 +89,56 @@ class TrainingKeys(ComputeKeys):
     sample_seeds: tuple[int, ...] = setting(
         (188, 288), "Seeds of each of these pictures.", ge=0, lt=1_000_000
     )
+    report: bool = setting(
+        True, "The command train also writes report.html, one file with curves and pictures."
+    )
+    show_unsafe_pictures: bool = setting(False, SHOW_UNSAFE_HELP)
+
+    def disk_problems(self) -> Iterator[Problem]:
+        yield from super().disk_problems()
+        if (problem := writable_problem(self.output_dir)) is not None:
+            yield ("output_dir",), problem
+        elif self.save_dtype == "source" and is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
+            # The unlearned checkpoint, its patch, and what goes with them. In another type, the plan knows their sizes.
+            needed = int(checkpoint_bytes(checkpoint) * (1 + self.patch * self.patch_share())) + 50_000_000
+            if (problem := space_problem(self.output_dir, needed)) is not None:
+                yield ("output_dir", "ckpt_path"), problem
+
+    def patch_share(self) -> float:
+        """The most that a patch takes of the checkpoint's size: the weights that move, and up to a bit for each."""
+        return 1.0 + 1 / 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingKeys(UnlearnKeys):
+    """How the weights that may move are trained."""
+
+    gone: ClassVar[Mapping[str, str]] = {
+        **ComputeKeys.gone,
+        "validation_draws": "32",
+        "wandb_unsafe_pictures": "false",
+    }
+
+    train_method: str = setting(
+        "full",
+        f"Which UNet weights may move. {TRAIN_METHOD_HELP}",
+        choices=TRAIN_METHODS,
+    )
+    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
+    lr: float = setting(1e-5, "Learning rate of Adam.", gt=0, le=1)
+    lr_schedule: str = setting(
+        "constant",
+        "constant, as the paper's; linear: the learning rate falls in equal steps, and would be 0 after the last.",
+        choices=("constant", "linear"),
+    )
+    batch_size: int = setting(8, "Images to forget in a step.", ge=1, le=100_000)
+    micro_batch_size: int | None = setting(
+        None,
+        "Images to forget, and to retain, that go through the UNet at once; the step is that of the whole batch, to "
+        "rounding. null: all of the batch. Either is halved when memory runs out.",
+        ge=1,
+        le=100_000,
+    )
     sample_every_steps: int | None = setting(
         None, "Also take these pictures every so many steps, into pictures/step_*.png; null: do not.", ge=1
     )
@@ -126,12 +147,6 @@ class TrainingKeys(ComputeKeys):
         "Before the first step and every so many steps, both losses on fixed images, timesteps and noise, into "
         "validation.csv; null: do not. Neither this nor the pictures changes what is trained.",
         ge=1,
-    )
-    validation_draws: int = setting(
-        32,
-        "validate_every_steps: draws of image, timestep and noise for each of the two losses.",
-        ge=1,
-        le=100_000,
     )
     checkpoint_every_steps: int | None = setting(
         None,
@@ -170,14 +185,6 @@ class TrainingKeys(ComputeKeys):
         choices=("off", "offline", "online"),
     )
     wandb_project: str = setting("saliency-unlearning", "Project there.", kind="name")
-    wandb_unsafe_pictures: bool = setting(
-        False,
-        "template i2p: send the pictures of sample_every_steps there too; else they stay on this machine.",
-    )
-    report: bool = setting(
-        True, "The command train also writes report.html, one file with curves and pictures."
-    )
-    show_unsafe_pictures: bool = setting(False, SHOW_UNSAFE_HELP)
 
     def conflicts(self) -> Iterator[Problem]:
         yield from super().conflicts()
@@ -199,15 +206,7 @@ class TrainingKeys(ComputeKeys):
         yield from super().disk_problems()
         if self.logger == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
             yield ("logger",), "tensorboard needs the package of that name: pip install tensorboard"
-        if (problem := writable_problem(self.output_dir)) is not None:
-            yield ("output_dir",), problem
-        elif self.save_dtype == "source" and is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
-            # The unlearned checkpoint, its patch, and what goes with them. In another type, the plan knows their sizes.
-            needed = int(checkpoint_bytes(checkpoint) * (1 + self.patch * self.patch_share())) + 50_000_000
-            if (problem := space_problem(self.output_dir, needed)) is not None:
-                yield ("output_dir", "ckpt_path"), problem
 
     def patch_share(self) -> float:
-        """The most that a patch takes of the checkpoint's size: the weights that move, and up to a bit for each."""
         # In SD v1, attention of one kind is a twentieth of the UNet.
-        return (0.1 if self.train_method in _NARROW else 1.0) + 1 / 16
+        return 0.1 + 1 / 16 if self.train_method in NARROW else super().patch_share()

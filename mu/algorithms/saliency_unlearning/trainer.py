@@ -57,7 +57,8 @@ class SalUn:
         to_forget = (noisy, timesteps, context)
         to_retain = (retain_noisy, retain_timesteps, retain_context)
 
-        target_model, retain_model = self.target_model or model, self.retain_model
+        target_model = model if self.target_model is None else self.target_model
+        retain_model = self.retain_model
         substituted = (noisy, timesteps, substitute_context)
         with torch.no_grad():  # forget_target (B, C, H, W), retain_target (B', C, H, W)
             if retain_model is None:
@@ -115,7 +116,7 @@ def salun_loss(
 
 
 def ascent_loss(model: LatentDiffusion, forget: ForgetBatch) -> Tensor:
-    """-E ||f(z_t | c_f) - y||^2, an fp32 scalar. It has no lower bound: the more steps, the less is left of anything."""
+    """-E ||f(z_t | c_f) - y||^2, an fp32 scalar without a lower bound: the more steps, the less is left of anything."""
     latents, timesteps, noise, context, _ = forget
     return -retain_loss(model, RetainBatch(latents, timesteps, noise, context))
 

@@ -16,6 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from mu.unlearning.fit import (
+    fit,
+    run_loggers,
+    wandb_logger,
+    wandb_mode,
+)
+from mu.unlearning.guarded_logger import GuardedLogger
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader
@@ -31,13 +38,6 @@ from mu.run_folder import RunFolder
 from mu.unlearning import fit as fit_module
 from mu.unlearning import progress
 from mu.unlearning.checkpoints import Checkpoints
-from mu.unlearning.fit import (
-    fit,
-    run_loggers,
-    wandb_logger,
-    wandb_mode,
-)
-from mu.unlearning.guarded_logger import GuardedLogger
 from mu.unlearning.run_state import read_run_state
 
 TERMS = [(3.0, 1.0, 4.0), (5.0, 2.0, 6.0), (7.0, 3.0, 8.0), (10.0, 4.0, 12.0)]

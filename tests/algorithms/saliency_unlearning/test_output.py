@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from mu.unlearning.progress_pictures import ProgressPictures
+from mu.unlearning.runs import decorating
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning import algorithm
@@ -36,8 +38,6 @@ from mu.unlearning.output import (
     check_save_dtype,
     rounding_warning,
 )
-from mu.unlearning.progress_pictures import ProgressPictures
-from mu.unlearning.runs import decorating
 
 Tensors = dict[str, Tensor]
 ROOT = Path(__file__).parents[3]

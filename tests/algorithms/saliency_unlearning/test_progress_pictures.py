@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from mu.unlearning.progress_pictures import ProgressPictures
 from PIL import Image
 
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
@@ -18,7 +19,6 @@ from mu.datasets.index import ForgetRetain
 from mu.ldm import LatentDiffusion
 from mu.pictures import MARK
 from mu.unlearning import progress_pictures
-from mu.unlearning.progress_pictures import ProgressPictures
 from tests.memory_limit import hungry
 
 STYLES = ("Noto", "Blob", "Fluent_Flat")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mu.unlearning.fit import LossHistory
 
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.config import ConfigError
@@ -25,7 +26,6 @@ from mu.unlearning.checkpoints import (
     ResumeError,
     find_run_state,
 )
-from mu.unlearning.fit import LossHistory
 from mu.unlearning.run_state import (
     read_head,
     read_run_state,

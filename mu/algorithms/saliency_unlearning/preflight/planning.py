@@ -226,14 +226,8 @@ def _marks(config: TrainConfig, subject: Subject, mask: Path | None) -> dict[str
     if config.masking == "none":
         return subject.numel
     if config.masking == "random":
-        pool: set[str] | dict[str, int] = subject.numel
-        if config.mask_pool == "train_method":
-            pool = set(names_of(subject.unet, config.train_method))
         # The draw is over all of them together: this is what a tensor has on average.
-        return {
-            name: math.ceil(config.threshold * count) if name in pool else 0
-            for name, count in subject.numel.items()
-        }
+        return {name: math.ceil(config.random_fraction * count) for name, count in subject.numel.items()}
     assert mask is not None
     shapes, marks = marks_of(mask)
     check_shapes(shapes, subject.unet)
