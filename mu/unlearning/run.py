@@ -26,6 +26,7 @@ from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
 from mu.run_folder import RESULT, RunFolder, shared_folder
 from mu.unlearning.checkpoints import run_of
 from mu.unlearning.decorating import decorating
+from mu.unlearning.find_checkpoint import PATCH_NAME
 from mu.unlearning.moving import MovingModel
 from mu.unlearning.output import (
     check_save_dtype,
