@@ -24,7 +24,7 @@ from mu.evaluation.report import (
     write_report,
 )
 from mu.launch import on_ranks
-from mu.unlearning.decorating import decorating
+from mu.unlearning.runs import decorating
 
 REPORT_NAME = "report.html"
 _FAULTS = (TemplateError, SafetensorError, yaml.YAMLError, UnicodeDecodeError)

@@ -19,7 +19,7 @@ from mu import ranks
 from mu.atomic import WriteError
 from mu.config import as_dict
 from mu.run_folder import RunFolder, csv_bytes
-from mu.unlearning.decorating import first_line
+from mu.unlearning.runs import first_line
 from mu.unlearning.training_config import TrainingKeys
 
 _WANDB_MODES = {

@@ -22,8 +22,8 @@ from mu.pictures import image_grid
 from mu.run_folder import MetricsCsv, RunFolder
 from mu.unlearning.batches import Batch, Batches
 from mu.unlearning.compute import encoders_at_hand
-from mu.unlearning.decorating import decorating
 from mu.unlearning.loggers import LossLog, RunLogger
+from mu.unlearning.runs import decorating
 from mu.unlearning.training_config import TrainingKeys
 from mu.verbosity import bars_off
 
@@ -125,9 +125,22 @@ class ProgressPictures:
         if self.prompts:
             self._taken[moment] = self._sample(moment)
 
+    def draw(self, moment: str) -> None:
+        """`take`, whose failure is a warning."""
+        with decorating(f"pictures {moment}"):
+            self.take(moment)
+
     def save(self, path: Path) -> Path | None:
-        """Write one row a prompt, one column a moment and seed. Returns the path, None when there are no prompts."""
-        return self._write(self._taken, path) if self._taken else None
+        """Write one row a prompt, one column a moment and seed; a failure is a warning.
+
+        Returns:
+            The path; None where nothing was taken, or written.
+        """
+        written = None
+        if self._taken:
+            with decorating(path.name):
+                written = self._write(self._taken, path)
+        return written
 
     def snapshot(self, moment: str, path: Path) -> Path:
         """Sample all prompts with all seeds, and write them by themselves; nothing of it is kept for `save`."""

@@ -23,5 +23,3 @@ TRAIN_METHOD_HELP = (
     "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
     "output blocks 6 and 8."
 )
-NARROW = ("selfattn", "xattn", "selflayer", "xlayer")
-"""Those that move a small part of the UNet."""

@@ -31,21 +31,24 @@ from mu.algorithms.saliency_unlearning.masking import (
     threshold_masks,
 )
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.preflight import Plan, plan_mask, plan_training, say_warnings
+from mu.algorithms.saliency_unlearning.plan import plan_mask, plan_training
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.algorithms.saliency_unlearning.utils import layer_groups, unet_fingerprint
 from mu.config import config_of, require_paths
 from mu.datasets.index import concept_label
+from mu.devices import peak_memory_bytes
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
+from mu.run_folder import RESULT
 from mu.unlearning.batches import ForgetBatch
 from mu.unlearning.checkpoints import Checkpoints, resumed_state
 from mu.unlearning.compute import choose, computing
 from mu.unlearning.loggers import LossLog, RunLogger
 from mu.unlearning.moving import names_of
-from mu.unlearning.output import model_of
+from mu.unlearning.output import check_save_dtype, model_of, original_of, write_and_prove
+from mu.unlearning.plan import Plan
 from mu.unlearning.progress import Progress, ProgressPictures
-from mu.unlearning.run import Result, decorate, draw, load, open_run, save_result, write_proved
+from mu.unlearning.runs import Result, decorating, open_run, save_result
 from mu.verbosity import bars_off
 
 __all__ = ["MaskingAlgorithm", "SaliencyUnlearnAlgorithm", "SaliencyUnlearningAlgorithm"]
@@ -98,9 +101,10 @@ class MaskingAlgorithm:
 
         # 1. Plan: what stops the run is found before anything is made
         plans: list[Plan] = []  # in the main process
-        warnings = ranks.on_main(lambda: _required(plan_mask(config), plans).warnings)
+        ranks.on_main(lambda: plans.append(plan_mask(config).require()))
         with open_run(config) as folder:
-            say_warnings(warnings, folder.logger)
+            for plan in plans:
+                plan.say_warnings(folder.logger)
 
             # 2. Load the model; sample and encode what is missing, by the model as it was loaded
             model = model_of(config)
@@ -222,26 +226,31 @@ class SaliencyUnlearningAlgorithm:
         # 1. Plan: what stops the run is found before anything is made
         plans: list[Plan] = []  # in the main process
 
-        def planned() -> tuple[Any, Path | None]:
-            plan = _required(plan_training(config), plans)
-            return plan.warnings, plan.mask
+        def planned() -> Path | None:
+            plans.append(plan_training(config).require())
+            return plans[0].inputs.get("mask_path")
 
-        warnings, mask_path = ranks.on_main(planned)
+        mask_path = ranks.on_main(planned)
         resumed = resumed_state(config) if config.resume is not None else None
         with open_run(config, resumed) as folder, Checkpoints(folder.path, config) as checkpoints:
-            say_warnings(warnings, folder.logger)
+            for plan in plans:
+                plan.say_warnings(folder.logger)
 
             # 2. Load the model, and what of it may move
-            loaded = load(config)
-            ldm = loaded.ldm
+            source = ranks.on_main(config.checkpoint)
+            ldm = model_of(config)
+            original = original_of(source, ldm.params, use_ema=config.use_ema) if ranks.is_main() else {}
+            ranks.on_main(lambda: check_save_dtype(original, config.save_dtype))
+            if mask_path is not None:
+                folder.logger.info("mask: %s", mask_path)
             model = SaliencyUnlearnModel(ldm, config.train_method, self._mask(ldm, mask_path))
             folder.logger.info("%(selected)d of %(total)d weights of the UNet may move", model.counts)
 
             # 3. The images: listed, sampled and encoded by the model as it was loaded
             data = SaliencyUnlearnDataHandler(config, ldm, rows=plans[0].rows if plans else None)
-            checkpoints.identify(model, data.listed(), loaded.original, resumed)
+            checkpoints.identify(model, data.listed(), original, resumed)
             pictures = ProgressPictures(config, ldm, data.rows)
-            ranks.on_main(lambda: draw(pictures, "before"))
+            ranks.on_main(lambda: pictures.draw("before"))
             batches = data.train_batches
 
             # 4. Train
@@ -277,14 +286,37 @@ class SaliencyUnlearningAlgorithm:
             del trainer  # and with it the optimizer's state
             model.verify_same_everywhere()
 
-            # 5. Write, and prove that nothing else moved. What follows only tells of what is on disk then
+            # 5. Write, prove that nothing else moved, and make the patch
             def finish() -> Result:
-                written, new = write_proved(config, folder, model, loaded, lr=config.lr)
-                result = {**written, "mask": mask_path, "steps": batches.total_steps, **losses}
-                base = plans[0].unet_fingerprint if plans else None
-                return decorate(
-                    config, folder, loaded, new, pictures, result, started=started, unet_fingerprint=base
+                written = write_and_prove(
+                    ldm,
+                    config,
+                    folder,
+                    source=source,
+                    original=original,
+                    selected=model.selected,
+                    metadata={"train_method": config.train_method, "masking": config.masking},
+                    base=plans[0].unet_fingerprint,
+                    lr=config.lr,
                 )
+
+                # 6. Tell of it: pictures from the written weights, and last metrics.json
+                pictures.draw("after")
+                result = {
+                    "run": folder.path,
+                    **written,
+                    "pictures": pictures.save(folder.path / "pictures" / "before_after.png"),
+                    "mask": mask_path,
+                    "weights_selected": model.counts["selected"],
+                    "weights_total": model.counts["total"],
+                    "steps": batches.total_steps,
+                    **losses,
+                    "seconds": time.monotonic() - started,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                }
+                with decorating(RESULT):
+                    save_result(folder, result)
+                return result
 
             return ranks.on_main(finish)
 
@@ -313,9 +345,3 @@ def _masking(config: MaskConfig) -> Result:
 
 def _unlearning(config: TrainConfig) -> Result:
     return SaliencyUnlearningAlgorithm(config).run_here()
-
-
-def _required(plan: Plan, plans: list[Plan]) -> Plan:
-    """A plan that nothing stands in the way of, kept in `plans` too."""
-    plans.append(plan.require())
-    return plan

@@ -50,7 +50,7 @@ from mu.config import ConfigError, load_config
 from mu.ldm import LatentDiffusion, load_model
 from mu.ldm.checkpoint import read_state_dict
 from mu.ldm.model_config import load_model_config
-from mu.unlearning import run as run_module
+from mu.unlearning import output
 from mu.unlearning.moving import (
     TrainingError,
     names_of,
@@ -455,7 +455,7 @@ def test_promise_23_a_weight_that_moves_outside_the_mask_stops_the_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "fit", lambda *_, **__: {})
-        patch.setattr(run_module, "write_unlearned", write_spoilt)
+        patch.setattr(output, "write_unlearned", write_spoilt)
         with pytest.raises(TrainingError, match=r"quant_conv\.bias differs from .* outside the mask"):
             trained(tiny_runs, tmp_path / "file")
     assert not list((tmp_path / "file").rglob("metrics.json"))
@@ -471,7 +471,7 @@ def test_promise_23_a_weight_that_moves_outside_the_mask_stops_the_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "fit", lambda *_, **__: {})
-        patch.setattr(run_module, "write_unlearned", write_and_damage)
+        patch.setattr(output, "write_unlearned", write_and_damage)
         with pytest.raises(TrainingError, match=r"out\.2\.bias reads back otherwise than it was written"):
             trained(tiny_runs, tmp_path / "read", masking="none")
     assert not list((tmp_path / "read").rglob("model*"))

@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def train(
-    make_tiny_model: Callable[..., LatentDiffusion], monkeypatch: pytest.MonkeyPatch, folder: RunFolder
+    make_tiny_model: Callable[..., LatentDiffusion], folder: RunFolder
 ) -> Callable[..., dict[str, float]]:
     """train(config, look): fits four steps, two an epoch, whose losses are `TERMS`; each calls `look(model)` first."""
 
