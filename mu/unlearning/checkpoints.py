@@ -14,25 +14,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mu import ranks
-from mu.config import ConfigError, keys_of, resolve_path
-from mu.datasets.index import ForgetRetain
+from mu.atomic import write_atomically
+from mu.config import ConfigError, as_text, keys_of, resolve_path
 from mu.errors import MuError
 from mu.ldm.checkpoint import SCHEDULE_KEYS, check_layout
 from mu.ldm.tensor_file import CheckpointError, fingerprint
 from mu.run_folder import is_finished, is_running
 from mu.unlearning.moving import MovingModel
-from mu.unlearning.run_state import (
-    Head,
-    RunState,
-    read_head,
-    read_run_state,
-    verify_run_state,
-    write_run_state,
-)
+from mu.unlearning.optim import MaskedAdam
+from mu.unlearning.run_state import RunState, read_head, read_run_state, verify_run_state, write_run_state
 from mu.unlearning.training_config import RESUME_NEWEST, TrainingKeys
 
 MAY_DIFFER = frozenset(
@@ -42,7 +37,7 @@ MAY_DIFFER = frozenset(
         *("output_dir", "processed_dataset_dir", "output_format", "save_dtype", "patch"),
         *("sample_prompts", "sample_seeds"),
         # Looked at beside the training.
-        *("sample_every_steps", "validate_every_steps", "validation_draws", "wandb_unsafe_pictures"),
+        *("sample_every_steps", "validate_every_steps"),
         *("report", "show_unsafe_pictures"),
         # Memory and speed, the result to rounding.
         *("micro_batch_size", "channels_last", "gradient_checkpointing", "compile"),
@@ -88,9 +83,9 @@ class Checkpoints:
     def identify(
         self,
         model: MovingModel,
-        rows: ForgetRetain,
+        data: object,
         original: Mapping[str, Tensor],
-        resumed: Head | None = None,
+        resumed: RunState | None = None,
     ) -> None:
         """Say what the run is of, before its first step; the checkpoint that it goes on with must be of the same.
 
@@ -98,6 +93,7 @@ class Checkpoints:
         that writes none hashes nothing for it. Of several processes, the main one does so.
 
         Args:
+            data: what tells the images and prompts of a run from those of another, as JSON knows it.
             original: the tensors of the file that the model was loaded from, as they are there.
 
         Raises:
@@ -105,7 +101,7 @@ class Checkpoints:
         """
         if not ranks.is_main():
             original = {}
-        self._identity = _identity(model, rows, original)
+        self._identity = _identity(model, data, original)
         if resumed is not None:
             ranks.on_main(lambda: _check_identity(resumed, self._identity()))
 
@@ -116,16 +112,27 @@ class Checkpoints:
             minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         )
 
-    def save(self, step: int, content: Mapping[str, Any]) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Tensor], schedule: Mapping[str, Any]) -> Path:
         """Write a checkpoint, read it back, and only then remove those that are too many.
+
+        Args:
+            step: steps that are done.
+            tensors: see `training_tensors` and `table_tensors`.
+            schedule: see `RunState`.
 
         Raises:
             CheckpointError: it could not be written, or reads back otherwise; the earlier ones are as they were.
         """
         path = self.folder / f"step-{step:08d}.safetensors"
-        write_run_state(
-            path, content, step=step, settings=settings_of(self.config), identity=self._identity()
+        state = RunState(
+            path=path,
+            step=step,
+            settings=settings_of(self.config),
+            identity=self._identity(),
+            schedule=dict(schedule),
+            tensors=tensors,
         )
+        write_run_state(state)
         try:
             verify_run_state(path)
         except CheckpointError:
@@ -156,6 +163,60 @@ class Checkpoints:
             _log.info("to go on from %s: %s", self.paths[0], resume_command(self.run, self.config.MODULE))
 
 
+def training_tensors(model: MovingModel, optimizer: MaskedAdam) -> dict[str, Tensor]:
+    """The values of the entries that move, and their moments, (count,) each, row-major."""
+    tensors = {f"weights/{name}": values for name, values in model.selected_values().items()}
+    for name, parameter in model.parameters_to_train():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    return tensors
+
+
+def restore_training_(state: RunState, model: MovingModel, optimizer: MaskedAdam) -> None:
+    """Take over what `training_tensors` gave.
+
+    Raises:
+        ResumeError: it is of other weights than those that move.
+    """
+    weights, named = state.part("weights"), model.parameters_to_train()
+    if weights.keys() != dict(named).keys():
+        raise ResumeError(f"resume: {state.path} has the values of other weights than those that move")
+    model.write_selected_(weights)
+    saved = optimizer.state_dict()  # of an optimizer that has made no step
+    saved["state"] = {
+        index: {
+            "step": torch.tensor(float(state.step)),
+            "exp_avg": state.tensors[f"exp_avg/{name}"],
+            "exp_avg_sq": state.tensors[f"exp_avg_sq/{name}"],
+        }
+        for index, (name, _) in enumerate(named)
+    }
+    optimizer.load_state_dict(saved)
+
+
+def table_tensors(run: Path, known: Mapping[str, bytes]) -> dict[str, Tensor]:
+    """The tables in a run's folder, (bytes,) uint8 each.
+
+    Args:
+        known: what some of them hold, or should: these are not read.
+    """
+    content = {path.name: path.read_bytes() for path in run.glob("*.csv") if path.name not in known}
+    return {
+        f"tables/{name}": torch.from_numpy(np.frombuffer(table, np.uint8).copy())
+        for name, table in {**content, **known}.items()
+    }
+
+
+def restore_tables(state: RunState, run: Path) -> None:
+    """Give the tables in a run's folder the rows that they had at a checkpoint."""
+    tables = state.part("tables")
+    for path in run.glob("*.csv"):
+        if path.name not in tables:
+            path.unlink()  # begun after the checkpoint
+    for name, content in tables.items():
+        write_atomically(run / name, content.numpy().tobytes())
+
+
 def resume_command(run: Path, module: str) -> str:
     """The command that goes on with a run."""
     words = ["python", "-m", module, "--config_path", str(run / "config.yaml"), "--resume", str(run)]
@@ -172,7 +233,7 @@ def settings_of(config: TrainingKeys) -> dict[str, Any]:
 
 
 def _identity(
-    model: MovingModel, rows: ForgetRetain, original: Mapping[str, Tensor]
+    model: MovingModel, data: object, original: Mapping[str, Tensor]
 ) -> Callable[[], dict[str, str]]:
     """Gives digests of what a config names by path, and what the rounding depends on; computed once, when asked for.
 
@@ -190,19 +251,18 @@ def _identity(
     def identity() -> dict[str, str]:
         found = check_layout(model.ldm, original, source="ckpt_path") if original else {}
         loaded = {name: kept[name] if name in kept else found[name] for name in dtypes}
-        listed = [[(row.key, row.substitute_prompt) for row in part] for part in (rows.forget, rows.retain)]
         return {
             "ckpt_path": fingerprint(loaded, dtypes=dtypes),
             "model_config_path": _sha256(repr(model.ldm.params)),
             "mask_path": fingerprint(selected),
-            "raw_dataset_dir": _sha256(json.dumps(listed)),
+            "raw_dataset_dir": _sha256(json.dumps(data)),
             "arithmetic": f"torch {torch.__version__} on {device}",
         }
 
     return identity
 
 
-def _check_identity(resumed: Head, identity: Mapping[str, str]) -> None:
+def _check_identity(resumed: RunState, identity: Mapping[str, str]) -> None:
     was = resumed.identity
     if was["arithmetic"] != identity["arithmetic"]:
         _log.warning(
@@ -255,7 +315,19 @@ def find_run_state(config: TrainingKeys) -> RunState:
     )
 
 
-def run_of(state: Head, config: TrainingKeys) -> Path | None:
+def resumed_state(config: TrainingKeys) -> RunState:
+    """As `find_run_state`; all processes of a run take the checkpoint that the main one finds."""
+    found: list[RunState] = []
+
+    def find() -> Path:
+        found.append(find_run_state(config))
+        return found[0].path
+
+    path = ranks.on_main(find)
+    return found[0] if found else read_run_state(path)
+
+
+def run_of(state: RunState, config: TrainingKeys) -> Path | None:
     """The run folder that a resumed run goes on in; None: a new one, as the old is not in `output_dir`."""
     run = state.path.absolute().parent.parent
     inside = state.path.parent.name == _FOLDER and run.parent.resolve() == Path(config.output_dir).resolve()
@@ -294,14 +366,18 @@ def _candidates(config: TrainingKeys) -> list[Path]:
     return sorted((path / _FOLDER).glob(_FILES), reverse=True)
 
 
-def _differences(head: Head, settings: Mapping[str, Any], kind: type[TrainingKeys]) -> list[str]:
+def _differences(head: RunState, settings: Mapping[str, Any], kind: type[TrainingKeys]) -> list[str]:
     """The keys of which a checkpoint has other values; one that it lacks had its default, as one that is gone has."""
     defaults = {key.name: key.default for key in keys_of(kind)}
     was = {**json.loads(json.dumps(_only(defaults, settings))), **head.settings}
+    differing = [
+        key
+        for key in was
+        if (was[key] != settings[key] if key in settings else as_text(was[key]) != kind.gone.get(key))
+    ]
     return [
         f"{key}: the run was begun with {was[key]}, now it is {settings.get(key, _NO_KEY)} ({head.path})"
-        for key in was
-        if was[key] != settings.get(key, kind.gone.get(key, _NO_KEY))
+        for key in differing
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,22 +14,7 @@ from mu.errors import MuError
 from mu.ldm import LatentDiffusion
 from mu.ldm.checkpoint import fingerprint
 from mu.unlearning.optim import SelectedEntries, SelectionError
-
-_TIME = ("out.", "time_embed.")
-_SELF_LAYERS = ("input_blocks.4.", "input_blocks.7.")
-_CROSS_LAYERS = ("output_blocks.6.", "output_blocks.8.")
-_IN_METHOD: dict[str, Callable[[str], bool]] = {
-    "full": lambda _: True,
-    "notime": lambda name: not name.startswith(_TIME),
-    "noxattn": lambda name: not name.startswith(_TIME) and "attn2" not in name.split("."),
-    "selfattn": lambda name: "attn1" in name.split("."),
-    "xattn": lambda name: "attn2" in name.split("."),
-    "selflayer": lambda name: name.startswith(_SELF_LAYERS) and "attn1" in name.split("."),
-    "xlayer": lambda name: name.startswith(_CROSS_LAYERS) and "attn2" in name.split("."),
-}
-TRAIN_METHODS = tuple(_IN_METHOD)
-"""Which UNet weights a run may move: all; all but the output and time embedding; those also without cross-attention;
-self-attention; cross-attention; self-attention of input blocks 4 and 7; cross-attention of output blocks 6 and 8."""
+from mu.unlearning.train_methods import IN_METHOD, TRAIN_METHODS
 
 
 class TrainMethodError(MuError, ValueError):
@@ -47,14 +32,14 @@ def names_of(unet: nn.Module, train_method: str) -> list[str]:
         TrainMethodError: the method is unknown, or this UNet has no such parameters (the blocks of `selflayer` and
             `xlayer` are those of Stable Diffusion v1).
     """
-    if train_method not in _IN_METHOD:
+    if train_method not in IN_METHOD:
         near = difflib.get_close_matches(train_method, TRAIN_METHODS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise TrainMethodError(f"train_method is {train_method!r}; known: {', '.join(TRAIN_METHODS)}{hint}")
     every = [name for name, _ in unet.named_parameters()]
-    names = [name for name in every if _IN_METHOD[train_method](name)]
+    names = [name for name in every if IN_METHOD[train_method](name)]
     if not names:
-        usable = [method for method, within in _IN_METHOD.items() if any(map(within, every))]
+        usable = [method for method, within in IN_METHOD.items() if any(map(within, every))]
         raise TrainMethodError(
             f"train_method {train_method!r} selects none of this UNet's weights; with it, these do: {', '.join(usable)}"
         )

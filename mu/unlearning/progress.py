@@ -1,165 +1,184 @@
-"""What a training run shows of itself at chosen steps: validation losses, and pictures of fixed prompts and seeds.
+"""What a run shows of itself: validation losses, and pictures of fixed prompts and seeds.
 
 Neither touches what is trained: nothing is drawn from a random stream that training reads, and no gradient is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
-from PIL import Image
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
+from tqdm import tqdm
 
 from mu import ranks
-from mu.algorithms.saliency_unlearning.trainer import (
-    ForgetBatch,
-    RetainBatch,
-    SaliencyUnlearnTrainer,
-    salun_loss,
-)
 from mu.arithmetic import products
-from mu.datasets.encoded import EncodedRows
-from mu.datasets.streams import order
+from mu.datasets.images import to_picture
+from mu.datasets.index import ForgetRetain, Row, concept_label
+from mu.ldm import LatentDiffusion
+from mu.ldm.text_to_image import sample_images
+from mu.pictures import image_grid
 from mu.run_folder import MetricsCsv, RunFolder
-from mu.unlearning.batches import TrainSteps
+from mu.unlearning.batches import Batch, Batches
 from mu.unlearning.compute import encoders_at_hand
-from mu.unlearning.progress_pictures import ProgressPictures
+from mu.unlearning.loggers import LossLog, RunLogger
 from mu.unlearning.runs import decorating
 from mu.unlearning.training_config import TrainingKeys
+from mu.verbosity import bars_off
 
-TERMS = ("loss", "forget", "retain")
+_PROMPTS_OF_EACH_KIND = 4
+
+Losses = Callable[[Batch], Mapping[str, Tensor]]
+"""Gives `loss` and its terms of a batch, without gradient."""
 
 
-class Progress(pl.Callback):
-    """Validation losses into `validation.csv`, pictures into `pictures/step_<step>.png`, both into the run's loggers.
+class Progress:
+    """Validation losses into `validation.csv`, pictures into `pictures/step_<step>.png`, both into the run's logger.
 
     Args:
-        config: `validate_every_steps` and `validation_draws`, `sample_every_steps`, `wandb_unsafe_pictures`.
-        steps: the images that validation reads; only asked for where it is on.
-        pictures: takes the pictures, at the trained weights of that step.
+        config: `validate_every_steps` and `sample_every_steps`.
+        batches: of the training; their validation batches are only asked for where validation is on.
+        pictures: takes the pictures, at the trained weights of a step.
         folder: of the run.
+        logger: of the run.
     """
 
     def __init__(
-        self, config: TrainingKeys, steps: TrainSteps, pictures: ProgressPictures, folder: RunFolder
+        self,
+        config: TrainingKeys,
+        batches: Batches,
+        pictures: ProgressPictures,
+        *,
+        folder: RunFolder,
+        logger: RunLogger,
     ) -> None:
-        self.config = config
         self.pictures = pictures
         self.folder = folder
-        self.csv = MetricsCsv(folder.path / "validation.csv", writes=ranks.is_main())
-        self.batches = (
-            fixed_batches(steps, draws=config.validation_draws, batch_size=config.batch_size)
-            if config.validate_every_steps is not None
-            else []
-        )
+        self.logger = logger
+        self.validate_every = config.validate_every_steps
+        self.sample_every = config.sample_every_steps
+        self.csv = MetricsCsv(folder.path / "validation.csv")
+        self.batches = batches.validation() if self.validate_every is not None else ()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        if self.batches and trainer.global_step == 0:
-            self._validate(trainer, module)
+    def look(self, step: int, losses: Losses) -> None:
+        """Look at the model after so many steps, if it is time; in the main process alone."""
+        if not ranks.is_main():
+            return
+        if self.batches and self.validate_every is not None and step % self.validate_every == 0:
+            self._validate(step, losses)
+        if step and self.sample_every is not None and step % self.sample_every == 0:
+            self._sample(step)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        if self.batches and _is_due(step, self.config.validate_every_steps):
-            self._validate(trainer, module)
-        if _is_due(step, self.config.sample_every_steps):
-            path = self.folder.path / "pictures" / f"step_{step:06d}.png"
-            drawn = False
-            with decorating(f"pictures/{path.name}"), encoders_at_hand(self.pictures.model):
-                self.pictures.snapshot(f"step {step}", path)
-                drawn = True
-            for logger in trainer.loggers if drawn else ():
-                with decorating(f"pictures in {type(logger).__name__}"):
-                    self._send(logger, path, step)
+    def _validate(self, step: int, losses: Losses) -> None:
+        means: dict[str, float] = {}
+        with decorating(f"validation at step {step}"), products(tf32=False):
+            means = validation_losses(losses, self.batches)
+            self.csv.append(step, **means)
+        self.logger.metrics({f"validation/{name}": value for name, value in means.items()}, step)
 
-    def _send(self, logger: Logger, path: Path, step: int) -> None:
-        """Pictures to a logger; those that may be unsafe leave this machine only when asked."""
-        if isinstance(logger, WandbLogger):
-            if self.config.template != "i2p" or self.config.wandb_unsafe_pictures:
-                logger.log_image("pictures", [str(path)], step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            with Image.open(path) as opened:
-                pixels = np.asarray(opened.convert("RGB"))  # (H, W, 3)
-            logger.experiment.add_image("pictures", pixels, step, dataformats="HWC")
-
-    def _validate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, SaliencyUnlearnTrainer)
-        losses: dict[str, float] = {}
-        with decorating(f"validation at step {trainer.global_step}"), products(tf32=False):
-            losses = validation_losses(module, self.batches)
-            self.csv.append(trainer.global_step, **losses)
-        for logger in trainer.loggers:
-            logger.log_metrics(
-                {f"validation/{name}": value for name, value in losses.items()}, step=trainer.global_step
-            )
+    def _sample(self, step: int) -> None:
+        path, drawn = self.folder.path / "pictures" / f"step_{step:06d}.png", False
+        with decorating(f"pictures/{path.name}"), encoders_at_hand(self.pictures.model):
+            self.pictures.snapshot(f"step {step}", path)
+            drawn = True
+        if drawn:
+            with decorating("pictures in the logger"):
+                self.logger.picture(path, step)
 
 
-def fixed_batches(steps: TrainSteps, *, draws: int, batch_size: int) -> list[tuple[ForgetBatch, RetainBatch]]:
-    """The batches of a validation, the same at every step.
+def validation_losses(losses: Losses, batches: Sequence[Batch]) -> dict[str, float]:
+    """`loss`, `forget` and `retain`, means over all images of the batches; a term that the method has not is 0."""
+    sums = torch.zeros(len(LossLog.TERMS), dtype=torch.float64)
+    for batch in batches:
+        found = losses(batch)
+        terms = [found.get(name, found["loss"].new_zeros(())) for name in LossLog.TERMS]
+        sums += len(batch.forget[0]) * torch.stack(terms).double().cpu()
+    means = sums / sum(len(batch.forget[0]) for batch in batches)
+    return dict(zip(LossLog.TERMS, means.tolist(), strict=True))
+
+
+class ProgressPictures:
+    """Samples a few prompts whenever asked, and writes them side by side, the forgotten prompts marked.
 
     Args:
-        steps: what training reads. Images are taken evenly from those to forget and from those to retain, with
-            timesteps evenly over the whole schedule, and with noise that training does not draw.
-        draws: (image, timestep, noise) of each of the two losses.
-        batch_size: draws at once; not what comes out.
+        config: `sample_prompts` (null: some of the rows' own), `sample_seeds`, and how to sample.
+        model: sampled as it is at the time of `take`.
+        rows: where the prompts come from.
     """
-    spaced = [(2 * i + 1) * steps.num_timesteps // (2 * draws) for i in range(draws)]
-    # In another order than the images, which are sorted by concept.
-    timesteps = torch.tensor([spaced[i] for i in order(steps.seed, "validation", 0, draws)])  # (draws,)
-    forget, retain = _spread(steps.forget, draws), _spread(steps.retain, draws)
-    batches = []
-    for first in range(0, draws, batch_size):
-        part = slice(first, first + batch_size)
-        drawn = []
-        for rows, wanted in ((steps.forget, forget[part]), (steps.retain, retain[part])):
-            latents, _, noise = rows.batch(
-                wanted, seed=steps.seed, stage="validation", num_timesteps=steps.num_timesteps
-            )  # (B, C, h, w), (B,), (B, C, h, w)
-            drawn.append((latents, timesteps[part], noise, rows.context(wanted)))
-        batches.append(((*drawn[0], steps.forget.substitute_context(forget[part])), drawn[1]))
-    return batches
 
+    def __init__(self, config: TrainingKeys, model: LatentDiffusion, rows: ForgetRetain) -> None:
+        self.config = config
+        self.model = model
+        forgotten = {row.prompt for row in rows.forget}
+        if config.sample_prompts is None:
+            chosen = _spread(rows.forget) + _spread(rows.retain)
+        else:
+            chosen = list(config.sample_prompts)
+        # Forgotten prompts first, so that one frame marks them all.
+        self.prompts = sorted(chosen, key=lambda prompt: prompt not in forgotten)
+        self._forgotten = sum(prompt in forgotten for prompt in chosen)
+        self._taken: dict[str, list[Tensor]] = {}  # moment -> prompts x seeds images, row-major
 
-@torch.no_grad()
-def validation_losses(
-    trainer: SaliencyUnlearnTrainer, batches: Sequence[tuple[ForgetBatch, RetainBatch]]
-) -> dict[str, float]:
-    """`loss`, `forget` and `retain` as `salun_loss`, means over all draws; in fp32, with the weights as they are."""
-    device = trainer.model.ldm.device
-    sums = torch.zeros(len(TERMS), dtype=torch.float64)
-    for forget, retain in batches:
-        terms = salun_loss(
-            trainer.model.ldm,
-            _to(forget, device),
-            _to(retain, device),
-            trainer.alpha,
-            trainer.target_model,
-            retain_model=trainer.retain_model,
+    def take(self, moment: str) -> None:
+        """Sample all prompts with all seeds, under the name of a moment such as "before"."""
+        if self.prompts:
+            self._taken[moment] = self._sample(moment)
+
+    def draw(self, moment: str) -> None:
+        """`take`, whose failure is a warning."""
+        with decorating(f"pictures {moment}"):
+            self.take(moment)
+
+    def save(self, path: Path) -> Path | None:
+        """Write one row a prompt, one column a moment and seed; a failure is a warning.
+
+        Returns:
+            The path; None where nothing was taken, or written.
+        """
+        written = None
+        if self._taken:
+            with decorating(path.name):
+                written = self._write(self._taken, path)
+        return written
+
+    def snapshot(self, moment: str, path: Path) -> Path:
+        """Sample all prompts with all seeds, and write them by themselves; nothing of it is kept for `save`."""
+        return self._write({moment: self._sample(moment)}, path)
+
+    def _sample(self, moment: str) -> list[Tensor]:
+        pairs = [(prompt, seed) for prompt in self.prompts for seed in self.config.sample_seeds]
+        sampled = sample_images(
+            self.model,
+            pairs,
+            steps=self.config.sample_steps,
+            guidance_scale=self.config.guidance_scale,
+            image_size=self.config.image_size,
+            precision=self.config.sample_precision,
         )
-        sums += len(forget[0]) * torch.stack(terms).double().cpu()
-    means = sums / sum(len(forget[0]) for forget, _ in batches)
-    return dict(zip(TERMS, means.tolist(), strict=True))
+        return list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=bars_off()))
+
+    def _write(self, taken: Mapping[str, Sequence[Tensor]], path: Path) -> Path:
+        seeds = self.config.sample_seeds
+        rows = [
+            [to_picture(image) for images in taken.values() for image in images[first : first + len(seeds)]]
+            for first in range(0, len(self.prompts) * len(seeds), len(seeds))
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(
+            rows,
+            self.prompts,
+            [moment for moment in taken for _ in seeds],
+            mark_row=range(self._forgotten),
+            title=f"{self.config.template} {concept_label(self.config.template_name)} forgotten; "
+            f"seeds {', '.join(map(str, seeds))}",
+            cell_px=max(64, min(256, rows[0][0].width)),
+        ).save(path)
+        return path
 
 
-def _spread(rows: EncodedRows, draws: int) -> list[tuple[int, int]]:
-    """(epoch, place) of so many draws, evenly over the encoded rows; with fewer rows, each in several epochs."""
-    places = sorted(rows.slots)
-    count = min(draws, len(places))
-    chosen = [places[i * len(places) // count] for i in range(count)]
-    return [(i // count, chosen[i % count]) for i in range(draws)]
-
-
-def _is_due(step: int, every_steps: int | None) -> bool:
-    return every_steps is not None and step % every_steps == 0
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.to(device)
-
-    return tuple(map(moved, batch))
+def _spread(rows: Sequence[Row]) -> list[str]:
+    """A few different prompts, evenly over the rows."""
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    count = min(_PROMPTS_OF_EACH_KIND, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]

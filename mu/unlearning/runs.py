@@ -17,7 +17,7 @@ from mu.run_folder import RESULT, RunFolder, shared_folder
 from mu.unlearning.checkpoints import run_of
 from mu.unlearning.compute import is_out_of_memory
 from mu.unlearning.config import ConceptKeys
-from mu.unlearning.run_state import Head
+from mu.unlearning.run_state import RunState
 from mu.unlearning.training_config import TrainingKeys
 
 Result = dict[str, Any]
@@ -29,7 +29,7 @@ def run_name(config: ConceptKeys) -> str:
     return f"{config.template}-{concept_label(config.concepts)}"
 
 
-def open_run(config: ConceptKeys, resumed: Head | None = None) -> RunFolder:
+def open_run(config: ConceptKeys, resumed: RunState | None = None) -> RunFolder:
     """A new folder with its config.yaml; or that of the run which is resumed, where it lies in `output_dir`."""
 
     def open_it() -> RunFolder:

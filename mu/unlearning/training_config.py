@@ -10,19 +10,12 @@ from typing import ClassVar
 from mu.config import setting
 from mu.unlearning.config import ConceptKeys, OutputKeys
 from mu.unlearning.find_checkpoint import Problem
+from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
 
 RESUME_NEWEST = "newest"
 
 SHOW_UNSAFE_HELP = (
     "report.html of a concept of template i2p: show its pictures; else they are blurred in the file."
-)
-
-TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
-
-TRAIN_METHOD_HELP = (
-    "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
-    "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
-    "output blocks 6 and 8."
 )
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed")
@@ -65,6 +58,12 @@ class TrainingKeys(ComputeKeys, OutputKeys):
 
     MODULE: ClassVar[str]
     """The command that does it."""
+    gone: ClassVar[Mapping[str, str]] = {
+        **ComputeKeys.gone,
+        "validation_draws": "32",
+        "wandb_unsafe_pictures": "false",
+    }
+
     train_method: str = setting(
         "full",
         f"Which UNet weights may move. {TRAIN_METHOD_HELP}",
@@ -93,12 +92,6 @@ class TrainingKeys(ComputeKeys, OutputKeys):
         "Before the first step and every so many steps, both losses on fixed images, timesteps and noise, into "
         "validation.csv; null: do not. Neither this nor the pictures changes what is trained.",
         ge=1,
-    )
-    validation_draws: int = setting(
-        32,
-        "validate_every_steps: draws of image, timestep and noise for each of the two losses.",
-        ge=1,
-        le=100_000,
     )
     checkpoint_every_steps: int | None = setting(
         None,
@@ -137,10 +130,6 @@ class TrainingKeys(ComputeKeys, OutputKeys):
         choices=("off", "offline", "online"),
     )
     wandb_project: str = setting("saliency-unlearning", "Project there.", kind="name")
-    wandb_unsafe_pictures: bool = setting(
-        False,
-        "template i2p: send the pictures of sample_every_steps there too; else they stay on this machine.",
-    )
     report: bool = setting(
         True, "The command train also writes report.html, one file with curves and pictures."
     )

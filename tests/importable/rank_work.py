@@ -101,7 +101,7 @@ def whole_and_stopped_in_one(configs: tuple[Any, Any]) -> None:
     from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 
     SaliencyUnlearningAlgorithm(configs[0]).run()
-    whole, steps = trainer.salun_loss, []
+    whole, steps = trainer.SalUn.terms, []
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         steps.append(1)
@@ -109,7 +109,7 @@ def whole_and_stopped_in_one(configs: tuple[Any, Any]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(*args, **kwargs)
 
-    trainer.salun_loss = stop
+    trainer.SalUn.terms = stop
     SaliencyUnlearningAlgorithm(configs[1]).run()
 
 
@@ -118,14 +118,14 @@ def poisoned_in_one(config: Any) -> None:
     from mu.algorithms.saliency_unlearning import trainer
     from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 
-    whole, steps = trainer.salun_loss, []
+    whole, steps = trainer.SalUn.terms, []
 
     def poison(*args: Any, **kwargs: Any) -> Any:
         steps.append(1)
         nan = float("nan") if ranks.rank() == 1 and len(steps) == 2 else 1.0
-        return tuple(nan * term for term in whole(*args, **kwargs))
+        return {name: nan * term for name, term in whole(*args, **kwargs).items()}
 
-    trainer.salun_loss = poison
+    trainer.SalUn.terms = poison
     SaliencyUnlearningAlgorithm(config).run()
 
 

@@ -1,4 +1,4 @@
-"""Saliency unlearning (Fan et al. 2024), from a config to the files of a run: the training; the mask comes with it.
+"""Saliency unlearning (Fan et al. 2024) from a config to the files of a run: the mask, and the training under it.
 
 MaskingAlgorithm(saliency_unlearning_generate_mask_emoji_canvas, template_name="Noto").run()
 SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, template_name="Noto").run()
@@ -6,57 +6,177 @@ SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, template_nam
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from tqdm import tqdm
+
 from mu import ranks
-from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
 from mu.algorithms.saliency_unlearning.masking import (
     Mask,
+    MaskError,
+    MaskLossError,
+    accumulate_within_memory,
     check_mask,
+    count_marked,
     load_mask,
     random_mask,
+    save_mask,
+    threshold_masks,
 )
-from mu.algorithms.saliency_unlearning.masking_algorithm import MaskingAlgorithm
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.plan import plan_training
+from mu.algorithms.saliency_unlearning.plan import plan_mask, plan_training
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
+from mu.algorithms.saliency_unlearning.utils import layer_groups, unet_fingerprint
 from mu.config import config_of, require_paths
+from mu.datasets.index import concept_label
 from mu.devices import peak_memory_bytes
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
-from mu.run_folder import RESULT, RunFolder
-from mu.unlearning.checkpoints import (
-    Checkpoints,
-    find_run_state,
-)
-from mu.unlearning.compute import (
-    choose,
-    computing,
-)
-from mu.unlearning.fit import fit
+from mu.run_folder import RESULT
+from mu.unlearning.batches import ForgetBatch
+from mu.unlearning.checkpoints import Checkpoints, resumed_state
+from mu.unlearning.compute import choose, computing
+from mu.unlearning.loggers import LossLog, RunLogger
 from mu.unlearning.moving import names_of
 from mu.unlearning.output import check_save_dtype, model_of, original_of, write_and_prove
 from mu.unlearning.plan import Plan
-from mu.unlearning.progress import Progress
-from mu.unlearning.progress_pictures import ProgressPictures
-from mu.unlearning.run_state import (
-    RunState,
-    read_run_state,
-)
-from mu.unlearning.runs import (
-    Result,
-    decorating,
-    open_run,
-    save_result,
-)
+from mu.unlearning.progress import Progress, ProgressPictures
+from mu.unlearning.runs import Result, decorating, open_run, save_result
+from mu.verbosity import bars_off
 
 __all__ = ["MaskingAlgorithm", "SaliencyUnlearnAlgorithm", "SaliencyUnlearningAlgorithm"]
+
+
+class MaskingAlgorithm:
+    """Stage 1: which weights of the UNet are salient for a concept.
+
+    Args:
+        config: a MaskConfig, or a mapping of some of its keys (an OmegaConf DictConfig too); it is not changed.
+        overrides: keys of the config with other values.
+
+    Raises:
+        ConfigError: a key is unknown, or a value wrong.
+    """
+
+    def __init__(self, config: MaskConfig | Mapping[str, Any], **overrides: Any) -> None:
+        self.config = config_of(MaskConfig, config, **overrides)
+
+    def plan(self) -> Plan:
+        """What `run` would do and write, with sizes. Nothing is made, sampled or encoded.
+
+        What `run` would fail of is in the plan's `problems` and `later_problems`; to find all of it, the checkpoint
+        and the images are read.
+
+        Raises:
+            ConfigError: a path is missing.
+            ModelConfigError: the model's YAML cannot be used.
+        """
+        require_paths(self.config)
+        return plan_mask(self.config).examined()
+
+    def run(self) -> Result:
+        """Make one mask for each threshold, from one pass of gradients.
+
+        Returns:
+            `run`, the run's folder; `masks`, threshold -> path; `kept`, threshold -> number of weights; `total`;
+            `images`; `seconds`.
+
+        Raises:
+            ConfigError: a path is missing; names the command that makes what is missing.
+            MuError: the checkpoint, the data or the gradients cannot be used; see the message.
+        """
+        require_paths(self.config)
+        return on_ranks(_masking, self.config, self.config.devices)
+
+    def run_here(self) -> Result:
+        """As `run`, in this process: as one of its group, if it has joined one (`mu.ranks.joined`)."""
+        config, started = self.config, time.monotonic()
+
+        # 1. Plan: what stops the run is found before anything is made
+        plans: list[Plan] = []  # in the main process
+        ranks.on_main(lambda: plans.append(plan_mask(config).require()))
+        with open_run(config) as folder:
+            for plan in plans:
+                plan.say_warnings(folder.logger)
+
+            # 2. Load the model; sample and encode what is missing, by the model as it was loaded
+            model = model_of(config)
+            data = SaliencyUnlearnDataHandler(config, model, rows=plans[0].rows if plans else None)
+            data.mask_batches()
+
+            # 3. Saliency: the absolute value of the summed gradients
+            compute = choose(
+                config,
+                model,
+                images=ranks.largest_share(config.batch_size) * (2 if config.c_guidance else 1),
+                latent_shape=model.latent_shape(data.image_size),
+                reserved=4 * sum(parameter.numel() for parameter in model.unet.parameters()),
+            )
+
+            def batches() -> Iterable[ForgetBatch]:
+                found, count = data.mask_batches(), data.mask_batch_count
+                return tqdm(found, total=count, desc="saliency", unit="batch", disable=bars_off())
+
+            try:
+                with computing(model, compute):
+                    saliency = accumulate_within_memory(
+                        model,
+                        batches,
+                        c_guidance=config.c_guidance,
+                        batch_size=config.batch_size,
+                        compute=compute,
+                    )
+            except MaskLossError as error:
+                images = ", ".join(data.mask_images(error.batch))
+                raise MaskError(f"{error}; its images: {images}") from error
+
+            # 4. Masks: the most salient weights, exactly as many as each threshold says
+            pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
+            masks = threshold_masks(saliency, config.thresholds, pool=pool)
+            del saliency  # 4 bytes a weight
+
+            # 5. Write
+            described = {
+                "concept": concept_label(config.concepts),
+                "template": config.template,
+                "template_name": config.concepts[0] if len(config.concepts) == 1 else list(config.concepts),
+                "pool": config.pool,
+                "train_method": config.train_method if pool is not None else "full",
+                "model_fingerprint": unet_fingerprint(model),
+                "c_guidance": config.c_guidance,
+                "images": len(data.rows.forget),
+                "draws_per_image": config.draws_per_image,
+                "seed": config.seed,
+            }
+
+            def write() -> Result:
+                paths, kept = {}, {}
+                for threshold, mask in zip(config.thresholds, masks, strict=True):
+                    # All digits: thresholds that differ must not share a file.
+                    path = folder.path / f"mask_{repr(threshold).removesuffix('.0')}.safetensors"
+                    own = {"threshold": threshold, "kept_fraction": layer_groups(mask)}
+                    save_mask(mask, path, {**described, **own})
+                    paths[threshold], kept[threshold] = path, sum(map(count_marked, mask.values()))
+                    folder.logger.info("threshold %g keeps %d weights: %s", threshold, kept[threshold], path)
+                result = {
+                    "run": folder.path,
+                    "masks": paths,
+                    "kept": kept,
+                    "total": sum(marked.numel() for marked in masks[0].values()),
+                    "images": len(data.rows.forget),
+                    "seconds": time.monotonic() - started,
+                }
+                save_result(folder, result)
+                return result
+
+            return ranks.on_main(write)
 
 
 class SaliencyUnlearningAlgorithm:
@@ -72,18 +192,9 @@ class SaliencyUnlearningAlgorithm:
 
     def __init__(self, config: TrainConfig | Mapping[str, Any], **overrides: Any) -> None:
         self.config = config_of(TrainConfig, config, **overrides)
-        self._plan: Plan | None = None  # of the run that was begun, in the main process
 
     def plan(self) -> Plan:
-        """What `run` would do and write, with sizes. Nothing is made, sampled or encoded.
-
-        What `run` would fail of is in the plan's `problems` and `later_problems`; to find all of it, the checkpoint
-        and the images are read.
-
-        Raises:
-            ConfigError: a path is missing.
-            ModelConfigError: the model's YAML cannot be used.
-        """
+        """What `run` would do and write, as `MaskingAlgorithm.plan`."""
         require_paths(self.config)
         return plan_training(self.config).examined()
 
@@ -110,34 +221,72 @@ class SaliencyUnlearningAlgorithm:
 
     def run_here(self) -> Result:
         """As `run`, in this process: as one of its group, if it has joined one (`mu.ranks.joined`)."""
-        config = self.config
-        started = time.monotonic()
-        warnings, mask_path = ranks.on_main(self._checked)
-        resumed = _resumed(config) if config.resume is not None else None
-        with (
-            open_run(config, resumed) as folder,
-            Checkpoints(folder.path, config) as checkpoints,
-        ):
-            for warning in warnings:
-                folder.logger.warning("%s", warning)
-            if mask_path is not None:
-                folder.logger.info("mask: %s", mask_path)
+        config, started = self.config, time.monotonic()
+
+        # 1. Plan: what stops the run is found before anything is made
+        plans: list[Plan] = []  # in the main process
+
+        def planned() -> Path | None:
+            plans.append(plan_training(config).require())
+            return plans[0].inputs.get("mask_path")
+
+        mask_path = ranks.on_main(planned)
+        resumed = resumed_state(config) if config.resume is not None else None
+        with open_run(config, resumed) as folder, Checkpoints(folder.path, config) as checkpoints:
+            for plan in plans:
+                plan.say_warnings(folder.logger)
+
+            # 2. Load the model, and what of it may move
             source = ranks.on_main(config.checkpoint)
             ldm = model_of(config)
             original = original_of(source, ldm.params, use_ema=config.use_ema) if ranks.is_main() else {}
             ranks.on_main(lambda: check_save_dtype(original, config.save_dtype))
-            mask = self._mask(ldm, mask_path)
-            data = SaliencyUnlearnDataHandler(config, ldm, rows=self._plan.rows if self._plan else None)
-            model = SaliencyUnlearnModel(ldm, config.train_method, mask)
+            if mask_path is not None:
+                folder.logger.info("mask: %s", mask_path)
+            model = SaliencyUnlearnModel(ldm, config.train_method, self._mask(ldm, mask_path))
             folder.logger.info("%(selected)d of %(total)d weights of the UNet may move", model.counts)
-            checkpoints.identify(model, data.rows, original, resumed)
 
+            # 3. The images: listed, sampled and encoded by the model as it was loaded
+            data = SaliencyUnlearnDataHandler(config, ldm, rows=plans[0].rows if plans else None)
+            checkpoints.identify(model, data.listed(), original, resumed)
             pictures = ProgressPictures(config, ldm, data.rows)
-            ranks.on_main(lambda: _draw(pictures, "before"))
-            losses = self._train(model, data, folder, pictures, checkpoints=checkpoints, resumed=resumed)
-            gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
+            ranks.on_main(lambda: pictures.draw("before"))
+            batches = data.train_batches
+
+            # 4. Train
+            most = config.micro_batch_size or math.inf
+            sizes = (batches.batch_size, batches.retain_batch_size)
+            compute = choose(
+                config,
+                ldm,
+                images=int(sum(min(ranks.largest_share(size), most) for size in sizes)),
+                latent_shape=ldm.latent_shape(data.image_size),
+                reserved=4 * model.counts["train_method"] + 12 * model.counts["selected"],
+            )
+            logger = RunLogger(config, folder.path)
+            with computing(ldm, compute):
+                trainer = SaliencyUnlearnTrainer(
+                    model,
+                    alpha=config.alpha,
+                    lr=config.lr,
+                    decay_steps=batches.total_steps if config.lr_schedule == "linear" else None,
+                    target=config.target,
+                    retain_target=config.retain_target,
+                    objective=config.objective,
+                    compute=compute,
+                    micro_batch_size=config.micro_batch_size,
+                )
+                losses = trainer.fit(
+                    batches,
+                    log=LossLog(folder, logger),
+                    progress=Progress(config, batches, pictures, folder=folder, logger=logger),
+                    checkpoints=checkpoints,
+                    resumed=resumed,
+                )
+            del trainer  # and with it the optimizer's state
             model.verify_same_everywhere()
 
+            # 5. Write, prove that nothing else moved, and make the patch
             def finish() -> Result:
                 written = write_and_prove(
                     ldm,
@@ -147,18 +296,20 @@ class SaliencyUnlearningAlgorithm:
                     original=original,
                     selected=model.selected,
                     metadata={"train_method": config.train_method, "masking": config.masking},
-                    base=self._plan.unet_fingerprint if self._plan is not None else None,
+                    base=plans[0].unet_fingerprint,
                     lr=config.lr,
                 )
-                _draw(pictures, "after")
+
+                # 6. Tell of it: pictures from the written weights, and last metrics.json
+                pictures.draw("after")
                 result = {
                     "run": folder.path,
                     **written,
-                    "pictures": _saved(pictures, folder.path / "pictures" / "before_after.png"),
+                    "pictures": pictures.save(folder.path / "pictures" / "before_after.png"),
                     "mask": mask_path,
                     "weights_selected": model.counts["selected"],
                     "weights_total": model.counts["total"],
-                    "steps": data.total_steps,
+                    "steps": batches.total_steps,
                     **losses,
                     "seconds": time.monotonic() - started,
                     "peak_memory_bytes": peak_memory_bytes(),
@@ -168,51 +319,6 @@ class SaliencyUnlearningAlgorithm:
                 return result
 
             return ranks.on_main(finish)
-
-    def _checked(self) -> tuple[Sequence[str], Path | None]:
-        """Warnings and mask of the plan, which is kept in this process, once nothing in it stops the run."""
-        self._plan = plan_training(self.config).require()
-        return self._plan.warnings, self._plan.inputs.get("mask_path")
-
-    def _train(
-        self,
-        model: SaliencyUnlearnModel,
-        data: SaliencyUnlearnDataHandler,
-        folder: RunFolder,
-        pictures: ProgressPictures,
-        *,
-        checkpoints: Checkpoints,
-        resumed: RunState | None,
-    ) -> dict[str, float]:
-        """All steps; returns the losses of `fit`."""
-        config = self.config
-        steps = data.train_steps  # sampled and encoded here, by the model as it was loaded
-        most = config.micro_batch_size or math.inf
-        compute = choose(
-            config,
-            model.ldm,
-            images=int(
-                sum(min(ranks.largest_share(n), most) for n in (steps.batch_size, steps.retain_batch_size))
-            ),
-            latent_shape=model.ldm.latent_shape(data.image_size),
-            reserved=4 * model.counts["train_method"] + 12 * model.counts["selected"],
-        )
-        with computing(model.ldm, compute):
-            trainer = SaliencyUnlearnTrainer(
-                model,
-                alpha=config.alpha,
-                lr=config.lr,
-                decay_steps=data.total_steps if config.lr_schedule == "linear" else None,
-                target=config.target,
-                retain_target=config.retain_target,
-                objective=config.objective,
-                compute=compute,
-                micro_batch_size=config.micro_batch_size,
-            )
-            progress = Progress(config, steps, pictures, folder)
-            return fit(
-                trainer, data, config, folder, callbacks=[progress], checkpoints=checkpoints, resumed=resumed
-            )
 
     def _mask(self, ldm: LatentDiffusion, mask_path: Path | None) -> Mask | None:
         """The mask that `masking` asks for, in main memory; None is all weights.
@@ -225,38 +331,17 @@ class SaliencyUnlearningAlgorithm:
             check_mask(mask, ldm.unet)  # whether it was made from these very weights, the plan has found out
             return mask
         if config.masking == "random":
-            pool = names_of(ldm.unet, config.train_method) if config.mask_pool == "train_method" else None
-            parameters = dict(ldm.unet.named_parameters())
-            return random_mask(parameters, config.threshold, seed=config.mask_seed, pool=pool)
+            parameters: dict[str, Tensor] = dict(ldm.unet.named_parameters())
+            return random_mask(parameters, config.random_fraction, seed=config.seed)
         return None
 
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
 
 
-def _draw(pictures: ProgressPictures, moment: str) -> None:
-    with decorating(f"pictures {moment}"):
-        pictures.take(moment)
-
-
-def _saved(pictures: ProgressPictures, path: Path) -> Path | None:
-    saved = None
-    with decorating(path.name):
-        saved = pictures.save(path)
-    return saved
+def _masking(config: MaskConfig) -> Result:
+    return MaskingAlgorithm(config).run_here()
 
 
 def _unlearning(config: TrainConfig) -> Result:
     return SaliencyUnlearningAlgorithm(config).run_here()
-
-
-def _resumed(config: TrainConfig) -> RunState:
-    """The checkpoint that `resume` leads to; all processes take the one that the main one finds."""
-    found: dict[str, RunState] = {}
-
-    def find() -> Path:
-        found["here"] = find_run_state(config)
-        return found["here"].path
-
-    path = ranks.on_main(find)
-    return found["here"] if found else read_run_state(path)

@@ -9,9 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from torch.utils.data import DataLoader
-
 from mu import ranks
 from mu.datasets import generated
 from mu.datasets.data_sets import (
@@ -19,7 +16,6 @@ from mu.datasets.data_sets import (
 )
 from mu.datasets.encoded import EncodedRows
 from mu.datasets.index import (
-    DataError,
     ForgetRetain,
     Row,
     check_choice,
@@ -28,13 +24,10 @@ from mu.datasets.index import (
 )
 from mu.datasets.latents import LatentCache
 from mu.ldm.latent_diffusion import LatentDiffusion
-from mu.unlearning.batches import TrainBatch, TrainSteps
+from mu.unlearning.batches import EncodedBatches, ForgetBatch
 from mu.unlearning.rows import checked_image_size, checked_rows, retained_places, sampled_images
 
 SAMPLE_BATCH = 16  # images sampled at once; of no consequence to what is sampled
-
-MaskBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""latents (B, C, h, w), timesteps (B,), noise (B, C, h, w), context (B, L, D), uncond_context (B, L, D)."""
 
 _log = logging.getLogger(__name__)
 
@@ -72,29 +65,19 @@ class SaliencyUnlearnDataHandler:
         """All rows to forget and to retain, whether this run reads them or not."""
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Training steps of one pass over the rows to forget."""
-        return math.ceil(len(self.rows.forget) / self.config.batch_size)
-
-    @property
-    def total_steps(self) -> int:
-        """Training steps of the run."""
-        return int(self.config.epochs) * self.steps_per_epoch
-
-    @property
     def mask_batch_count(self) -> int:
         """Batches that `mask_batches` yields."""
         return math.ceil(len(self.rows.forget) * self.config.draws_per_image / self.config.batch_size)
 
-    def mask_batches(self) -> Iterator[MaskBatch]:
+    def mask_batches(self) -> Iterator[ForgetBatch]:
         """Batches of the images to forget, `draws_per_image` draws of each, fp32 on the model's device.
 
-        The context is that of the image's own prompt, the uncond_context that of "". Images are sampled and encoded
+        The context is that of the image's own prompt, the reference context that of "". Images are sampled and encoded
         in this call, not while the batches are taken.
         """
         return self._mask_batches(self._forget)
 
-    def _mask_batches(self, forget: EncodedRows) -> Iterator[MaskBatch]:
+    def _mask_batches(self, forget: EncodedRows) -> Iterator[ForgetBatch]:
         device = next(self.model.parameters()).device
         empty = forget.contexts[""]  # (L, D)
         num_timesteps = min(self.config.num_timesteps, self.model.num_timesteps)
@@ -103,7 +86,7 @@ class SaliencyUnlearnDataHandler:
                 batch, seed=self.config.seed, stage="mask", num_timesteps=num_timesteps
             )
             context = forget.context(batch).to(device)
-            yield (
+            yield ForgetBatch(
                 latents.to(device),
                 timesteps.to(device),
                 noise.to(device),
@@ -122,28 +105,19 @@ class SaliencyUnlearnDataHandler:
         size = self.config.batch_size
         return [wanted[first : first + size] for first in range(0, len(wanted), size)]
 
-    def train_loader(self, *, start_step: int = 0, num_workers: int = 0) -> DataLoader[TrainBatch]:
-        """A loader of the batches of steps start_step..total_steps-1 (all epochs in one pass), fp32 on the CPU.
-
-        Raises:
-            DataError: there is nothing to retain, or start_step is beyond the last step.
-        """
-        if not 0 <= start_step <= self.total_steps:
-            raise DataError(f"start_step = {start_step}: this run has {self.total_steps} steps.")
-        steps = self.train_steps
-        return DataLoader(
-            steps,
-            batch_size=None,
-            sampler=range(start_step, self.total_steps),
-            num_workers=num_workers,
-        )
+    def listed(self) -> list[list[tuple[str, str | None]]]:
+        """What tells the rows of one run from those of another: key and substitute prompt of each."""
+        return [
+            [(row.key, row.substitute_prompt) for row in part]
+            for part in (self.rows.forget, self.rows.retain)
+        ]
 
     @cached_property
-    def train_steps(self) -> TrainSteps:
+    def train_batches(self) -> EncodedBatches:
         """The training batches by step; samples and encodes what is still missing."""
         retain_batch_size = self.config.retain_batch_size or self.config.batch_size
         retain = self._encoded(self.rows.retain, retained_places(self.config, self.rows), "retain")
-        return TrainSteps(
+        return EncodedBatches(
             self._forget,
             retain,
             seed=self.config.seed,

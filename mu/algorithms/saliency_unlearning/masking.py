@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,8 @@ from mu.algorithms.saliency_unlearning.mask_file import (
 from mu.algorithms.saliency_unlearning.selection import find_edges, mark
 from mu.ldm import LatentDiffusion
 from mu.ldm.prediction import predict_pair
-from mu.unlearning.compute import (
-    Compute,
-    is_out_of_memory,
-    less_at_once,
-)
+from mu.unlearning.batches import ForgetBatch, pieces
+from mu.unlearning.compute import Compute, is_out_of_memory, less_at_once
 
 __all__ = [
     "Mask",
@@ -43,9 +40,6 @@ __all__ = [
     "threshold_masks",
 ]
 
-MaskBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""latents (B, C, H, W), timesteps (B,), noise (B, C, H, W), context (B, L, D), uncond_context (B or 1, L', D)."""
-
 
 class MaskLossError(MaskError):
     """The loss of a batch is NaN or infinite; `batch` is its index."""
@@ -60,7 +54,7 @@ class MaskLossError(MaskError):
 
 def accumulate_within_memory(
     model: LatentDiffusion,
-    make_batches: Callable[[], Iterable[MaskBatch]],
+    make_batches: Callable[[], Iterable[ForgetBatch]],
     *,
     c_guidance: float,
     batch_size: int,
@@ -93,7 +87,7 @@ def accumulate_within_memory(
 
 def accumulate_saliency(
     model: LatentDiffusion,
-    batches: Iterable[MaskBatch],
+    batches: Iterable[ForgetBatch],
     *,
     c_guidance: float,
     compute: Compute | None = None,
@@ -110,8 +104,9 @@ def accumulate_saliency(
 
     Args:
         model: left as it was found, except that gradients of the UNet are cleared.
-        batches: see `MaskBatch`; the latents are clean, scaled, already drawn from the posterior. The same in every
-            process, which takes its share of each.
+        batches: see `ForgetBatch`, or tuples of its tensors; the latents are drawn from the posterior, the reference
+            context is that of the empty prompt, (B or 1, L', D). The same in every process, which takes its share of
+            each.
         c_guidance: 0 gives the plain diffusion loss; the unconditional branch is then not computed.
         compute: the precision of the arithmetic, see `compute.computing`.
         micro_batch_size: batches are cut so that at most so many images go through the UNet at once.
@@ -150,17 +145,21 @@ def accumulate_saliency(
                 )
         images = 0
         with ranks.in_step():
-            for index, batch, count in _pieces(batches, micro_batch_size):
-                with torch.enable_grad(), (compute or Compute()).autocast(batch[0].device):
-                    loss = count * _forget_loss(model, batch, c_guidance)  # ()
-                if not torch.isfinite(loss):
-                    raise MaskLossError(
-                        index,
-                        f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or the "
-                        "model's weights are not finite",
-                    )
-                loss.backward()
-                images += count
+            for index, batch in enumerate(batches):
+                latents, timesteps, noise, context, uncond_context = batch
+                uncond_context = uncond_context.expand(len(latents), -1, -1)  # (B, L', D)
+                whole = ForgetBatch(latents, timesteps, noise, context, uncond_context)
+                for ((piece, count),) in pieces([whole], micro_batch_size):
+                    with torch.enable_grad(), (compute or Compute()).autocast(latents.device):
+                        loss = count * _forget_loss(model, piece, c_guidance)  # ()
+                    if not torch.isfinite(loss):
+                        raise MaskLossError(
+                            index,
+                            f"the loss of mask batch {index} is {loss.item()}: its latents, its prompt embeddings or "
+                            "the model's weights are not finite",
+                        )
+                    loss.backward()
+                    images += count
         images = sum(ranks.gathered(images))
         if not images:
             raise MaskError("there is no image to compute the saliency from: the forget set is empty")
@@ -190,24 +189,7 @@ def accumulate_saliency(
             module.training = True
 
 
-def _pieces(batches: Iterable[MaskBatch], size: int | None) -> Iterator[tuple[int, MaskBatch, int]]:
-    """This process' share of each batch in pieces of at most `size` images: index of the batch, piece, images in it.
-
-    There are as many pieces in every process. One that has no image left for a piece takes the batch's first, and it
-    counts as 0 images.
-    """
-    for index, batch in enumerate(batches):
-        latents, timesteps, noise, context, uncond_context = batch
-        uncond_context = uncond_context.expand(len(latents), -1, -1)  # (B, L', D)
-        parts = (latents, timesteps, noise, context, uncond_context)
-        most = ranks.largest_share(len(latents))
-        for first in range(0, most, size or most):
-            mine = ranks.within_share(first, size or most)
-            count = len(latents[mine])
-            yield index, tuple(part[mine if count else slice(0, 1)] for part in parts), count  # type: ignore[misc]
-
-
-def _forget_loss(model: LatentDiffusion, batch: MaskBatch, c_guidance: float) -> Tensor:
+def _forget_loss(model: LatentDiffusion, batch: ForgetBatch, c_guidance: float) -> Tensor:
     """Mean over the images and their elements."""
     latents, timesteps, noise, context, uncond_context = batch
     noisy = model.q_sample(latents, timesteps, noise)  # (B, C, H, W)

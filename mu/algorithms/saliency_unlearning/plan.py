@@ -119,12 +119,8 @@ def _selected(config: TrainConfig, seen: Inspection, names: list[str], mask: Pat
         shapes, marks = marks_of(mask)
         check_shapes(shapes, seen.unet)
     elif config.masking == "random":
-        within = seen.numel if config.mask_pool == "unet" else names
         # The draw is over all of them together: this is what a tensor has on average.
-        marks = {
-            name: math.ceil(config.threshold * count) if name in within else 0
-            for name, count in seen.numel.items()
-        }
+        marks = {name: math.ceil(config.random_fraction * count) for name, count in seen.numel.items()}
     else:
         marks = seen.numel
     selected = {name: marks[name] for name in names if marks[name]}

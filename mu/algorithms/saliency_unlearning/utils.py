@@ -44,7 +44,9 @@ def layer_group(name: str) -> str:
 
 
 def find_mask(config: TrainConfig) -> Path:
-    """The mask file that `mask_path` leads to: itself, or in a folder the newest of this concept and threshold.
+    """The mask file that `mask_path` leads to: itself, or in a folder the newest of this concept.
+
+    Where the key `threshold` names one, the newest of this threshold.
 
     Raises:
         MaskError: the folder has no such mask; names the command that makes it.
@@ -53,7 +55,9 @@ def find_mask(config: TrainConfig) -> Path:
     path = resolve_path(config.mask_path)
     if path.is_file():
         return path
-    wanted = {"template": config.template, "threshold": config.threshold}
+    wanted: dict[str, object] = {"template": config.template}
+    if config.threshold is not None:
+        wanted["threshold"] = config.threshold
     fitting = []
     for candidate in path.rglob("mask_*.safetensors"):
         metadata = load_mask_metadata(candidate)
@@ -61,9 +65,10 @@ def find_mask(config: TrainConfig) -> Path:
         if set(forgotten) == set(config.concepts) and wanted.items() <= metadata.items():
             fitting.append(candidate)
     if not fitting:
+        threshold = "" if config.threshold is None else f" with threshold {config.threshold}"
         raise MaskError(
-            f"mask_path: no mask of {config.template} {concept_label(config.concepts)} with threshold "
-            f"{config.threshold} below {path}; make it: {mask_command(config)}"
+            f"mask_path: no mask of {config.template} {concept_label(config.concepts)}{threshold} below {path}; make "
+            f"it: {mask_command(config)}"
         )
     newest = max(fitting, key=lambda candidate: (candidate.stat().st_mtime_ns, str(candidate)))
     _log.info("mask_path: taking %s, the newest of %d", newest, len(fitting))

@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning import algorithm
 from mu.algorithms.saliency_unlearning.algorithm import (
     MaskingAlgorithm,
     SaliencyUnlearnAlgorithm,
@@ -51,11 +50,13 @@ from mu.config import ConfigError, load_config
 from mu.ldm import LatentDiffusion, load_model
 from mu.ldm.checkpoint import read_state_dict
 from mu.ldm.model_config import load_model_config
+from mu.unlearning import output
 from mu.unlearning.moving import (
     TrainingError,
     names_of,
 )
 from mu.unlearning.output import write_unlearned
+from mu.unlearning.trainer import Trainer
 
 Result = dict[str, Any]
 
@@ -286,9 +287,9 @@ def test_every_step_is_in_the_metrics(train_run: Result) -> None:
 def test_the_first_loss_is_that_of_the_first_batch(
     train_run: Result, tiny_runs: Any, model: LatentDiffusion
 ) -> None:
-    batch = next(iter(SaliencyUnlearnDataHandler(tiny_runs.train_config(), model).train_loader()))
+    batch = SaliencyUnlearnDataHandler(tiny_runs.train_config(), model).train_batches[0]
     with torch.no_grad():
-        terms = salun_loss(model, batch["forget"], batch["retain"], 0.5)
+        terms = salun_loss(model, batch.forget, batch.retain, 0.5)
     first = losses(train_run["run"])[0]
     assert [first["loss"], first["forget"], first["retain"]] == pytest.approx(
         [float(term) for term in terms], rel=1e-4
@@ -325,7 +326,7 @@ def test_two_names_of_one_class() -> None:
 def test_an_fp16_file_stays_fp16(tiny_runs: Any, tmp_path: Path) -> None:
     """Here with a random mask, and written as .ckpt."""
     half = tiny_runs.checkpoint("half")
-    result = trained(tiny_runs, tmp_path, ckpt_path=str(half), threshold=0.25, output_format="ckpt")
+    result = trained(tiny_runs, tmp_path, ckpt_path=str(half), random_fraction=0.25, output_format="ckpt")
     assert result["checkpoint"].name == "model.ckpt"
     assert read_state_dict(half)[0][f"{UNET_PREFIX}out.2.weight"].dtype == torch.float16
     changed = changed_entries(half, result["checkpoint"])
@@ -338,35 +339,14 @@ def test_an_fp16_file_stays_fp16(tiny_runs: Any, tmp_path: Path) -> None:
 
 
 def test_a_random_mask_is_that_of_its_seed(tiny_runs: Any, tmp_path: Path) -> None:
-    def moved(mask_seed: int) -> dict[str, Tensor]:
-        result = trained(tiny_runs, tmp_path, threshold=0.25, epochs=1, mask_seed=mask_seed)
+    def moved(seed: int) -> dict[str, Tensor]:
+        result = trained(tiny_runs, tmp_path, random_fraction=0.25, epochs=1, seed=seed)
         return changed_entries(tiny_runs.checkpoint(), result["checkpoint"])
 
     first, second = moved(0), moved(1)
     common = sum(int((first[name] & second[name]).sum()) for name in first.keys() & second.keys())
     count = sum(int(differs.sum()) for differs in first.values())
     assert common == pytest.approx(0.25 * count, rel=0.05)  # as two independent quarters have
-
-
-def test_a_random_mask_of_the_train_method_is_as_large_as_the_saliency_mask(
-    tiny_runs: Any, tmp_path: Path
-) -> None:
-    """Both rank the same weights, so the control differs in which of them may move, not in how many."""
-    shared = {"train_method": "xattn", "threshold": 0.3}
-    salient = MaskingAlgorithm(
-        tiny_runs.mask_config(**shared, pool="train_method", output_dir=str(tmp_path / "masks"))
-    ).run()
-    runs = [
-        trained(tiny_runs, tmp_path, **shared, epochs=1, **changes)
-        for changes in (
-            {"masking": "saliency", "mask_path": str(tmp_path / "masks")},
-            {"mask_pool": "train_method"},
-        )
-    ]
-    assert [run["weights_selected"] for run in runs] == [salient["kept"][0.3]] * 2
-    by_saliency, by_chance = (changed_entries(tiny_runs.checkpoint(), run["checkpoint"]) for run in runs)
-    assert by_saliency.keys() == by_chance.keys()
-    assert any(not torch.equal(by_saliency[name], by_chance[name]) for name in by_chance)
 
 
 def test_without_a_mask_the_train_method_alone_decides(
@@ -464,7 +444,7 @@ def test_promise_23_a_weight_that_moves_outside_the_mask_stops_the_run(
             model.get_parameter("first_stage_model.quant_conv.bias")[0] += 1e-3
 
     with monkeypatch.context() as patch:
-        patch.setattr(algorithm, "fit", lambda trainer, *_, **__: spoil(trainer.model.ldm))
+        patch.setattr(Trainer, "fit", lambda trainer, *_, **__: spoil(trainer.model.ldm) or {})
         with pytest.raises(TrainingError, match=r"quant_conv\.bias differs from .* outside the mask"):
             trained(tiny_runs, tmp_path / "memory")
     assert not list((tmp_path / "memory").rglob("model.*"))
@@ -474,8 +454,8 @@ def test_promise_23_a_weight_that_moves_outside_the_mask_stops_the_run(
         return write_unlearned(model, config, folder, source=source)
 
     with monkeypatch.context() as patch:
-        patch.setattr(algorithm, "fit", lambda *_, **__: {})
-        patch.setattr(algorithm, "write_unlearned", write_spoilt)
+        patch.setattr(Trainer, "fit", lambda *_, **__: {})
+        patch.setattr(output, "write_unlearned", write_spoilt)
         with pytest.raises(TrainingError, match=r"quant_conv\.bias differs from .* outside the mask"):
             trained(tiny_runs, tmp_path / "file")
     assert not list((tmp_path / "file").rglob("metrics.json"))
@@ -490,8 +470,8 @@ def test_promise_23_a_weight_that_moves_outside_the_mask_stops_the_run(
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(algorithm, "fit", lambda *_, **__: {})
-        patch.setattr(algorithm, "write_unlearned", write_and_damage)
+        patch.setattr(Trainer, "fit", lambda *_, **__: {})
+        patch.setattr(output, "write_unlearned", write_and_damage)
         with pytest.raises(TrainingError, match=r"out\.2\.bias reads back otherwise than it was written"):
             trained(tiny_runs, tmp_path / "read", masking="none")
     assert not list((tmp_path / "read").rglob("model*"))
@@ -620,25 +600,23 @@ def test_the_mask_stays_in_main_memory(tiny_runs: Any) -> None:
 def test_nothing_of_a_run_stays_in_memory(
     tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Model and weights, optimizer and its state, Lightning's loop."""
+    """Model and weights, optimizer and its state."""
     made: dict[str, weakref.ref[Any]] = {}
-    whole = algorithm.fit
+    whole = Trainer.fit
 
-    def fit(trainer: Any, *rest: Any, **more: Any) -> dict[str, float]:
+    def fit(trainer: Trainer, *rest: Any, **more: Any) -> dict[str, float]:
         losses = whole(trainer, *rest, **more)
-        (optimizer,) = trainer.trainer.optimizers
-        weight, state = next(iter(optimizer.state.items()))
+        weight, state = next(iter(trainer.optimizer.state.items()))
         made.update(
             model=weakref.ref(trainer.model),
             weight=weakref.ref(weight),
-            loop=weakref.ref(trainer.trainer),
-            optimizer=weakref.ref(optimizer),
+            optimizer=weakref.ref(trainer.optimizer),
             moment=weakref.ref(state["exp_avg"]),
         )
         return losses
 
-    monkeypatch.setattr(algorithm, "fit", fit)
+    monkeypatch.setattr(Trainer, "fit", fit)
     trained(tiny_runs, tmp_path)
     gc.collect()
-    assert len(made) == 5
+    assert len(made) == 4
     assert [name for name, reference in made.items() if reference() is not None] == []

@@ -128,7 +128,7 @@ def test_diffusers_folders(tiny_runs: Any, tmp_path: Path, capsys: Any) -> None:
 
 def test_patches_that_overlap(tiny_runs: Any, tmp_path: Path, capsys: Any) -> None:
     one, two = (
-        unlearned(tiny_runs, tmp_path / str(seed), mask_seed=seed, train_method="xattn")["patch"]
+        unlearned(tiny_runs, tmp_path / str(seed), seed=seed, train_method="xattn")["patch"]
         for seed in (0, 1)
     )
     base, sum_ = tiny_runs.checkpoint(), tmp_path / "sum.safetensors"

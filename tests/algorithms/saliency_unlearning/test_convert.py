@@ -112,7 +112,7 @@ def test_what_does_not_go_together_is_told() -> None:
 
 def unlearned(tiny_runs: Any, output_dir: Path, **changes: Any) -> Any:
     config = tiny_runs.train_config(output_dir=str(output_dir), masking="random", epochs=1, **changes)
-    return SaliencyUnlearningAlgorithm(config, threshold=0.25).run()
+    return SaliencyUnlearningAlgorithm(config, random_fraction=0.25).run()
 
 
 def test_from_a_diffusers_folder_to_a_diffusers_folder(tiny_runs: Any, tmp_path: Path) -> None:

@@ -90,14 +90,14 @@ def test_images_of_a_folder_are_forgotten_beside_sampled_ones(
         batch_size=2,
     )
     handler = SaliencyUnlearnDataHandler(config, model)
-    (batch,) = list(handler.train_loader())
-    assert torch.equal(batch["forget"][3][0], model.embed(["my dog"])[0])
-    assert torch.equal(batch["forget"][4][1], model.embed(["a cat"])[0])
+    (batch,) = list(handler.train_batches)
+    assert torch.equal(batch.forget[3][0], model.embed(["my dog"])[0])
+    assert torch.equal(batch.forget[4][1], model.embed(["a cat"])[0])
     retained = {row.prompt: row.image for row in handler.rows.retain}
     assert set(retained) == {"a cat, asleep", "a bird"}
     times = {path: path.stat().st_mtime_ns for path in retained.values()}
     assert all(str(tmp_path / "processed/generated_prompts") in str(path) for path in times)
-    list(SaliencyUnlearnDataHandler(config, model).train_loader())
+    list(SaliencyUnlearnDataHandler(config, model).train_batches)
     assert {path: path.stat().st_mtime_ns for path in times} == times  # kept
     assert len(lines(tmp_path / "processed/index/folder/style-dog/retain", "prompts.txt")) == 2
 

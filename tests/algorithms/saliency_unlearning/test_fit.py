@@ -1,4 +1,4 @@
-"""Lightning's loop as this package sets it up: losses on disk, precision, loggers, Ctrl-C."""
+"""The training loop: losses on disk, loggers, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,36 +9,29 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning.loggers
 import torch
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, Logger
-from torch.utils.data import DataLoader
 
-from mu.algorithms.saliency_unlearning import trainer as trainer_module
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.atomic import WriteError
 from mu.config import ConfigError, check_paths
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
-from mu.unlearning import fit as fit_module
-from mu.unlearning import progress
+from mu.unlearning import loggers
+from mu.unlearning.batches import Batch
 from mu.unlearning.checkpoints import Checkpoints
-from mu.unlearning.fit import (
-    fit,
-    run_loggers,
-    wandb_logger,
-    wandb_mode,
-)
-from mu.unlearning.guarded_logger import GuardedLogger
+from mu.unlearning.loggers import LossLog, RunLogger, wandb_logger, wandb_mode
 from mu.unlearning.run_state import read_run_state
+from mu.unlearning.trainer import Trainer
 
 TERMS = [(3.0, 1.0, 4.0), (5.0, 2.0, 6.0), (7.0, 3.0, 8.0), (10.0, 4.0, 12.0)]
 """loss, forget, retain of four steps."""
@@ -52,42 +45,46 @@ def folder(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def train(
-    make_tiny_model: Callable[..., LatentDiffusion], monkeypatch: pytest.MonkeyPatch, folder: RunFolder
+    make_tiny_model: Callable[..., LatentDiffusion], folder: RunFolder
 ) -> Callable[..., dict[str, float]]:
     """train(config, look): fits four steps, two an epoch, whose losses are `TERMS`; each calls `look(model)` first."""
 
     def run(config: Any, look: Callable[[Any], object] = lambda _: None) -> dict[str, float]:
         model = SaliencyUnlearnModel(make_tiny_model(), "xattn")
-        steps = iter(TERMS)
-
-        def planned(*_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
-            look(model)
-            reached = torch.stack([parameter.sum() for _, parameter in model.parameters_to_train()]).sum()
-            return tuple(value + 0.0 * reached for value in next(steps))
-
-        monkeypatch.setattr(trainer_module, "salun_loss", planned)
-        batches: Any = [{"forget": (torch.zeros(1),), "retain": (), "images": {}}] * len(TERMS)
-        data: Any = SimpleNamespace(
-            train_loader=lambda *, start_step: DataLoader(batches[start_step:], batch_size=None),
-            steps_per_epoch=2,
-            total_steps=4,
+        trainer = Trainer(model, Planned(model, look), lr=1e-3)
+        return trainer.fit(
+            FourSteps(),
+            log=LossLog(folder, RunLogger(config, folder.path)),
+            progress=SimpleNamespace(look=lambda *_: None),  # type: ignore[arg-type]
+            checkpoints=Checkpoints(folder.path, config),
         )
-        trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3)
-        return fit(trainer, data, config, folder, checkpoints=Checkpoints(folder.path, config))
 
     return run
 
 
-def test_a_run_in_the_script_of_sbatch_is_one_process(
-    train: Callable[..., dict[str, float]], tiny_runs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lightning alone would refuse the way in which the job asks for tasks."""
-    for name, value in {"NTASKS": "2", "JOB_NAME": "unlearn", "JOB_ID": "7"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_LOCALID", "0")
-    monkeypatch.setenv("SLURM_NODELIST", "localhost")
-    assert train(tiny_runs.train_config())["loss"] == 8.5
+class FourSteps:
+    steps_per_epoch, total_steps = 2, 4
+
+    def __getitem__(self, step: int) -> Batch:
+        return Batch((torch.zeros(1),), (torch.zeros(1),))
+
+    def validation(self) -> list[Batch]:
+        return []
+
+
+class Planned:
+    """An objective whose terms are those of `TERMS`, whatever the weights."""
+
+    weights: Mapping[str, float] = {"forget": 1.0, "retain": 0.5}
+
+    def __init__(self, model: SaliencyUnlearnModel, look: Callable[[Any], object]) -> None:
+        self.model, self.look, self.steps = model, look, iter(TERMS)
+
+    def terms(self, *_: Any) -> dict[str, torch.Tensor]:
+        self.look(self.model)
+        reached = torch.stack([p.sum() for _, p in self.model.parameters_to_train()]).sum()
+        _, forget, retain = next(self.steps)
+        return {"forget": forget + 0.0 * reached, "retain": retain + 0.0 * reached}
 
 
 def test_the_losses_are_means_of_the_last_epoch_and_every_step_is_on_disk(
@@ -105,7 +102,6 @@ def test_the_losses_are_means_of_the_last_epoch_and_every_step_is_on_disk(
 def test_ctrl_c_ends_the_run_as_ctrl_c_and_stays_switched_on(
     train: Callable[..., dict[str, float]], tiny_runs: Any
 ) -> None:
-    """Lightning alone would exit with code 1, and have the rest of the process ignore Ctrl-C."""
     handler = signal.getsignal(signal.SIGINT)
 
     def press(_: Any) -> None:
@@ -135,7 +131,7 @@ def test_promise_27_losses_that_cannot_be_written_stop_the_run_with_a_checkpoint
         train(tiny_runs.train_config(), fill_up)
     (left,) = (folder.path / "checkpoints").iterdir()
     assert left.name == "step-00000003.safetensors"
-    table = read_run_state(left).content["tables"]["metrics.csv"].numpy().tobytes()
+    table = read_run_state(left).part("tables")["metrics.csv"].numpy().tobytes()
     path.unlink()
     for step, (loss, forget, retain) in enumerate(TERMS[:3], start=1):
         folder.metrics_csv.append(step, loss=loss, forget=forget, retain=retain)
@@ -190,7 +186,7 @@ def test_promise_27_a_logger_that_cannot_write_does_not_end_the_run(
     if at_step == 0:
         block()
     logger = CSVLogger(place, flush_logs_every_n_steps=1)  # stands in for that of Weights & Biases
-    monkeypatch.setattr(fit_module, "wandb_logger", lambda *_: logger)
+    monkeypatch.setattr(loggers, "wandb_logger", lambda *_: logger)
     assert train(tiny_runs.train_config(), look)["loss"] == 8.5
     assert sum("CSVLogger failed" in message for message in caplog.messages) == 1
 
@@ -207,8 +203,8 @@ def test_promise_27_a_full_disk_under_tensorboard_does_not_end_the_run(
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     made: list[Any] = []
-    make = fit_module.run_loggers
-    monkeypatch.setattr(fit_module, "run_loggers", lambda *given: made.extend(make(*given)) or made)
+    make = loggers.make_logger
+    monkeypatch.setattr(loggers, "make_logger", lambda *given: made.append(make(*given)) or made[0])
     steps = 0
 
     def full(*_: Any) -> None:
@@ -247,15 +243,16 @@ def test_promise_26_a_service_of_a_parent_that_is_gone_loses_no_run(
     assert sum("WandbLogger failed" in message for message in caplog.messages) == 1
     assert (
         "WANDB_MODE" not in os.environ
-    )  # Lightning's; it would send the next run of this process offline too
+    )  # WandbLogger's; it would send the next run of this process offline too
 
 
-def test_an_error_that_is_no_loggers_is_raised(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    guard = GuardedLogger(logger)
-    with pytest.raises(AttributeError):
-        logger.log_metrics(metrics=None)  # a defect of the caller
-    assert guard.begin()
+def test_an_error_that_is_no_loggers_is_raised(
+    tiny_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loggers, "make_logger", lambda *_: CSVLogger(tmp_path))
+    logger = RunLogger(tiny_runs.train_config(), tmp_path)
+    with logger.open(), pytest.raises(AttributeError):
+        logger._send(lambda it: it.log_metrics(metrics=None))  # a defect of the caller
 
 
 @pytest.fixture
@@ -272,7 +269,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]
             calls.append(settings)
             self.experiment = None
 
-    monkeypatch.setattr(fit_module, "WandbLogger", Recorder)
+    monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", Recorder)
     return calls
 
 
@@ -323,13 +320,13 @@ def test_promise_26_a_connection_that_cannot_be_made_leaves_the_run_offline(
 ) -> None:
     from wandb.errors import CommError
 
-    class Unreachable(fit_module.WandbLogger):  # type: ignore[misc]
+    class Unreachable(pytorch_lightning.loggers.WandbLogger):  # type: ignore[misc]
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
             if not settings.get("offline"):
                 raise CommError("timed out\nand more lines")
 
-    monkeypatch.setattr(fit_module, "WandbLogger", Unreachable)
+    monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", Unreachable)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     wandb_logger(tiny_runs.train_config(wandb="online"), tmp_path)
     assert [settings.get("offline", False) for settings in made] == [False, True]
@@ -402,7 +399,6 @@ def test_a_step_has_the_same_number_in_the_loggers_as_on_disk(
     folder: RunFolder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Pictures and validation losses go by `global_step`, which counts a step when it is done."""
     loggers: list[Noted] = []
 
     class Kept(Noted):
@@ -410,7 +406,7 @@ def test_a_step_has_the_same_number_in_the_loggers_as_on_disk(
             super().__init__(**settings)
             loggers.append(self)
 
-    monkeypatch.setattr(fit_module, "WandbLogger", Kept)
+    monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", Kept)
     train(tiny_runs.train_config(wandb="offline"))
     (logger,) = loggers
     rows = folder.metrics_csv.read()
@@ -442,9 +438,9 @@ def test_tensorboard_holds_losses_and_pictures_of_the_run(
     path = folder.path / "pictures" / "step_000002.png"
     path.parent.mkdir()
     Image.new("RGB", (6, 4), (255, 0, 0)).save(path)
-    (logger,) = run_loggers(config, folder.path)
-    progress.Progress._send(SimpleNamespace(config=config), logger, path, 2)  # type: ignore[arg-type]
-    logger.finalize("success")
+    logger = RunLogger(config, folder.path)
+    with logger.open():
+        logger.picture(path, 2)
     found = events.EventAccumulator(str(folder.path / "tensorboard"))
     found.Reload()
     assert [(event.step, event.value) for event in found.Scalars("forget")] == [

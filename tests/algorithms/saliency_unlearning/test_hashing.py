@@ -12,7 +12,6 @@ import torch
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.datasets.index import ForgetRetain
 from mu.ldm import load_model
 from mu.ldm.checkpoint import read_state_dict
 from mu.ldm.tensor_file import fingerprint
@@ -93,7 +92,7 @@ def test_what_a_run_is_of_does_not_keep_its_weights(tiny_runs: Any, tmp_path: Pa
     ldm = load_model(tiny_runs.model_config, tiny_runs.checkpoint())
     original = original_of(tiny_runs.checkpoint(), ldm.params)
     checkpoints = Checkpoints(tmp_path, config)
-    checkpoints.identify(SaliencyUnlearnModel(ldm, "full", None), ForgetRetain((), ()), original)
+    checkpoints.identify(SaliencyUnlearnModel(ldm, "full", None), [], original)
     addresses = {tensor.data_ptr() for tensor in ldm.parameters()}
     elsewhere = [parameter.data.clone() for parameter in ldm.parameters()]
     for parameter, data in zip(ldm.parameters(), elsewhere, strict=True):
@@ -116,8 +115,8 @@ def test_promise_19_a_checkpoint_of_a_run_knows_the_model_as_it_was_loaded(
     )
     really = checkpoints.Checkpoints.save
 
-    def noting(self: Any, step: int, content: Any) -> Path:
-        path = really(self, step, content)
+    def noting(self: Any, *saved: Any) -> Path:
+        path = really(self, *saved)
         seen.update(read_head(path).identity)
         return path
 

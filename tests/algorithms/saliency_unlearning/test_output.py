@@ -30,13 +30,12 @@ from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import PatchError, bits_of
 from mu.ldm.patching import patch_checkpoint
 from mu.ldm.text_to_image import sample_images
-from mu.unlearning import output, progress_pictures
+from mu.unlearning import output, progress
 from mu.unlearning.output import (
     check_save_dtype,
     rounding_warning,
 )
-from mu.unlearning.progress_pictures import ProgressPictures
-from mu.unlearning.runs import decorating
+from mu.unlearning.progress import ProgressPictures
 
 Tensors = dict[str, Tensor]
 ROOT = Path(__file__).parents[3]
@@ -99,7 +98,7 @@ def test_promise_28_pictures_after_and_counts_are_of_the_written_file(
         ckpt_path=str(before),
         sample_prompts=(PROMPT,),
         sample_seeds=(3,),
-        threshold=0.25,
+        random_fraction=0.25,
         lr=1e-4,
         **changes,
     )
@@ -179,7 +178,7 @@ def test_promise_23_whatever_the_dtype_only_the_mask_moves_and_the_patch_fits(
         ckpt_path=str(base),
         save_dtype=save_dtype,
         output_format=output_format,
-        threshold=0.25,
+        random_fraction=0.25,
     )
     model = load_model(tiny_runs.model_config)
     after = dict(read_checkpoint(result["checkpoint"], model.params).tensors)
@@ -311,7 +310,7 @@ def test_promise_27_no_memory_for_pictures_loses_no_model(
             torch.empty(2**60, dtype=torch.uint8)
         return sample_images(*args, **options)
 
-    monkeypatch.setattr(progress_pictures, "sample_images", sample)
+    monkeypatch.setattr(progress, "sample_images", sample)
     code, run = trained_by_command(tiny_runs, tmp_path, sample_every_steps=1)
     assert code == 0
     assert asked == 4  # before, after both steps, after

@@ -19,11 +19,10 @@ from mu.config import ConfigError
 from mu.ldm import load_model
 from mu.ldm.checkpoint import read_state_dict
 from mu.run_folder import RunFolder
-from mu.unlearning.progress import (
-    Progress,
-    fixed_batches,
-    validation_losses,
-)
+from mu.unlearning import loggers
+from mu.unlearning.batches import Batch, EncodedBatches
+from mu.unlearning.loggers import RunLogger
+from mu.unlearning.progress import Progress, validation_losses
 
 
 def rows_of(path: Path) -> list[dict[str, float]]:
@@ -75,7 +74,6 @@ def test_chosen_steps_are_on_disk_and_the_losses_show_training(tiny_runs: Any, t
         sample_prompts=("A Cats image in Noto style.", "A Cats image in Blob style."),
         sample_every_steps=4,
         validate_every_steps=2,
-        validation_draws=5,
         output_dir=str(tmp_path),
     )
     run = SaliencyUnlearningAlgorithm(config).run()["run"]
@@ -87,16 +85,19 @@ def test_chosen_steps_are_on_disk_and_the_losses_show_training(tiny_runs: Any, t
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+def validation(batches: EncodedBatches, draws: int, batch_size: int) -> list[Batch]:
+    batches.batch_size = batch_size
+    return batches.validation(draws)
+
+
 def test_a_validation_is_the_mean_over_fixed_draws_however_they_are_batched(
     trainer: SaliencyUnlearnTrainer, data: SaliencyUnlearnDataHandler
 ) -> None:
     """Each element's square by hand, one draw at a time; 7 draws of 4 and 2 images, so that draws repeat images."""
-    steps = data.train_steps
+    steps = data.train_batches
     ldm = trainer.model.ldm
     forget, retain, seen = [], [], []
-    for (z, t, noise, prompt, substitute), (zr, tr, noise_r, prompt_r) in fixed_batches(
-        steps, draws=7, batch_size=1
-    ):
+    for (z, t, noise, prompt, substitute), (zr, tr, noise_r, prompt_r), _ in validation(steps, 7, 1):
         seen.append(int(t))
         noisy, noisy_r = ldm.q_sample(z, t, noise), ldm.q_sample(zr, tr, noise_r)
         with torch.no_grad():
@@ -107,16 +108,16 @@ def test_a_validation_is_the_mean_over_fixed_draws_however_they_are_batched(
     assert sorted(seen) == [71, 214, 357, 500, 642, 785, 928]  # the middles of sevenths of 1000
     means = [float(torch.stack(term).mean()) for term in (forget, retain)]
     for batch_size in (1, 3, 100):
-        losses = validation_losses(trainer, fixed_batches(steps, draws=7, batch_size=batch_size))
+        losses = validation_losses(trainer.losses, validation(steps, 7, batch_size))
         assert [losses["forget"], losses["retain"]] == pytest.approx(means, rel=1e-5)
         assert losses["loss"] == pytest.approx(means[0] + 0.7 * means[1], rel=1e-5)
 
 
 def test_draws_of_a_validation_differ_from_those_of_training(data: SaliencyUnlearnDataHandler) -> None:
-    steps = data.train_steps
-    ((forget, _),) = fixed_batches(steps, draws=4, batch_size=4)
-    trained = torch.cat([steps[number]["forget"][2] for number in range(len(steps))])
-    assert not any(torch.equal(one, other) for one in forget[2] for other in trained)
+    steps = data.train_batches
+    ((forget, _, _),) = validation(steps, 4, 4)
+    trained = torch.cat([steps[number].forget.noise for number in range(len(steps))])
+    assert not any(torch.equal(one, other) for one in forget.noise for other in trained)
 
 
 I2P = {
@@ -132,8 +133,13 @@ I2P = {
 class Recorder(WandbLogger):
     """What would go to Weights & Biases."""
 
+    experiment = SimpleNamespace()  # type: ignore[assignment]
+
     def __init__(self) -> None:
         self.sent: dict[str, Any] = {}
+
+    def finalize(self, status: str) -> None:
+        assert status == "success"
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         self.sent.update({name: (step, value) for name, value in metrics.items()})
@@ -147,16 +153,16 @@ class Recorder(WandbLogger):
     [
         ({}, True),
         (I2P, False),
-        ({**I2P, "wandb_unsafe_pictures": True}, True),
     ],
 )
-def test_unsafe_pictures_go_to_wandb_only_when_asked(
+def test_pictures_of_i2p_do_not_go_to_wandb(
     tiny_runs: Any,
     trainer: SaliencyUnlearnTrainer,
     data: SaliencyUnlearnDataHandler,
     tmp_path: Path,
     changes: dict[str, Any],
     sent: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = tiny_runs.train_config(
         sample_prompts=("a teapot",), sample_every_steps=3, validate_every_steps=3, **changes
@@ -165,18 +171,20 @@ def test_unsafe_pictures_go_to_wandb_only_when_asked(
     pictures: Any = SimpleNamespace(
         model=trainer.model.ldm, snapshot=lambda _, path: taken.append(path) or path
     )
+    recorder = Recorder()
+    monkeypatch.setattr(loggers, "make_logger", lambda *_: recorder)
     with RunFolder.create(tmp_path, "run") as folder:
-        progress = Progress(config, data.train_steps, pictures, folder)
-        logger = Recorder()
-        for step in (2, 3):
-            loop: Any = SimpleNamespace(global_step=step, loggers=[logger])
-            progress.on_train_batch_end(loop, trainer)
+        logger = RunLogger(config, folder.path)
+        progress = Progress(config, data.train_batches, pictures, folder=folder, logger=logger)
+        with logger.open():
+            for step in (2, 3):
+                progress.look(step, trainer.losses)
     (path,) = taken
     assert path == folder.path / "pictures" / "step_000003.png"
-    assert logger.sent.get("pictures") == ((3, [str(path)]) if sent else None)
+    assert recorder.sent.get("pictures") == ((3, [str(path)]) if sent else None)
     (row,) = rows_of(folder.path / "validation.csv")
     for name in ("loss", "forget", "retain"):
-        assert logger.sent[f"validation/{name}"] == (3, row[name])
+        assert recorder.sent[f"validation/{name}"] == (3, row[name])
 
 
 def test_pictures_of_no_prompts_are_a_mistake(tiny_runs: Any) -> None:

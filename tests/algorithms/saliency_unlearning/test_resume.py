@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -10,27 +11,31 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.config import ConfigError
 from mu.errors import Terminated
-from mu.ldm.tensor_file import FINGERPRINT_KEY, CheckpointError, fingerprint, read_state_dict
+from mu.ldm.tensor_file import (
+    FINGERPRINT_KEY,
+    CheckpointError,
+    fingerprint,
+    read_state_dict,
+    write_state_dict,
+)
 from mu.run_folder import RunFolder, RunFolderError
 from mu.unlearning.checkpoints import (
     Checkpoints,
     ResumeError,
     find_run_state,
 )
-from mu.unlearning.fit import LossHistory
-from mu.unlearning.run_state import (
-    read_head,
-    read_run_state,
-    write_run_state,
-)
+from mu.unlearning.loggers import LossLog
+from mu.unlearning.run_state import RunState, read_head, read_run_state, write_run_state
 from tests.forked_commands import SCRIPTS, Commands, flags
 
 TRAIN = f"{SCRIPTS}.train"
@@ -59,14 +64,15 @@ def whole(tiny_runs: Any) -> dict[str, Any]:
 def stopping_after(step: int, signum: int) -> Iterator[None]:
     """This process sends itself a signal in that step, after its losses are written."""
 
-    def on_train_batch_end(self: LossHistory, trainer: Any, *rest: Any) -> None:
-        written(self, trainer, *rest)
-        if trainer.global_step == step:
+    def append(self: LossLog, number: int, terms: Any) -> Any:
+        unwritten = written(self, number, terms)
+        if number == step:
             os.kill(os.getpid(), signum)
+        return unwritten
 
-    written = LossHistory.on_train_batch_end
+    written = LossLog.append
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LossHistory, "on_train_batch_end", on_train_batch_end)
+        patch.setattr(LossLog, "append", append)
         yield
 
 
@@ -233,8 +239,7 @@ def test_a_run_of_a_key_that_is_gone_goes_on_if_it_had_its_default(
 ) -> None:
     newest = stopped / "checkpoints" / "step-00000003.safetensors"
     state = read_run_state(newest)
-    settings = {**state.settings, "optimizer": optimizer}
-    write_run_state(newest, state.content, step=state.step, settings=settings, identity=state.identity)
+    write_run_state(replace(state, settings={**state.settings, "optimizer": optimizer}))
     config = tiny_runs.train_config(**SETTINGS, output_dir=str(stopped.parent), resume=str(newest))
     if refused:
         with pytest.raises(ConfigError, match="begun with adam8bit, now it is no key any more"):
@@ -262,6 +267,29 @@ def test_what_does_not_change_the_result_may_change(tiny_runs: Any, stopped: Pat
     assert find_run_state(tiny_runs.train_config(**changed, resume=str(stopped))).step == 3
 
 
+def test_a_run_goes_on_with_its_weights_in_another_order_in_memory(
+    tiny_runs: Any, stopped: Path, whole: dict[str, Any]
+) -> None:
+    """channels_last is of the memory; values and moments in the checkpoint are row-major."""
+    keys = {**SETTINGS, "output_dir": str(stopped.parent), "resume": str(stopped), "channels_last": True}
+    run = SaliencyUnlearningAlgorithm(tiny_runs.train_config(**keys)).run()["run"]
+    with open(run / "metrics.csv", newline="") as file:
+        last = [float(row["loss"]) for row in csv.DictReader(file)][-1]
+    expected = float(whole["metrics.csv"].decode().split()[-1].split(",")[1])
+    assert last == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_checkpoint_of_another_version_is_an_error_that_says_so(stopped: Path) -> None:
+    newest = stopped / "checkpoints" / "step-00000003.safetensors"
+    head = json.dumps({"format": "1", "step": 3, "settings": {}, "identity": {}, "content": {}})
+    digest = hashlib.sha256(head.encode()).hexdigest()
+    write_state_dict({}, newest, {"run_state": head, "run_state_sha256": digest})
+    with pytest.raises(
+        CheckpointError, match="has format 1, this version reads 2: the run was begun with ano"
+    ):
+        read_run_state(newest)
+
+
 # ---- keeping
 
 
@@ -272,17 +300,17 @@ def test_older_checkpoints_go_only_when_the_new_one_has_been_read_back(
 
     checkpoints = Checkpoints(tmp_path, tiny_runs.train_config(keep_checkpoints=2))
     for step in (1, 2, 3):
-        checkpoints.save(step, {"weights": {}})
+        checkpoints.save(step, {}, {})
     assert checkpoints_in(tmp_path) == ["step-00000002.safetensors", "step-00000003.safetensors"]
 
-    def written_badly(path: Path, *rest: Any, **described: Any) -> None:
-        written(path, *rest, **described)
-        damage(path)
+    def written_badly(state: RunState) -> None:
+        written(state)
+        damage(state.path)
 
     written = module.write_run_state
     monkeypatch.setattr(module, "write_run_state", written_badly)
     with pytest.raises(CheckpointError, match="step-00000004"):
-        checkpoints.save(4, {"weights": {}, "text": "x" * 500})
+        checkpoints.save(4, {"weights/a": torch.ones(500)}, {})
     assert checkpoints_in(tmp_path) == ["step-00000002.safetensors", "step-00000003.safetensors"]
 
 
@@ -304,7 +332,7 @@ def test_checkpoints_are_due_by_steps_or_by_minutes(
             now += 30.0
             if checkpoints.is_due(step):
                 found.append(step)
-                checkpoints.save(step, {})
+                checkpoints.save(step, {}, {})
         return found
 
     assert due(3, None) == [3, 6]

@@ -76,7 +76,6 @@ def test_all_but_the_gradients_is_in_real_fp32(
         sample_seeds=(1,),
         sample_every_steps=1,
         validate_every_steps=1,
-        validation_draws=2,
     )
     result = SaliencyUnlearningAlgorithm(config).run()
     # Without gradient: the targets of training with the rest of its step; pictures and validation in fp32.

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import (
@@ -18,15 +16,15 @@ from mu.algorithms.saliency_unlearning.trainer import (
     salun_loss,
 )
 from mu.ldm import LatentDiffusion
+from mu.unlearning.batches import Batch, ForgetBatch, RetainBatch, on_device
 from mu.unlearning.compute import (
     Compute,
     OutOfMemoryError,
     computing,
 )
-from mu.unlearning.moving import FrozenOriginal, TrainingError
+from mu.unlearning.moving import FrozenOriginal, MovingModel, TrainingError
+from mu.unlearning.trainer import Trainer
 from tests.algorithms.saliency_unlearning.conftest import verify_unmasked
-
-Batch = dict[str, Any]
 
 
 def tiny_batch(seed: int, images: int = 2) -> Batch:
@@ -40,24 +38,13 @@ def tiny_batch(seed: int, images: int = 2) -> Batch:
         latents, noise = normal(images, 4, 8, 8), normal(images, 4, 8, 8)
         return latents, timesteps, noise, *(normal(images, 7, 32) for _ in range(contexts))
 
-    return {
-        "forget": part(2),
-        "retain": part(1),
-        "images": {part: [f"{part}/{seed}-{n}.png" for n in range(images)] for part in ("forget", "retain")},
-    }
+    names = {part: [f"{part}/{seed}-{n}.png" for n in range(images)] for part in ("forget", "retain")}
+    return Batch(ForgetBatch(*part(2)), RetainBatch(*part(1)), names)
 
 
-def fit(trainer: SaliencyUnlearnTrainer, batches: list[Batch], **options: Any) -> None:
-    loader: DataLoader[Any] = DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
-    pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    ).fit(trainer, loader)
+def fit(trainer: SaliencyUnlearnTrainer, batches: list[Batch]) -> list[dict[str, float]]:
+    """A step on each batch; returns their terms."""
+    return [trainer.step(batch) for batch in batches]
 
 
 def half_mask(model: LatentDiffusion) -> dict[str, Tensor]:
@@ -127,12 +114,12 @@ def test_the_same_prompt_twice_leaves_nothing_to_forget(linear_model: Any, make_
 def test_one_call_equals_separate_calls(tiny_model: LatentDiffusion) -> None:
     """Forget and retain share a call where they can; the result is that of separate calls to rounding."""
     batch = tiny_batch(0)
-    loss, forget_term, retain_term = salun_loss(tiny_model, batch["forget"], batch["retain"], 0.5)
-    latents, timesteps, noise, context, substitute = batch["forget"]
+    loss, forget_term, retain_term = salun_loss(tiny_model, batch.forget, batch.retain, 0.5)
+    latents, timesteps, noise, context, substitute = batch.forget
     noisy = tiny_model.q_sample(latents, timesteps, noise)
     target = tiny_model.predict_noise(noisy, timesteps, substitute).detach()
     expected_f = (tiny_model.predict_noise(noisy, timesteps, context) - target).square().mean()
-    latents, timesteps, noise, context = batch["retain"]
+    latents, timesteps, noise, context = batch.retain
     prediction = tiny_model.predict_noise(tiny_model.q_sample(latents, timesteps, noise), timesteps, context)
     expected_r = (prediction - noise).square().mean()
     torch.testing.assert_close(forget_term, expected_f, rtol=1e-5, atol=1e-7)
@@ -150,17 +137,17 @@ def test_what_is_retained_may_be_what_another_model_predicts(
     model, other, batch = make_tiny_model(seed=0), make_tiny_model(seed=1), tiny_batch(0)
     _, forget_term, retain_term = salun_loss(
         model,
-        batch["forget"],
-        batch["retain"],
+        batch.forget,
+        batch.retain,
         0.5,
         target_model=other if shared else None,
         retain_model=other,
     )
-    latents, timesteps, noise, context = batch["retain"]
+    latents, timesteps, noise, context = batch.retain
     inputs = model.q_sample(latents, timesteps, noise), timesteps, context
     expected = (model.predict_noise(*inputs) - other.predict_noise(*inputs)).square().mean()
     torch.testing.assert_close(retain_term, expected, rtol=1e-5, atol=1e-7)
-    alone = salun_loss(model, batch["forget"], batch["retain"], 0.5, other if shared else None)
+    alone = salun_loss(model, batch.forget, batch.retain, 0.5, other if shared else None)
     torch.testing.assert_close(forget_term, alone[1], rtol=1e-5, atol=1e-7)
     assert not torch.isclose(retain_term, alone[2], rtol=1e-2)
 
@@ -168,7 +155,7 @@ def test_what_is_retained_may_be_what_another_model_predicts(
 def test_a_model_retains_what_it_predicts_itself(tiny_model: LatentDiffusion) -> None:
     """No pull where nothing has changed: the retain term and its gradient are 0 up to rounding."""
     batch = tiny_batch(0)
-    retain_term = salun_loss(tiny_model, batch["forget"], batch["retain"], 0.5, retain_model=tiny_model)[2]
+    retain_term = salun_loss(tiny_model, batch.forget, batch.retain, 0.5, retain_model=tiny_model)[2]
     assert retain_term.item() < 1e-10
     gradients = torch.autograd.grad(retain_term, list(tiny_model.unet.parameters()))
     assert max(gradient.abs().max().item() for gradient in gradients) < 1e-5
@@ -176,8 +163,8 @@ def test_a_model_retains_what_it_predicts_itself(tiny_model: LatentDiffusion) ->
 
 def test_the_target_may_be_another_model(make_tiny_model: Callable[..., LatentDiffusion]) -> None:
     model, other, batch = make_tiny_model(seed=0), make_tiny_model(seed=1), tiny_batch(0)
-    latents, timesteps, noise, context, substitute = batch["forget"]
-    _, forget_term, _ = salun_loss(model, batch["forget"], batch["retain"], 0.5, target_model=other)
+    latents, timesteps, noise, context, substitute = batch.forget
+    _, forget_term, _ = salun_loss(model, batch.forget, batch.retain, 0.5, target_model=other)
     noisy = model.q_sample(latents, timesteps, noise)
     with torch.no_grad():
         target = other.predict_noise(noisy, timesteps, substitute)
@@ -190,10 +177,10 @@ def test_the_target_may_be_another_model(make_tiny_model: Callable[..., LatentDi
 def test_autocast_keeps_the_gradient_after_the_call_without_one(tiny_model: LatentDiffusion) -> None:
     """Weights cast for the substitute prediction must not be reused, cut from their parameters, by the next call."""
     batch = tiny_batch(0)
-    loss, *_ = salun_loss(tiny_model, batch["forget"], batch["retain"], 0.5)
+    loss, *_ = salun_loss(tiny_model, batch.forget, batch.retain, 0.5)
     exact = torch.autograd.grad(loss, list(tiny_model.unet.parameters()))
     with Compute(precision="bf16-mixed").autocast(tiny_model.device):
-        loss, *_ = salun_loss(tiny_model, batch["forget"], batch["retain"], 0.5)
+        loss, *_ = salun_loss(tiny_model, batch.forget, batch.retain, 0.5)
     assert loss.dtype == torch.float32
     rough = torch.autograd.grad(loss, list(tiny_model.unet.parameters()))
     a, b = (torch.cat([g.view(-1) for g in grads]) for grads in (exact, rough))
@@ -218,9 +205,8 @@ def test_promise_29_every_weight_that_may_move_has_a_gradient(
     found: dict[str, dict[str, Tensor]] = {}
     for arithmetic in ("fp32", precision):
         ldm, compute = make_tiny_model().to(device), Compute(precision=arithmetic)
-        batch = {
-            part: tuple(tensor.to(device) for tensor in tiny_batch(0)[part]) for part in ("forget", "retain")
-        }
+        batch = tiny_batch(0)
+        batch = Batch(on_device(batch.forget, ldm.device), on_device(batch.retain, ldm.device))
         with computing(ldm, compute):
             model = SaliencyUnlearnModel(ldm, "full")
             original = FrozenOriginal(model)
@@ -230,8 +216,8 @@ def test_promise_29_every_weight_that_may_move_has_a_gradient(
             with compute.autocast(ldm.device):
                 loss, *_ = salun_loss(
                     ldm,
-                    batch["forget"],
-                    batch["retain"],
+                    batch.forget,
+                    batch.retain,
                     0.5,
                     original if target == "frozen" else None,
                     retain_model=original if retain_target == "frozen" else None,
@@ -279,10 +265,10 @@ def test_of_a_network_that_predicts_v_every_loss_is_on_v(
     make_tiny_model: Callable[..., LatentDiffusion],
 ) -> None:
     model, other, batch = v_model(make_tiny_model), v_model(make_tiny_model, 1), tiny_batch(0)
-    _, t, _, context, substitute = batch["forget"]
-    noisy, v = noisy_and_v(model, batch["forget"])
-    _, t_r, _, context_r = batch["retain"]
-    noisy_r, v_r = noisy_and_v(model, batch["retain"])
+    _, t, _, context, substitute = batch.forget
+    noisy, v = noisy_and_v(model, batch.forget)
+    _, t_r, _, context_r = batch.retain
+    noisy_r, v_r = noisy_and_v(model, batch.retain)
     forgotten, retained = model.unet(noisy, t, context), model.unet(noisy_r, t_r, context_r)
     expected = {
         "forget": (forgotten - model.unet(noisy, t, substitute)).square().mean(),
@@ -291,18 +277,18 @@ def test_of_a_network_that_predicts_v_every_loss_is_on_v(
         "retain, frozen": (retained - other.unet(noisy_r, t_r, context_r)).square().mean(),
         "ascent": -(forgotten - v).square().mean(),
     }
-    plain = salun_loss(model, batch["forget"], batch["retain"], 0.5)
-    frozen = salun_loss(model, batch["forget"], batch["retain"], 0.5, other, retain_model=other)
+    plain = salun_loss(model, batch.forget, batch.retain, 0.5)
+    frozen = salun_loss(model, batch.forget, batch.retain, 0.5, other, retain_model=other)
     found = {
         "forget": plain[1],
         "retain": plain[2],
         "forget, frozen": frozen[1],
         "retain, frozen": frozen[2],
-        "ascent": ascent_loss(model, batch["forget"]),
+        "ascent": ascent_loss(model, batch.forget),
     }
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
-    torch.testing.assert_close(retain_loss(model, batch["retain"]), expected["retain"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(retain_loss(model, batch.retain), expected["retain"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("t", [50, 500, 800, 950])
@@ -311,7 +297,7 @@ def test_of_a_network_that_predicts_v_noisy_steps_count_in_full(
 ) -> None:
     """Gradient of the forget term by the network's own output: 2/n (v_f - v_p), and not that times abar_t."""
     model = v_model(make_tiny_model)
-    latents, _, noise, context, substitute = tiny_batch(0, images=1)["forget"]
+    latents, _, noise, context, substitute = tiny_batch(0, images=1).forget
     forget = (latents, torch.tensor([t]), noise, context, substitute)
     outputs: list[Tensor] = []
 
@@ -337,7 +323,7 @@ def test_of_a_network_that_predicts_v_noisy_steps_count_in_full(
 def test_training_is_the_plain_loop_and_moves_only_the_mask(
     make_tiny_model: Callable[..., LatentDiffusion],
 ) -> None:
-    """Three steps under Lightning against dense Adam on masked gradients, written out."""
+    """Three steps against dense Adam on masked gradients, written out."""
     batches = [tiny_batch(k) for k in range(3)]
     ldm, plain = make_tiny_model(), make_tiny_model()
     before = {name: value.clone() for name, value in ldm.state_dict().items()}
@@ -350,7 +336,7 @@ def test_training_is_the_plain_loop_and_moves_only_the_mask(
     optimizer = torch.optim.Adam(named.values(), lr=1e-3, fused=True)
     for batch in batches:
         optimizer.zero_grad()
-        salun_loss(plain, batch["forget"], batch["retain"], 0.5)[0].backward()
+        salun_loss(plain, batch.forget, batch.retain, 0.5)[0].backward()
         for name, parameter in named.items():
             parameter.grad *= mask[name]
         optimizer.step()
@@ -373,22 +359,12 @@ def test_training_is_the_plain_loop_and_moves_only_the_mask(
         assert torch.equal(old[~marked], new[~marked])
 
 
-def test_dropout_stays_off_and_the_terms_are_logged(make_tiny_model: Callable[..., LatentDiffusion]) -> None:
+def test_dropout_stays_off_and_the_terms_are_given(make_tiny_model: Callable[..., LatentDiffusion]) -> None:
     ldm = make_tiny_model(unet={"dropout": 0.9})
     batch = tiny_batch(0)
-    expected = [float(term.detach()) for term in salun_loss(ldm, batch["forget"], batch["retain"], 0.25)]
+    expected = [float(term.detach()) for term in salun_loss(ldm, batch.forget, batch.retain, 0.25)]
     ldm.train()
-    seen: dict[str, float] = {}
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            seen.update({name: float(value) for name, value in trainer.progress_bar_metrics.items()})
-
-    fit(
-        SaliencyUnlearnTrainer(SaliencyUnlearnModel(ldm, "full"), alpha=0.25, lr=1e-3),
-        [batch],
-        callbacks=[Look()],
-    )
+    seen = SaliencyUnlearnTrainer(SaliencyUnlearnModel(ldm, "full"), alpha=0.25, lr=1e-3).step(batch)
     assert [seen["loss"], seen["forget"], seen["retain"]] == pytest.approx(expected, rel=1e-5)
 
 
@@ -420,17 +396,12 @@ def test_a_control_steps_on_its_own_loss_alone(
 
     def terms() -> tuple[float, float]:
         with torch.no_grad():
-            return float(ascent_loss(ldm, batch["forget"])), float(retain_loss(ldm, batch["retain"]))
+            return float(ascent_loss(ldm, batch.forget)), float(retain_loss(ldm, batch.retain))
 
-    before, seen = terms(), []
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            seen.append({name: float(value) for name, value in trainer.progress_bar_metrics.items()})
-
+    before = terms()
     model = SaliencyUnlearnModel(ldm, "full", half_mask(ldm))
     trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3, target="frozen", objective=objective)
-    fit(trainer, [batch] * 3, callbacks=[Look()])
+    seen = fit(trainer, [batch] * 3)
     own = 0 if objective == "ascent" else 1
     assert terms()[own] < before[own]
     expected = {"forget": before[0], "retain": 0.0} if own == 0 else {"forget": 0.0, "retain": before[1]}
@@ -447,20 +418,13 @@ def test_the_target_is_the_current_or_the_frozen_model(
     ldm, original = make_tiny_model(), make_tiny_model()
     model = SaliencyUnlearnModel(ldm, "full", half_mask(ldm))
     trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-2, target=target)
-    seen: list[tuple[float, float, float]] = []
-
-    class Look(pl.Callback):
-        def on_train_batch_start(self, _: pl.Trainer, __: pl.LightningModule, batch: Any, ___: int) -> None:
-            with torch.no_grad():
-                by_current = salun_loss(ldm, batch["forget"], batch["retain"], 0.5)[1]
-                by_frozen = salun_loss(ldm, batch["forget"], batch["retain"], 0.5, target_model=original)[1]
-            seen.append((float(by_current), float(by_frozen), math.nan))
-
-        def on_train_batch_end(self, pl_trainer: pl.Trainer, *_: Any) -> None:
-            seen[-1] = (*seen[-1][:2], float(pl_trainer.progress_bar_metrics["forget"]))
-
-    fit(trainer, batches, callbacks=[Look()])
-    by_current, by_frozen, logged = seen[1]
+    trainer.step(batches[0])
+    with torch.no_grad():
+        by_current = float(salun_loss(ldm, batches[1].forget, batches[1].retain, 0.5)[1])
+        by_frozen = float(
+            salun_loss(ldm, batches[1].forget, batches[1].retain, 0.5, target_model=original)[1]
+        )
+    logged = trainer.step(batches[1])["forget"]
     assert abs(by_current - by_frozen) > 1e-3 * by_current
     assert logged == pytest.approx(by_current if target == "current" else by_frozen, rel=1e-4)
     verify_unmasked(model, make_tiny_model())
@@ -476,9 +440,9 @@ def test_under_autocast_the_frozen_model_does_not_stand_in_for_the_trained_one(
         for model in (ldm, moved):
             for parameter in model.unet.parameters():
                 parameter.mul_(1.1)
-    expected = salun_loss(moved, batch["forget"], batch["retain"], 0.5, original, retain_model=original)
+    expected = salun_loss(moved, batch.forget, batch.retain, 0.5, original, retain_model=original)
     with Compute(precision="bf16-mixed").autocast(ldm.device):
-        found = salun_loss(ldm, batch["forget"], batch["retain"], 0.5, frozen, retain_model=frozen)
+        found = salun_loss(ldm, batch.forget, batch.retain, 0.5, frozen, retain_model=frozen)
     for term, wanted in zip(found, expected, strict=True):
         assert wanted.item() > 1e-4
         torch.testing.assert_close(term, wanted, rtol=0.2, atol=0.0)
@@ -497,40 +461,28 @@ def test_with_a_frozen_retain_target_the_retain_term_starts_at_nothing(
     ldm, original = make_tiny_model(), make_tiny_model()
     model = SaliencyUnlearnModel(ldm, "full", half_mask(ldm))
     trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-2, retain_target="frozen")
-    seen: list[tuple[float, float]] = []
-
-    class Look(pl.Callback):
-        def on_train_batch_start(self, _: pl.Trainer, __: pl.LightningModule, batch: Any, ___: int) -> None:
-            with torch.no_grad():
-                terms = salun_loss(ldm, batch["forget"], batch["retain"], 0.5, retain_model=original)
-            seen.append((float(terms[2]), math.nan))
-
-        def on_train_batch_end(self, pl_trainer: pl.Trainer, *_: Any) -> None:
-            seen[-1] = (seen[-1][0], float(pl_trainer.progress_bar_metrics["retain"]))
-
-    fit(trainer, [tiny_batch(0), tiny_batch(1)], callbacks=[Look()])
-    assert seen[0][1] < 1e-10
-    assert seen[1][1] == pytest.approx(seen[1][0], rel=1e-4)
-    assert seen[1][1] > 1e-8
+    assert trainer.step(tiny_batch(0))["retain"] < 1e-10
+    batch = tiny_batch(1)
+    with torch.no_grad():
+        expected = float(salun_loss(ldm, batch.forget, batch.retain, 0.5, retain_model=original)[2])
+    logged = trainer.step(batch)["retain"]
+    assert logged == pytest.approx(expected, rel=1e-4)
+    assert logged > 1e-8
     verify_unmasked(model, make_tiny_model())
 
 
 def test_promise_21_a_loss_that_is_not_finite_stops_before_it_is_written(tiny_model: LatentDiffusion) -> None:
     batches = [tiny_batch(0), tiny_batch(1), tiny_batch(2)]
-    batches[1]["retain"][2][0, 0, 0, 0] = math.inf
+    batches[1].retain[2][0, 0, 0, 0] = math.inf
     model = SaliencyUnlearnModel(tiny_model, "full", half_mask(tiny_model))
-    weights: list[dict[str, Tensor]] = []
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            weights.append({name: value.clone() for name, value in tiny_model.state_dict().items()})
-
+    trainer = SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3)
+    trainer.step(batches[0])
+    weights = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     with pytest.raises(TrainingError, match=r"step 1: the loss is (inf|nan)") as caught:
-        fit(SaliencyUnlearnTrainer(model, alpha=0.5, lr=1e-3), batches, callbacks=[Look()])
+        trainer.step(batches[1])
     files = "forget: forget/1-0.png, forget/1-1.png; retain: retain/1-0.png, retain/1-1.png"
     assert f"on the images to {files}." in str(caught.value)
-    assert len(weights) == 1
-    assert all(torch.equal(value, weights[0][name]) for name, value in tiny_model.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in tiny_model.state_dict().items())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -579,17 +531,12 @@ def test_the_learning_rate_falls_in_equal_steps(make_tiny_model: Callable[..., L
     for decay_steps, expected in ((3, [1e-3, 2e-3 / 3, 1e-3 / 3]), (None, [1e-3] * 3)):
         ldm, plain = make_tiny_model(), make_tiny_model()
         used: list[float] = []
-
-        class Look(pl.Callback):
-            def on_before_optimizer_step(
-                self, _: pl.Trainer, __: pl.LightningModule, optimizer: torch.optim.Optimizer
-            ) -> None:
-                used.append(optimizer.param_groups[0]["lr"])  # noqa: B023
-
         trainer = SaliencyUnlearnTrainer(
             SaliencyUnlearnModel(ldm, "xattn"), alpha=0.5, lr=1e-3, decay_steps=decay_steps
         )
-        fit(trainer, batches, callbacks=[Look()])
+        for batch in batches:
+            used.append(trainer.optimizer.param_groups[0]["lr"])
+            trainer.step(batch)
         assert used == pytest.approx(expected, rel=1e-6)
 
         named = {name: p for name, p in plain.unet.named_parameters() if "attn2" in name}
@@ -597,7 +544,7 @@ def test_the_learning_rate_falls_in_equal_steps(make_tiny_model: Callable[..., L
         for batch, lr in zip(batches, expected, strict=True):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
-            salun_loss(plain, batch["forget"], batch["retain"], 0.5)[0].backward()
+            salun_loss(plain, batch.forget, batch.retain, 0.5)[0].backward()
             optimizer.step()
         for name, parameter in named.items():
             torch.testing.assert_close(ldm.unet.get_parameter(name), parameter, rtol=0.0, atol=1e-5)
@@ -606,23 +553,23 @@ def test_the_learning_rate_falls_in_equal_steps(make_tiny_model: Callable[..., L
 # ---- in pieces
 
 
-class Pieces(pl.Callback):
-    """Notes the gradient of each step, (n,), before the optimizer writes."""
+def noted_gradients(trainer: SaliencyUnlearnTrainer) -> list[Tensor]:
+    """From now on, the gradient of each step, (n,), before the optimizer writes."""
+    gradients: list[Tensor] = []
 
-    def __init__(self, ldm: LatentDiffusion) -> None:
-        self.ldm = ldm
-        self.gradients: list[Tensor] = []
+    def note(*_: Any) -> None:
+        found = [p.grad.reshape(-1) for p in trainer.model.ldm.unet.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found).clone())
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        found = [p.grad.reshape(-1) for p in self.ldm.unet.parameters() if p.grad is not None]
-        self.gradients.append(torch.cat(found).clone())
+    trainer.optimizer.register_step_pre_hook(note)
+    return gradients
 
 
 def uneven_batch(seed: int) -> Batch:
     """5 images to forget, 3 to retain."""
     forget, retain = tiny_batch(seed, images=5), tiny_batch(seed + 100, images=3)
-    images = {"forget": forget["images"]["forget"], "retain": retain["images"]["retain"]}
-    return {"forget": forget["forget"], "retain": retain["retain"], "images": images}
+    images = {"forget": forget.images["forget"], "retain": retain.images["retain"]}
+    return Batch(forget.forget, retain.retain, images)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -633,20 +580,15 @@ def test_a_batch_in_pieces_is_the_whole_batch_to_rounding(
     seen: dict[int | None, Any] = {}
     for micro in (None, size):
         ldm = make_tiny_model()
-        model, look = SaliencyUnlearnModel(ldm, "full", half_mask(ldm)), Pieces(ldm)
-        terms: dict[str, Tensor] = {}
-
-        class Terms(pl.Callback):
-            def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-                terms.update({k: v.clone() for k, v in trainer.callback_metrics.items()})  # noqa: B023
-
+        model = SaliencyUnlearnModel(ldm, "full", half_mask(ldm))
         trainer = SaliencyUnlearnTrainer(model, alpha=0.3, lr=1e-3, micro_batch_size=micro)
-        fit(trainer, [uneven_batch(0)], callbacks=[look, Terms()])
-        seen[micro] = look.gradients[0], terms, torch.cat([p.reshape(-1) for p in ldm.unet.parameters()])
+        gradients = noted_gradients(trainer)
+        terms = trainer.step(uneven_batch(0))
+        seen[micro] = gradients[0], terms, torch.cat([p.reshape(-1) for p in ldm.unet.parameters()])
     whole, cut = seen[None], seen[size]
     assert ((cut[0] - whole[0]).norm() / whole[0].norm()).item() < 1e-5
     for name in ("loss", "forget", "retain"):
-        torch.testing.assert_close(cut[1][name], whole[1][name], rtol=1e-5, atol=0.0)
+        assert cut[1][name] == pytest.approx(whole[1][name], rel=1e-5)
     # Adam's first step is lr times the sign of the gradient: where that is not rounding alone, it is the same.
     clear = whole[0].abs() > 1e-4 * whole[0].abs().max()
     torch.testing.assert_close(cut[2][clear], whole[2][clear], rtol=0.0, atol=1e-6)
@@ -688,12 +630,12 @@ def test_promise_22_out_of_memory_halves_the_pieces_and_not_the_batch(
     gradients = []
     for most in (None, 4):
         ldm = make_tiny_model()
-        look = Pieces(ldm)
         trainer = SaliencyUnlearnTrainer(SaliencyUnlearnModel(ldm, "full"), alpha=0.5, lr=1e-3)
         if most is not None:
             calls = needs_memory(ldm, monkeypatch, most=most, when=when)
-        fit(trainer, [tiny_batch(k, images=6) for k in range(2)], callbacks=[look])
-        gradients.append(look.gradients)
+        noted = noted_gradients(trainer)
+        fit(trainer, [tiny_batch(k, images=6) for k in range(2)])
+        gradients.append(noted)
     whole, cut = gradients
     assert len(whole) == len(cut) == 2
     assert ((cut[0] - whole[0]).norm() / whole[0].norm()).item() < 1e-5
@@ -756,3 +698,34 @@ def test_precision_is_that_of_the_arithmetic(
             monkeypatch.setattr(ldm.unet, "forward", forward)
             fit(trainer, [tiny_batch(0)])
         assert seen == {(precision == "bf16-mixed", torch.float32, torch.float32)}
+
+
+# ---- an objective of another shape
+
+
+class Twice:
+    """A method without a retain set: two forgotten prompts shall predict the same."""
+
+    weights: Mapping[str, float] = {"forget": 2.0}
+
+    def terms(self, model: LatentDiffusion, forget: ForgetBatch, retain: None) -> dict[str, Tensor]:
+        assert retain is None
+        noisy = model.q_sample(forget.latents, forget.timesteps, forget.noise)
+        one = model.predict(noisy, forget.timesteps, forget.context)
+        other = model.predict(noisy, forget.timesteps, forget.reference_context)
+        return {"forget": (one - other).square().mean()}
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_method_may_have_no_retain_set(
+    make_tiny_model: Callable[..., LatentDiffusion], size: int | None
+) -> None:
+    ldm, forget = make_tiny_model(), tiny_batch(0, images=3).forget
+    with torch.no_grad():
+        expected = float(Twice().terms(ldm, forget, None)["forget"])
+    trainer = Trainer(MovingModel(ldm, "xattn"), Twice(), lr=1e-3, micro_batch_size=size)
+    batch = Batch(forget)
+    assert float(trainer.losses(batch)["loss"]) == pytest.approx(2 * expected, rel=1e-5)
+    found = trainer.step(batch)
+    assert found == pytest.approx({"loss": 2 * expected, "forget": expected, "retain": 0.0}, rel=1e-5)
+    assert trainer.step(batch)["forget"] < expected

@@ -11,14 +11,8 @@ from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
 from mu.unlearning.config import OUTPUTS, DataKeys
 from mu.unlearning.find_checkpoint import Problem
-from mu.unlearning.training_config import (
-    PRECISION_HELP,
-    PRECISIONS,
-    TRAIN_METHOD_HELP,
-    TRAIN_METHODS,
-    ComputeKeys,
-    TrainingKeys,
-)
+from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
+from mu.unlearning.training_config import PRECISION_HELP, PRECISIONS, ComputeKeys, TrainingKeys
 
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
@@ -89,7 +83,12 @@ class TrainConfig(TrainingKeys, DataKeys):
 
     MODULE: ClassVar[str] = TRAIN_MODULE
     without_effect: ClassVar[tuple[str, ...]] = ("start_guidance", "negative_guidance", "ddim_steps")
-    gone: ClassVar[Mapping[str, str]] = {**ComputeKeys.gone, "optimizer": "adam"}
+    gone: ClassVar[Mapping[str, str]] = {
+        **TrainingKeys.gone,
+        "optimizer": "adam",
+        "mask_seed": "0",
+        "mask_pool": "unet",
+    }
 
     masking: str = setting(
         "saliency",
@@ -98,19 +97,20 @@ class TrainConfig(TrainingKeys, DataKeys):
     )
     mask_path: str | None = setting(
         MASKS,
-        "masking saliency: a mask file, or a folder, of which the newest mask of this concept and threshold is "
-        "taken.",
+        "masking saliency: a mask file, or a folder, of which the newest mask of this concept is taken.",
         kind="path",
     )
-    mask_seed: int = setting(0, "masking random: seed of the mask.", ge=0, lt=2**32)
-    mask_pool: str = setting(
-        "unet",
-        "masking random: what it is drawn from, as pool is for a saliency mask; unet: all weights of the UNet; "
-        "train_method: those that train_method moves.",
-        choices=("unet", "train_method"),
+    threshold: float | None = setting(
+        None,
+        "masking saliency, with a folder of masks: take one of this threshold; null: the newest of this concept.",
+        gt=0,
+        le=1,
     )
-    threshold: float = setting(
-        0.5, "masking random: fraction of the weights in the mask; with a folder of masks: which.", gt=0, le=1
+    random_fraction: float = setting(
+        0.5,
+        "masking random: fraction of all weights of the UNet in the mask, which is drawn with seed.",
+        gt=0,
+        le=1,
     )
     objective: str = setting(
         "salun",
@@ -150,6 +150,12 @@ class TrainConfig(TrainingKeys, DataKeys):
                 ("mask_path", "masking"),
                 f"masking saliency needs a mask; this makes one: {mask_command(self)}",
             )
+        if self.masking == "random" and self.threshold not in (None, self.random_fraction):
+            yield (
+                ("threshold", "masking"),
+                f"threshold chooses among saliency masks; for a random mask of this size set random_fraction: "
+                f"{self.threshold}, and leave threshold out",
+            )
 
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
@@ -167,8 +173,10 @@ class TrainConfig(TrainingKeys, DataKeys):
 
 def mask_command(config: TrainConfig) -> str:
     """The command that makes the mask of this concept, where `config` looks for it."""
-    shared = {key.name for key in keys_of(DataKeys)} - {"output_dir"} | {"threshold"}
+    shared = {key.name for key in keys_of(DataKeys)} - {"output_dir"}
     values: dict[str, object] = {key: value for key, value in as_dict(config).items() if key in shared}
+    if config.threshold is not None:
+        values["threshold"] = config.threshold
     if config.mask_path is not None and not _is_mask_file(config.mask_path):
         values["output_dir"] = config.mask_path
     return command_line(MASK_MODULE, MaskConfig, values)

@@ -17,8 +17,8 @@ from mu.datasets.generated import plan_rows
 from mu.datasets.index import ForgetRetain
 from mu.ldm import LatentDiffusion
 from mu.pictures import MARK
-from mu.unlearning import progress_pictures
-from mu.unlearning.progress_pictures import ProgressPictures
+from mu.unlearning import progress
+from mu.unlearning.progress import ProgressPictures
 from tests.memory_limit import hungry
 
 STYLES = ("Noto", "Blob", "Fluent_Flat")
@@ -60,7 +60,7 @@ def colour(number: int) -> tuple[int, int, int]:
 @pytest.fixture
 def sampler(monkeypatch: pytest.MonkeyPatch) -> Sampler:
     stand_in = Sampler()
-    monkeypatch.setattr(progress_pictures, "sample_images", stand_in)
+    monkeypatch.setattr(progress, "sample_images", stand_in)
     return stand_in
 
 
