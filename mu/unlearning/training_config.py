@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 from mu.config import setting
-from mu.unlearning.config import ConceptKeys, OutputKeys
+from mu.unlearning.config import OutputKeys, RunKeys
 from mu.unlearning.find_checkpoint import Problem
 
 RESUME_NEWEST = "newest"
@@ -34,7 +34,7 @@ PRECISION_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeKeys(ConceptKeys):
+class ComputeKeys(RunKeys):
     """How the UNet computes in both stages; docs/speed.md says what each key costs and what is chosen by itself."""
 
     AUTO_PRECISION: ClassVar[str] = "bf16-mixed"

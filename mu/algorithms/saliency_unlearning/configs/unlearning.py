@@ -167,7 +167,7 @@ class TrainConfig(TrainingKeys, DataKeys):
 
 def mask_command(config: TrainConfig) -> str:
     """The command that makes the mask of this concept, where `config` looks for it."""
-    shared = {key.name for key in keys_of(DataKeys)} - {"output_dir"} | {"threshold"}
+    shared = {key.name for key in keys_of(DataKeys)} | {"threshold"}
     values: dict[str, object] = {key: value for key, value in as_dict(config).items() if key in shared}
     if config.mask_path is not None and not _is_mask_file(config.mask_path):
         values["output_dir"] = config.mask_path
