@@ -82,6 +82,8 @@ class Inspection:
         """All rows; None where images are sampled, whose folder only the loaded model tells, or something is wrong."""
         self.rows = ForgetRetain((), ())
         """Those that the run reads."""
+        self.prompts = list(config.sample_prompts or ()) if isinstance(config, OutputKeys) else []
+        """All that the text encoder is given; a method adds its own."""
         self._to_sample = 0
 
     def noting(self, check: Callable[[], T]) -> T | None:
@@ -143,15 +145,10 @@ class Inspection:
         else:
             self._to_sample = sum(not row.image.exists() for row in (*self.rows.forget, *self.rows.retain))
         self.warnings += self.rows.notes
-
-    @property
-    def prompts(self) -> list[str]:
-        """All that the text encoder is given, each once."""
-        prompts = [row.prompt for row in (*self.rows.forget, *self.rows.retain)]
-        prompts += [row.substitute_prompt for row in self.rows.forget if row.substitute_prompt is not None]
-        if isinstance(self.config, OutputKeys):
-            prompts += self.config.sample_prompts or ()
-        return list(dict.fromkeys(prompts))
+        self.prompts += [row.prompt for row in (*self.rows.forget, *self.rows.retain)]
+        self.prompts += [
+            row.substitute_prompt for row in self.rows.forget if row.substitute_prompt is not None
+        ]
 
     # ---- files
 

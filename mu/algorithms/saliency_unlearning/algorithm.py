@@ -27,10 +27,9 @@ from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.plan import plan_training
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import config_of, require_paths
-from mu.devices import peak_memory_bytes
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
-from mu.run_folder import RESULT, RunFolder
+from mu.run_folder import RunFolder
 from mu.unlearning.checkpoints import (
     Checkpoints,
     find_run_state,
@@ -41,19 +40,18 @@ from mu.unlearning.compute import (
 )
 from mu.unlearning.fit import fit
 from mu.unlearning.moving import names_of
-from mu.unlearning.output import check_save_dtype, model_of, original_of, write_and_prove
+from mu.unlearning.output import write_and_prove
 from mu.unlearning.plan import Plan
 from mu.unlearning.progress import Progress
 from mu.unlearning.progress_pictures import ProgressPictures
+from mu.unlearning.run import decorate, draw, load
 from mu.unlearning.run_state import (
     RunState,
     read_run_state,
 )
 from mu.unlearning.runs import (
     Result,
-    decorating,
     open_run,
-    save_result,
 )
 
 __all__ = ["MaskingAlgorithm", "SaliencyUnlearnAlgorithm", "SaliencyUnlearningAlgorithm"]
@@ -122,18 +120,18 @@ class SaliencyUnlearningAlgorithm:
                 folder.logger.warning("%s", warning)
             if mask_path is not None:
                 folder.logger.info("mask: %s", mask_path)
-            source = ranks.on_main(config.checkpoint)
-            ldm = model_of(config)
-            original = original_of(source, ldm.params, use_ema=config.use_ema) if ranks.is_main() else {}
-            ranks.on_main(lambda: check_save_dtype(original, config.save_dtype))
+            loaded = load(config)
+            ldm = loaded.ldm
             mask = self._mask(ldm, mask_path)
             data = SaliencyUnlearnDataHandler(config, ldm, rows=self._plan.rows if self._plan else None)
             model = SaliencyUnlearnModel(ldm, config.train_method, mask)
             folder.logger.info("%(selected)d of %(total)d weights of the UNet may move", model.counts)
-            checkpoints.identify(model, data.rows, original, resumed)
+            checkpoints.identify(model, data.rows, loaded.original, resumed)
 
-            pictures = ProgressPictures(config, ldm, data.rows)
-            ranks.on_main(lambda: _draw(pictures, "before"))
+            pictures = ProgressPictures(
+                config, ldm, *([row.prompt for row in rows] for rows in (data.rows.forget, data.rows.retain))
+            )
+            ranks.on_main(lambda: draw(pictures, "before"))
             losses = self._train(model, data, folder, pictures, checkpoints=checkpoints, resumed=resumed)
             gc.collect()  # the objects of the loop hold each other, and with them the optimizer's state
             model.verify_same_everywhere()
@@ -143,29 +141,22 @@ class SaliencyUnlearningAlgorithm:
                     ldm,
                     config,
                     folder,
-                    source=source,
-                    original=original,
+                    source=loaded.source,
+                    original=loaded.original,
                     selected=model.selected,
                     metadata={"train_method": config.train_method, "masking": config.masking},
                     base=self._plan.unet_fingerprint if self._plan is not None else None,
                     lr=config.lr,
                 )
-                _draw(pictures, "after")
                 result = {
-                    "run": folder.path,
                     **written,
-                    "pictures": _saved(pictures, folder.path / "pictures" / "before_after.png"),
                     "mask": mask_path,
                     "weights_selected": model.counts["selected"],
                     "weights_total": model.counts["total"],
                     "steps": data.total_steps,
                     **losses,
-                    "seconds": time.monotonic() - started,
-                    "peak_memory_bytes": peak_memory_bytes(),
                 }
-                with decorating(RESULT):
-                    save_result(folder, result)
-                return result
+                return decorate(folder, pictures, result, started=started)
 
             return ranks.on_main(finish)
 
@@ -232,18 +223,6 @@ class SaliencyUnlearningAlgorithm:
 
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
-
-
-def _draw(pictures: ProgressPictures, moment: str) -> None:
-    with decorating(f"pictures {moment}"):
-        pictures.take(moment)
-
-
-def _saved(pictures: ProgressPictures, path: Path) -> Path | None:
-    saved = None
-    with decorating(path.name):
-        saved = pictures.save(path)
-    return saved
 
 
 def _unlearning(config: TrainConfig) -> Result:
