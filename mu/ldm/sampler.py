@@ -80,7 +80,7 @@ def sample_ddim(
         initial_noise: (B, C, H, W); drawn when absent.
         generator: for what is drawn here (the initial noise, and the noise of eta > 0); one for each image makes an
             image independent of the batch it is in.
-        stop_after: do only so many steps: the latents are then as noisy as `ddim_timesteps` says at that place. None: all.
+        stop_after: do only so many steps; the latents are then as noisy as the timestep at that place. None: all.
 
     Between the steps latents are fp32 (or wider), whatever the networks compute in.
 

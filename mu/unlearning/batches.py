@@ -71,6 +71,11 @@ class Batches(Protocol):
     @property
     def total_steps(self) -> int: ...
 
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Images in each part of a whole batch."""
+        ...
+
     def __getitem__(self, step: int) -> Batch:
         """That of a step, 0..total_steps-1, on the CPU; the same whenever it is asked for, in every process."""
         ...
@@ -135,6 +140,10 @@ class EncodedBatches:
         self.num_timesteps = num_timesteps
         self.steps_per_epoch = math.ceil(len(forget.rows) / batch_size)
         self.total_steps = epochs * self.steps_per_epoch
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        return self.batch_size, self.retain_batch_size
 
     def __len__(self) -> int:
         return self.total_steps

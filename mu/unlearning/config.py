@@ -102,12 +102,18 @@ class ConceptKeys(ModelKeys):
         choices=SAMPLE_PRECISIONS,
     )
     seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)
-    output_dir: str = setting(OUTPUTS, "The run's folder is made in it.", kind="path")
 
     @property
     def concepts(self) -> tuple[str, ...]:
         """`template_name` as a tuple."""
         return concept_names(self.template_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunKeys(ConceptKeys):
+    """Where a run goes."""
+
+    output_dir: str = setting(OUTPUTS, "The run's folder is made in it.", kind="path")
 
     def doubts(self) -> Iterator[str]:
         """What is allowed and seldom meant; a run warns of it, and a plan."""
@@ -120,7 +126,7 @@ class ConceptKeys(ModelKeys):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputKeys(ConceptKeys):
+class OutputKeys(RunKeys):
     """What a run writes of the unlearned model, and which pictures it takes before and after."""
 
     output_format: str = setting(

@@ -35,7 +35,7 @@ from mu.ldm.tensor_file import open_state_dict, read_layout
 from mu.ldm.text_to_image import sampling_precision
 from mu.ldm.unet_dtype import SAVE_DTYPES
 from mu.unlearning.checkpoints import find_run_state, run_checkpoint_bytes
-from mu.unlearning.config import ConceptKeys, DataKeys, OutputKeys
+from mu.unlearning.config import DataKeys, OutputKeys, RunKeys
 from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
 from mu.unlearning.output import check_save_dtype, original_of
 from mu.unlearning.plan import Plan, PlannedFiles, disk_problems
@@ -62,7 +62,7 @@ class Inspection:
         ModelConfigError: the model's YAML cannot be used; all else that is wrong is noted in `problems`.
     """
 
-    def __init__(self, config: ConceptKeys) -> None:
+    def __init__(self, config: RunKeys) -> None:
         self.config = config
         self.problems: list[MuError] = []
         self.warnings: list[str] = list(config.doubts())
@@ -82,6 +82,8 @@ class Inspection:
         """All rows; None where images are sampled, whose folder only the loaded model tells, or something is wrong."""
         self.rows = ForgetRetain((), ())
         """Those that the run reads."""
+        self.prompts = list(config.sample_prompts or ()) if isinstance(config, OutputKeys) else []
+        """All that the text encoder is given; a method adds its own."""
         self._to_sample = 0
 
     def noting(self, check: Callable[[], T]) -> T | None:
@@ -143,15 +145,10 @@ class Inspection:
         else:
             self._to_sample = sum(not row.image.exists() for row in (*self.rows.forget, *self.rows.retain))
         self.warnings += self.rows.notes
-
-    @property
-    def prompts(self) -> list[str]:
-        """All that the text encoder is given, each once."""
-        prompts = [row.prompt for row in (*self.rows.forget, *self.rows.retain)]
-        prompts += [row.substitute_prompt for row in self.rows.forget if row.substitute_prompt is not None]
-        if isinstance(self.config, OutputKeys):
-            prompts += self.config.sample_prompts or ()
-        return list(dict.fromkeys(prompts))
+        self.prompts += [row.prompt for row in (*self.rows.forget, *self.rows.retain)]
+        self.prompts += [
+            row.substitute_prompt for row in self.rows.forget if row.substitute_prompt is not None
+        ]
 
     # ---- files
 
@@ -169,8 +166,8 @@ class Inspection:
             yield planned(what="generated*/*.png", bytes=self._to_sample * _png_bytes(self.image_size))
         if images:
             channels, height, width = self.ldm.latent_shape(self.image_size)
-            moments = 2 * 4 * channels * height * width  # mean and logvar in fp32
-            yield planned(what="latents/*.safetensors", bytes=images * moments)
+            moments = 2 * 4 * channels * height * width  # mean and logvar in fp32, and the image's SHA-256
+            yield planned(what="latents/*.safetensors", bytes=images * (moments + 3 * _HEADER_BYTES))
         if params.cond_stage is not None and self.prompts:
             embedding = 4 * _CAPTION_TOKENS * params.cond_stage.hidden_size
             yield planned(what="latents/prompts-*.safetensors", bytes=(1 + len(self.prompts)) * embedding)

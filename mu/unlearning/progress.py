@@ -15,13 +15,14 @@ from tqdm import tqdm
 from mu import ranks
 from mu.arithmetic import products
 from mu.datasets.images import to_picture
-from mu.datasets.index import ForgetRetain, Row, concept_label
+from mu.datasets.index import concept_label
 from mu.ldm import LatentDiffusion
 from mu.ldm.text_to_image import sample_images
 from mu.pictures import image_grid
 from mu.run_folder import MetricsCsv, RunFolder
 from mu.unlearning.batches import Batch, Batches
 from mu.unlearning.compute import encoders_at_hand
+from mu.unlearning.config import OutputKeys
 from mu.unlearning.loggers import LossLog, RunLogger
 from mu.unlearning.runs import decorating
 from mu.unlearning.training_config import TrainingKeys
@@ -102,19 +103,19 @@ class ProgressPictures:
     """Samples a few prompts whenever asked, and writes them side by side, the forgotten prompts marked.
 
     Args:
-        config: `sample_prompts` (null: some of the rows' own), `sample_seeds`, and how to sample.
+        config: `sample_prompts` (null: some of those given here), `sample_seeds`, and how to sample.
         model: sampled as it is at the time of `take`.
-        rows: where the prompts come from.
+        forget, retain: all prompts that are forgotten, and those that are retained.
     """
 
-    def __init__(self, config: TrainingKeys, model: LatentDiffusion, rows: ForgetRetain) -> None:
+    def __init__(
+        self, config: OutputKeys, model: LatentDiffusion, forget: Sequence[str], retain: Sequence[str]
+    ) -> None:
         self.config = config
         self.model = model
-        forgotten = {row.prompt for row in rows.forget}
-        if config.sample_prompts is None:
-            chosen = _spread(rows.forget) + _spread(rows.retain)
-        else:
-            chosen = list(config.sample_prompts)
+        forgotten = set(forget)
+        own = config.sample_prompts
+        chosen = _spread(forget) + _spread(retain) if own is None else list(own)
         # Forgotten prompts first, so that one frame marks them all.
         self.prompts = sorted(chosen, key=lambda prompt: prompt not in forgotten)
         self._forgotten = sum(prompt in forgotten for prompt in chosen)
@@ -177,8 +178,8 @@ class ProgressPictures:
         return path
 
 
-def _spread(rows: Sequence[Row]) -> list[str]:
-    """A few different prompts, evenly over the rows."""
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
+def _spread(prompts: Sequence[str]) -> list[str]:
+    """A few different ones, evenly over all."""
+    prompts = list(dict.fromkeys(prompts))
     count = min(_PROMPTS_OF_EACH_KIND, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]

@@ -16,7 +16,7 @@ from mu.memory import let_go
 from mu.run_folder import RESULT, RunFolder, shared_folder
 from mu.unlearning.checkpoints import run_of
 from mu.unlearning.compute import is_out_of_memory
-from mu.unlearning.config import ConceptKeys
+from mu.unlearning.config import RunKeys
 from mu.unlearning.run_state import RunState
 from mu.unlearning.training_config import TrainingKeys
 
@@ -24,12 +24,12 @@ Result = dict[str, Any]
 _log = logging.getLogger(__name__)
 
 
-def run_name(config: ConceptKeys) -> str:
+def run_name(config: RunKeys) -> str:
     """What a run's folder is called, before its date: `style-Noto`, `style-Noto+Blob`."""
     return f"{config.template}-{concept_label(config.concepts)}"
 
 
-def open_run(config: ConceptKeys, resumed: RunState | None = None) -> RunFolder:
+def open_run(config: RunKeys, resumed: RunState | None = None) -> RunFolder:
     """A new folder with its config.yaml; or that of the run which is resumed, where it lies in `output_dir`."""
 
     def open_it() -> RunFolder:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 from mu.config import setting
-from mu.unlearning.config import ConceptKeys, OutputKeys
+from mu.unlearning.config import OutputKeys, RunKeys
 from mu.unlearning.find_checkpoint import Problem
 from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
 
@@ -27,7 +27,7 @@ PRECISION_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeKeys(ConceptKeys):
+class ComputeKeys(RunKeys):
     """How the UNet computes in both stages; docs/speed.md says what each key costs and what is chosen by itself."""
 
     AUTO_PRECISION: ClassVar[str] = "bf16-mixed"
@@ -69,7 +69,6 @@ class TrainingKeys(ComputeKeys, OutputKeys):
         f"Which UNet weights may move. {TRAIN_METHOD_HELP}",
         choices=TRAIN_METHODS,
     )
-    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
     lr: float = setting(1e-5, "Learning rate of Adam.", gt=0, le=1)
     lr_schedule: str = setting(
         "constant",

@@ -64,9 +64,13 @@ def sampler(monkeypatch: pytest.MonkeyPatch) -> Sampler:
     return stand_in
 
 
+def prompts_of(data: ForgetRetain) -> tuple[list[str], list[str]]:
+    return [row.prompt for row in data.forget], [row.prompt for row in data.retain]
+
+
 def pictures(config: TrainConfig, data: ForgetRetain) -> ProgressPictures:
     model: Any = SimpleNamespace(dtype=torch.float32)  # the sampler stands in for the rest
-    return ProgressPictures(config, model, data)
+    return ProgressPictures(config, model, *prompts_of(data))
 
 
 def test_by_default_some_prompts_of_both_kinds_are_shown_evenly(tiny_runs: Any) -> None:
@@ -162,7 +166,9 @@ def test_promise_22_pictures_are_drawn_in_pieces_when_memory_runs_out(
     )
     drawn = []
     for number in range(2):
-        path = ProgressPictures(config, tiny_model, rows()).snapshot("now", tmp_path / f"{number}.png")
+        path = ProgressPictures(config, tiny_model, *prompts_of(rows())).snapshot(
+            "now", tmp_path / f"{number}.png"
+        )
         drawn.append(numpy.asarray(Image.open(path)).astype(int))
         monkeypatch.setattr(tiny_model.unet, "forward", hungry(tiny_model.unet.forward, holds=2))
     assert abs(drawn[0] - drawn[1]).max() <= 2  # rounding

@@ -1,1 +1,1 @@
-"""Erased Stable Diffusion (Gandikota et al. 2023): no images, the model's own guidance is turned against the concept."""
+"""Erased Stable Diffusion (Gandikota et al. 2023): the model's own guidance, turned against the concept."""

@@ -15,6 +15,8 @@ from mu.ldm.prediction import Predictor, predict_pair
 from mu.ldm.sampler import ddim_timesteps, sample_ddim
 from mu.unlearning.batches import Batch
 
+_VALIDATION_BATCHES = 8
+
 
 class EraseBatch(NamedTuple):
     """Prompts to erase, each with the noise that an image of it begins from."""
@@ -61,27 +63,37 @@ class EraseBatches:
         self.total_steps = total_steps
         self.steps_per_epoch = -(-len(prompts) // batch_size)
 
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        return (self.batch_size,)
+
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} is not in 0..{self.total_steps - 1}")
+        return self._batch("esd", step)
+
+    def validation(self) -> list[Batch]:
+        """Prompts and noise of their own, stopped after steps that lie evenly over a whole image."""
+        count = min(_VALIDATION_BATCHES, self.ddim_steps)
+        evenly = [(2 * number + 1) * self.ddim_steps // (2 * count) for number in range(count)]
+        return [self._batch("validation", number, done) for number, done in enumerate(evenly)]
+
+    def _batch(self, stage: str, number: int, steps_done: int | None = None) -> Batch:
         count = len(self.prompts)
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        places = [order(self.seed, "esd", position // count, count)[position % count] for position in positions]
+        positions = range(number * self.batch_size, (number + 1) * self.batch_size)
+        places = [order(self.seed, stage, at // count, count)[at % count] for at in positions]
         draws = [
-            draw(self.seed, "esd", step, str(number), shape=self.latent_shape, num_timesteps=self.ddim_steps)
-            for number in range(self.batch_size)
+            draw(self.seed, stage, number, str(i), shape=self.latent_shape, num_timesteps=self.ddim_steps)
+            for i in range(self.batch_size)
         ]
+        done = draws[0].timestep if steps_done is None else steps_done
         forget = EraseBatch(
             noise=torch.stack([one.noise for one in draws]),
-            steps_done=torch.full((self.batch_size,), draws[0].timestep),
+            steps_done=torch.full((self.batch_size,), done),
             context=self.contexts[places],
             uncond_context=self.uncond_context.expand(self.batch_size, -1, -1),
         )
         return Batch(forget, images={"forget": [self.prompts[place] for place in places]})
-
-    def validation(self) -> list[Batch]:
-        """None: the loss is on what the trained model samples, and says nothing of another set of prompts."""
-        return []
 
 
 class ESD:

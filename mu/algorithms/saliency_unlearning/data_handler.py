@@ -105,6 +105,16 @@ class SaliencyUnlearnDataHandler:
         size = self.config.batch_size
         return [wanted[first : first + size] for first in range(0, len(wanted), size)]
 
+    @property
+    def forgotten(self) -> list[str]:
+        """All prompts that are forgotten."""
+        return [row.prompt for row in self.rows.forget]
+
+    @property
+    def retained(self) -> list[str]:
+        """All prompts that are kept."""
+        return [row.prompt for row in self.rows.retain]
+
     def listed(self) -> list[list[tuple[str, str | None]]]:
         """What tells the rows of one run from those of another: key and substitute prompt of each."""
         return [

@@ -128,6 +128,37 @@ def retain_loss(model: LatentDiffusion, retain: RetainBatch) -> Tensor:
     return F.mse_loss(prediction, model.prediction_target(latents, timesteps, noise))
 
 
+def objective_of(
+    name: str, model: MovingModel, *, alpha: float, target: str = "current", retain_target: str = "noise"
+) -> Objective:
+    """The objective that a name means.
+
+    Args:
+        name: "salun"; or a control, which has neither `alpha` nor targets: "ascent", "retain".
+        model: before it is trained.
+        alpha: weight of the retain term.
+        target: which model predicts for the substitute prompt: the "current" one, or the "frozen" original.
+        retain_target: what the retained images are to give: the "noise", or what the "frozen" original predicts.
+    """
+    for key, value, known in (
+        ("objective", name, ("salun", "ascent", "retain")),
+        ("target", target, ("current", "frozen")),
+        ("retain_target", retain_target, ("noise", "frozen")),
+    ):
+        if value not in known:
+            raise ValueError(f"{key} is {value!r}; known: {', '.join(known)}")
+    if name == "ascent":
+        return Ascent()
+    if name == "retain":
+        return Retain()
+    original = FrozenOriginal(model) if "frozen" in (target, retain_target) else None
+    return SalUn(
+        alpha,
+        original if target == "frozen" else None,
+        original if retain_target == "frozen" else None,
+    )
+
+
 class SaliencyUnlearnTrainer(Trainer):
     """The `Trainer` of SalUn and its controls.
 
@@ -153,22 +184,7 @@ class SaliencyUnlearnTrainer(Trainer):
         micro_batch_size: int | None = None,
         objective: str = "salun",
     ) -> None:
-        if objective not in ("salun", "ascent", "retain"):
-            raise ValueError(f"objective is {objective!r}; known: salun, ascent, retain")
-        if target not in ("current", "frozen"):
-            raise ValueError(f"target is {target!r}; known: current, frozen")
-        if retain_target not in ("noise", "frozen"):
-            raise ValueError(f"retain_target is {retain_target!r}; known: noise, frozen")
-        minimised: Objective
-        if objective == "salun":
-            original = FrozenOriginal(model) if "frozen" in (target, retain_target) else None
-            minimised = SalUn(
-                alpha,
-                original if target == "frozen" else None,
-                original if retain_target == "frozen" else None,
-            )
-        else:
-            minimised = Ascent() if objective == "ascent" else Retain()
+        minimised = objective_of(objective, model, alpha=alpha, target=target, retain_target=retain_target)
         super().__init__(
             model,
             minimised,

@@ -138,6 +138,7 @@ class TrainConfig(TrainingKeys, DataKeys):
         "frozen original predicts, which disturbs less of what is kept, for one more prediction a step.",
         choices=("noise", "frozen"),
     )
+    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
     retain_batch_size: int | None = setting(
         None, "Images to retain in a step; null: as many as batch_size.", ge=1, le=100_000
     )

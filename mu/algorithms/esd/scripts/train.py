@@ -1,0 +1,37 @@
+"""Make the model forget a concept by turning its own guidance against it, without images (ESD)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mu.algorithms.esd.configs import PACKAGED, ESDConfig
+from mu.cli import Planned, run_door
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_door(
+        ESDConfig,
+        _run,
+        module=ESDConfig.MODULE,
+        summary=str(__doc__),
+        packaged=PACKAGED,
+        argv=argv,
+        plan=_plan,
+    )
+
+
+def _run(config: ESDConfig) -> object:
+    from mu.algorithms.esd.algorithm import ESDAlgorithm
+
+    return ESDAlgorithm(config).run()
+
+
+def _plan(config: ESDConfig) -> Planned:
+    from mu.algorithms.esd.algorithm import ESDAlgorithm
+
+    return ESDAlgorithm(config).plan()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

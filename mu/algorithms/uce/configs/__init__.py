@@ -1,0 +1,88 @@
+"""Settings of UCE: the config class, and ready-made configs. Importing this loads neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mu.config import load_config, setting
+from mu.datasets.emoji_canvas import OBJECTS, STYLES
+from mu.datasets.index import next_kept
+from mu.devices import device_names
+from mu.unlearning.concept_prompts import PromptKeys
+from mu.unlearning.config import OutputKeys
+from mu.unlearning.find_checkpoint import Problem
+
+MODULE = "mu.algorithms.uce.scripts.train"
+PACKAGED = Path(__file__).parent
+"""Folder of the packaged YAML configs, among which `--config_path` looks a name up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UCEConfig(OutputKeys, PromptKeys):
+    """What is edited into what, and what is to stay."""
+
+    substitute: str | None = setting(
+        None,
+        "What takes the concept's place in its prompts: another style or object, or any words (art, for the name of an "
+        "artist). null: the next of styles or objects that is kept (after the last, the first).",
+    )
+    preserve_prompts: tuple[str, ...] | None = setting(
+        None,
+        "Prompts whose keys and values are to stay as they are; the empty prompt of guidance is always among them. "
+        "null: with {style} or {object} in prompts, those of all other styles or objects. A YAML list, or one.",
+        split=False,
+        may_be_empty=True,
+    )
+    erase_scale: float = setting(1.0, "Weight of the prompts that are edited.", gt=0, le=1e6)
+    preserve_scale: float = setting(1.0, "Weight of the prompts that are to stay.", ge=0, le=1e6)
+    lamb: float = setting(
+        100.0,
+        "Weight of the original projections themselves, lambda in the paper: more of it changes less, of all prompts.",
+        gt=0,
+        le=1e6,
+    )
+    output_dir: str = setting("outputs/uce", "The run's folder is made in it.", kind="path")
+
+    @property
+    def known(self) -> Sequence[str]:
+        """Names of the concept's kind that the prompts can have."""
+        return {"style": self.styles or STYLES, "object": self.objects or OBJECTS}.get(self.template, ())
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(prompt that is edited, what it is edited into), each prompt once."""
+        found: dict[str, str] = {}
+        for name in self.concepts:
+            substitute = self.substitute
+            if substitute is None:
+                substitute = next_kept(name, self.known, self.concepts)
+            assert substitute is not None  # see conflicts
+            found |= zip(self.prompts_of(name), self.prompts_of(substitute), strict=True)
+        return list(found.items())
+
+    def preserved(self) -> list[str]:
+        """Prompts that are to stay, without the empty one."""
+        if self.preserve_prompts is not None:
+            return list(self.preserve_prompts)
+        if not any("{style}" in prompt or "{object}" in prompt for prompt in self.prompts):
+            return []
+        others = [name for name in self.known if name not in self.concepts]
+        return list(dict.fromkeys(prompt for name in others for prompt in self.prompts_of(name)))
+
+    def conflicts(self) -> Iterator[Problem]:
+        yield from super().conflicts()
+        if self.substitute is None:
+            for name in self.concepts:
+                if name not in self.known or next_kept(name, self.known, self.concepts) is None:
+                    yield (
+                        ("substitute", "template_name"),
+                        f"{name!r} has no next {self.template} that could take its place; name a substitute",
+                    )
+        elif self.substitute in self.concepts:
+            yield ("substitute", "template_name"), f"{self.substitute!r} is itself to be forgotten"
+        if len(device_names(self.devices)) > 1:
+            yield ("devices",), f"{self.devices} are several; this takes seconds, on one"
+
+
+uce_emoji_canvas = load_config(UCEConfig, config_path=PACKAGED / "emoji_canvas/uce_style.yaml")
