@@ -15,7 +15,7 @@ from mu.ldm.prediction import Predictor, predict_pair
 from mu.ldm.sampler import ddim_timesteps, sample_ddim
 from mu.unlearning.batches import Batch
 
-_VALIDATION_BATCHES = 8
+_VALIDATION_BATCHES = 4
 
 
 class EraseBatch(NamedTuple):
