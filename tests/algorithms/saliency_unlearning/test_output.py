@@ -36,6 +36,7 @@ from mu.unlearning.output import (
     rounding_warning,
 )
 from mu.unlearning.progress import ProgressPictures
+from mu.unlearning.runs import decorating
 
 Tensors = dict[str, Tensor]
 ROOT = Path(__file__).parents[3]
