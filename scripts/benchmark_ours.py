@@ -58,7 +58,7 @@ class Ours(EncodedOnce):
         self.unlearned = SaliencyUnlearnModel(self.model, train_method, on_device)
         self.training.enter_context(computing(self.model, self.compute))
         self.trainer = SaliencyUnlearnTrainer(self.unlearned, alpha=ALPHA, lr=LR, compute=self.compute)
-        self.optimizer = self.trainer.configure_optimizers()
+        self.optimizer = self.trainer.optimizer
 
     def step(self, forget: Examples, retain: Examples) -> None:
         def ready(batch: Examples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,7 +70,7 @@ class Ours(EncodedOnce):
             terms = salun_loss(self.model, (*ready(forget), substitute), ready(retain), ALPHA)
         self.optimizer.zero_grad(set_to_none=True)
         terms[0].backward()
-        self.trainer.checked_terms(terms, {})
+        self.trainer.check_finite(dict(zip(("loss", "forget", "retain"), terms, strict=True)), {})
         self.optimizer.step()
 
     def save_model(self, folder: Path) -> Path:

@@ -100,12 +100,12 @@ def variants(config: BenchmarkConfig, name: str) -> list[Variant]:
         changes: dict[str, Any] = dict(METHODS[method])
         if method == "random":
             # A mask of its own for each concept: else all rows would share the luck of one draw.
-            seed = recipe.mask_seed + (*STYLES, *OBJECTS).index(name)
-            changes |= {"mask_pool": mask.pool, "mask_seed": seed}
+            changes |= {"seed": recipe.seed + (*STYLES, *OBJECTS).index(name)}
         train = override(recipe, **changes)
         masked = train.masking != "none"
         for threshold in (masked and config.thresholds) or (recipe.threshold,):
             folder = concept_folder(config, name)
+            size = {"random_fraction" if method == "random" else "threshold": threshold}
             if method != "salun" or threshold != recipe.threshold:
                 folder /= f"{method}-{threshold}" if masked else method
             found.append(
@@ -113,7 +113,7 @@ def variants(config: BenchmarkConfig, name: str) -> list[Variant]:
                     method,
                     threshold if masked else None,
                     override(mask, threshold=threshold) if config.thresholds else mask,
-                    override(train, threshold=threshold, output_dir=str(folder / "finetuned_models")),
+                    override(train, **size, output_dir=str(folder / "finetuned_models")),
                     folder,
                 )
             )

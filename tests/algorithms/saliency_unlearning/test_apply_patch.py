@@ -35,7 +35,13 @@ def differing(one: Path | dict[str, Tensor], other: Path | dict[str, Tensor]) ->
 
 
 def unlearned(tiny_runs: Any, output_dir: Path, **changes: Any) -> Any:
-    wanted = {"output_dir": str(output_dir), "masking": "random", "epochs": 1, "threshold": 0.25, **changes}
+    wanted = {
+        "output_dir": str(output_dir),
+        "masking": "random",
+        "epochs": 1,
+        "random_fraction": 0.25,
+        **changes,
+    }
     return SaliencyUnlearningAlgorithm(tiny_runs.train_config(**wanted)).run()
 
 

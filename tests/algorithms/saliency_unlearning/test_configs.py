@@ -321,6 +321,15 @@ def test_folders_are_looked_at_before_a_model_is_loaded():
     assert "holds no images laid out as <Style>/<Class>/<n>.jpg" in too_deep
 
 
+def test_threshold_chooses_a_mask_and_random_fraction_is_the_size_of_a_random_one() -> None:
+    """A file of the first version, whose threshold did both, is taken where it says the same, and else told the key."""
+    assert TrainConfig(masking="random", threshold=0.5).random_fraction == 0.5
+    assert TrainConfig(masking="random", threshold=0.5, random_fraction=0.3).random_fraction == 0.3
+    assert TrainConfig(masking="saliency", threshold=0.25).threshold == 0.25
+    (mistake,) = mistakes_of(TrainConfig, masking="random", threshold=0.25)
+    assert "set random_fraction: 0.25" in mistake
+
+
 def test_thresholds_are_always_a_tuple():
     assert MaskConfig(threshold=0.3).thresholds == (0.3,)
     assert MaskConfig(threshold=[0.3, 0.5]).thresholds == (0.3, 0.5)

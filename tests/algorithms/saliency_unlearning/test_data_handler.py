@@ -82,7 +82,7 @@ def seen(loader: Any, part: str) -> dict[bytes, tuple[int, bytes]]:
     """Every image drawn: its noise -> (timestep, latent)."""
     found = {}
     for batch in loader:
-        latents, timesteps, noise = batch[part][:3]
+        latents, timesteps, noise = getattr(batch, part)[:3]
         for place in range(len(latents)):
             found[noise[place].numpy().tobytes()] = (int(timesteps[place]), latents[place].numpy().tobytes())
     return found
@@ -199,7 +199,7 @@ def test_batches_name_their_images(model: LatentDiffusion, config: SimpleNamespa
         for place, file in enumerate(files):
             number = 1 if part == "forget" else (4 * 4 + place) // RETAIN_COUNT
             made = draw(0, part, number, rows[file].key, shape=(4, 8, 8), num_timesteps=50)
-            assert torch.equal(batch[part][2][place], made.noise)
+            assert torch.equal(getattr(batch, part).noise[place], made.noise)
     for index, (_, _, noise, *_) in enumerate(handler.mask_batches()):
         files = handler.mask_images(index)
         assert len(files) == len(noise)

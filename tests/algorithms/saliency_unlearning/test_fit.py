@@ -27,7 +27,7 @@ from mu.config import ConfigError, check_paths
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 from mu.unlearning import loggers
-from mu.unlearning.batches import Batch
+from mu.unlearning.batches import Batch, RetainBatch
 from mu.unlearning.checkpoints import Checkpoints
 from mu.unlearning.loggers import LossLog, RunLogger, wandb_logger, wandb_mode
 from mu.unlearning.run_state import read_run_state
@@ -66,7 +66,8 @@ class FourSteps:
     steps_per_epoch, total_steps = 2, 4
 
     def __getitem__(self, step: int) -> Batch:
-        return Batch((torch.zeros(1),), (torch.zeros(1),))
+        part = RetainBatch(*[torch.zeros(1)] * 4)
+        return Batch(part, part)
 
     def validation(self) -> list[Batch]:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,8 +87,9 @@ def test_chosen_steps_are_on_disk_and_the_losses_show_training(tiny_runs: Any, t
 
 
 def validation(batches: EncodedBatches, draws: int, batch_size: int) -> list[Batch]:
-    batches.batch_size = batch_size
-    return batches.validation(draws)
+    cut = copy.copy(batches)
+    cut.batch_size = batch_size
+    return cut.validation(draws)
 
 
 def test_a_validation_is_the_mean_over_fixed_draws_however_they_are_batched(

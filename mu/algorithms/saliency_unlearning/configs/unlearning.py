@@ -18,6 +18,7 @@ MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 TRAIN_MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
 _FEW_TIMESTEPS = 100
+_RANDOM_FRACTION = 0.5
 _MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 
 
@@ -107,7 +108,7 @@ class TrainConfig(TrainingKeys, DataKeys):
         le=1,
     )
     random_fraction: float = setting(
-        0.5,
+        _RANDOM_FRACTION,
         "masking random: fraction of all weights of the UNet in the mask, which is drawn with seed.",
         gt=0,
         le=1,
@@ -151,7 +152,11 @@ class TrainConfig(TrainingKeys, DataKeys):
                 ("mask_path", "masking"),
                 f"masking saliency needs a mask; this makes one: {mask_command(self)}",
             )
-        if self.masking == "random" and self.threshold not in (None, self.random_fraction):
+        if (
+            self.masking == "random"
+            and self.threshold not in (None, _RANDOM_FRACTION)
+            and self.random_fraction == _RANDOM_FRACTION
+        ):  # as files of earlier versions have it
             yield (
                 ("threshold", "masking"),
                 f"threshold chooses among saliency masks; for a random mask of this size set random_fraction: "
