@@ -89,6 +89,11 @@ def test_tokens_of_the_concept_are_paired_and_shared_ones_with_themselves(
     assert words(prompt, substitute) == expected
 
 
+def test_padding_is_paired_in_order_after_the_end_token() -> None:
+    assert paired_tokens("van gogh", "art", length=8)[3:] == [(3, 2), (4, 3), (5, 4), (6, 5), (7, 6)]
+    assert paired_tokens("art", "van gogh", length=6)[2:] == [(2, 3), (3, 4), (4, 5), (5, 5)]
+
+
 @pytest.mark.parametrize("prompts", [("van gogh", "art"), ("art", "van gogh"), ("cat " * 100, "dog " * 90)])
 def test_all_places_of_the_context_are_paired_each_once(prompts: tuple[str, str]) -> None:
     pairs = paired_tokens(*prompts, length=LENGTH)
