@@ -74,7 +74,8 @@ def test_a_wrong_name_lists_the_right_ones(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as ended:
         main(["saliency-unlearn"])
     assert ended.value.code == 2
-    assert f"there are: {NAME}. Did you mean {NAME}?" in capsys.readouterr().err
+    known = ", ".join(environment_names())
+    assert f"there are: {known}. Did you mean {NAME}?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../saliency_unlearning", "", "configs", "."])

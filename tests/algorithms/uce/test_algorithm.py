@@ -108,7 +108,7 @@ def test_the_command_does_the_same_and_its_dry_run_nothing(
     (checkpoint,) = (tmp_path / "runs").glob("style-Noto-*/model.safetensors")
     assert f"checkpoint: {checkpoint}" in capsys.readouterr().out
     assert main([*words, "--substitute", "Noto"]) == 2
-    assert "substitute, template_name: 'Noto' is itself to be forgotten" in capsys.readouterr().err
+    assert "substitute: 'Noto' is itself to be forgotten" in capsys.readouterr().err
 
 
 def test_promise_17_too_little_disk_stops_a_run_before_the_model_loads(
