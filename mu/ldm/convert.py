@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mu.ldm.checkpoint import SCHEDULE_KEYS, check_state_dict
+from mu.ldm.checkpoint import check_state_dict, read_checkpoint
 from mu.ldm.diffusers_configs import diffusers_configs
 from mu.ldm.diffusers_folder import write_diffusers_folder
 from mu.ldm.diffusers_tensors import to_diffusers
-from mu.ldm.dtypes import DTYPES, cast_weight
 from mu.ldm.ema import EMA_PREFIX, is_ema_copy
-from mu.ldm.formats import CheckpointDescription, read_checkpoint
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.model_config import load_model_config
 from mu.ldm.params import LatentDiffusionParams, OpenClipParams
-from mu.ldm.schedule import schedule_buffers
+from mu.ldm.recognise import CheckpointDescription
+from mu.ldm.schedule import SCHEDULE_KEYS, schedule_buffers
 from mu.ldm.tensor_file import CheckpointError, write_bare_state_dict, write_state_dict
+from mu.ldm.unet_dtype import DTYPES, cast_weight
 
 FORMATS = ("compvis", "diffusers", "unet")
 

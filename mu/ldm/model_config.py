@@ -18,19 +18,8 @@ from mu.ldm.params import (
     OpenClipParams,
     TextEncoderParams,
     UNetParams,
+    structure_problems,
 )
-from mu.ldm.structure import structure_problems
-
-__all__ = [
-    "AutoencoderParams",
-    "LatentDiffusionParams",
-    "ModelConfigError",
-    "OpenClipParams",
-    "TextEncoderParams",
-    "UNetParams",
-    "load_model_config",
-    "parse_model_config",
-]
 
 UNCONDITIONAL = "__is_unconditional__"
 PARAMETERIZATIONS = ("eps", "v")

@@ -6,6 +6,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SCHEDULE_KEYS = frozenset(
+    {
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "logvar",
+        "lvlb_weights",
+    }
+)
+"""What CompVis checkpoints store of the schedule; the last two belong to losses that are not used here."""
+
 
 def schedule_buffers(linear_start: float, linear_end: float, num_timesteps: int) -> dict[str, Tensor]:
     """All schedule constants, computed in fp64 and rounded once to fp32.

@@ -68,6 +68,16 @@ def fingerprint(
     return f"sha256:{digest.hexdigest()}"
 
 
+def is_shape(value: object) -> bool:
+    """Whether a value that was read as JSON is the shape of a tensor that can be, with or without entries."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_DIMENSIONS
+        and all(type(side) is int and side >= 0 for side in value)
+        and math.prod(side or 1 for side in value) < 2**63
+    )
+
+
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a checkpoint, on the CPU, in the file's dtypes.
 
@@ -142,47 +152,12 @@ def write_state_dict(
             temporary file is removed and the previous file is as it was).
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise CheckpointError(
-            f"{path}: the suffix {path.suffix!r} is not known; known: {', '.join(SUFFIXES)}"
-        )
+    _check_suffix(path, SUFFIXES)
     if "state_dict" in (metadata or {}):
         raise CheckpointError(f"{path}: metadata must not have a key `state_dict`")
     tensors = _own_storages(state_dict, path)
     described = {"format": "pt", **(metadata or {}), FINGERPRINT_KEY: fingerprint(tensors)}
-    try:
-        with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-            if path.suffix == ".safetensors":
-                _write(tensors, temporary, described)
-            else:
-                _write({"state_dict": tensors, **described}, temporary, None)
-    except WriteError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _write(content: dict[str, Any], path: Path, metadata: Mapping[str, str] | None) -> None:
-    """With metadata as safetensors, without as a torch file.
-
-    Raises OSError, also for what torch reports as RuntimeError and safetensors as its own error.
-    """
-    try:
-        if metadata is None:
-            torch.save(content, path)
-        else:
-            save_file(content, path, metadata=dict(metadata))
-            _sort_metadata(path)
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(str(error)) from error
-
-
-def is_shape(value: object) -> bool:
-    """Whether a value that was read as JSON is the shape of a tensor that can be, with or without entries."""
-    return (
-        isinstance(value, list)
-        and len(value) <= MOST_DIMENSIONS
-        and all(type(side) is int and side >= 0 for side in value)
-        and math.prod(side or 1 for side in value) < 2**63
-    )
+    _write(tensors, path, described, pickled={"state_dict": tensors, **described})
 
 
 def write_bare_state_dict(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
@@ -194,15 +169,30 @@ def write_bare_state_dict(state_dict: Mapping[str, Tensor], path: str | Path) ->
         CheckpointError: as `write_state_dict`.
     """
     path = Path(path)
-    suffixes = (".pt", ".pth", ".bin", ".safetensors")
-    if path.suffix not in suffixes:
-        raise CheckpointError(
-            f"{path}: the suffix {path.suffix!r} is not known; known: {', '.join(suffixes)}"
-        )
+    _check_suffix(path, (".pt", ".pth", ".bin", ".safetensors"))
     tensors = _own_storages(state_dict, path)
+    _write(tensors, path, {"format": "pt"}, pickled=tensors)
+
+
+def _check_suffix(path: Path, known: tuple[str, ...]) -> None:
+    if path.suffix not in known:
+        raise CheckpointError(f"{path}: the suffix {path.suffix!r} is not known; known: {', '.join(known)}")
+
+
+def _write(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str], *, pickled: Mapping[str, Any]
+) -> None:
+    """Write safetensors with their metadata, or `pickled`, as the suffix says."""
     try:
         with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-            _write(tensors, temporary, {"format": "pt"} if path.suffix == ".safetensors" else None)
+            try:
+                if path.suffix == ".safetensors":
+                    save_file(dict(tensors), temporary, metadata=metadata)
+                    _sort_metadata(temporary)
+                else:
+                    torch.save(dict(pickled), temporary)
+            except (RuntimeError, SafetensorError) as error:  # so they tell of a disk that is full
+                raise OSError(str(error)) from error
     except WriteError as error:
         raise CheckpointError(str(error)) from error
 

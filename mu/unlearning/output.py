@@ -24,7 +24,7 @@ from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import bits_of, make_patch
 from mu.ldm.patch_file import save_patch
 from mu.ldm.tensor_file import open_state_dict
-from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet
+from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet, largest_lost
 from mu.unlearning.config import ConceptKeys, ModelKeys
 from mu.unlearning.find_checkpoint import DIFFUSERS_NAME
 from mu.unlearning.moving import TrainingError
@@ -110,10 +110,7 @@ def check_save_dtype(original: Mapping[str, Tensor], save_dtype: str) -> None:
     if dtype is None or dtype == torch.float32:
         return
     for name, tensor in original.items():
-        if not is_of_unet(name) or tensor.dtype.itemsize < 2:
-            continue
-        largest = float(tensor.abs().max())
-        if largest > torch.finfo(dtype).max:
+        if is_of_unet(name) and (largest := largest_lost(tensor, dtype)) is not None:
             raise CheckpointError(
                 f"save_dtype is {save_dtype}, which ends at {torch.finfo(dtype).max:g}: {name} has {largest:g}; take "
                 "bf16 or fp32"
