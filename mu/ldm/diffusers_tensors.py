@@ -1,10 +1,11 @@
 """The same weights under CompVis' names and under diffusers' and transformers', as tables. No bit changes.
 
-Each network has a table of modules that follows from its params: the innermost module whose own parts are named alike on
-both sides. `input_blocks.1.0.in_layers.2` is `down_blocks.0.resnets.0.conv1`, and what is inside a spatial transformer
-needs no entry of its own. Three things are more than a name: the autoencoder's attention is a 1x1 convolution here and
-linear there, OpenCLIP keeps query, key and value in one tensor, and diffusers leaves out the layers of OpenCLIP that SD
-v2 does not run.
+Each network has a table of modules that follows from its params. It has the innermost module whose own parts are named
+alike on both sides: `input_blocks.1.0.in_layers.2` is `down_blocks.0.resnets.0.conv1`, and what is inside a spatial
+transformer needs no entry of its own.
+
+Three things are more than a name: the autoencoder's attention is a 1x1 convolution here and linear there, OpenCLIP keeps
+query, key and value in one tensor, and diffusers leaves out the layers of OpenCLIP that SD v2 does not run.
 """
 
 from __future__ import annotations

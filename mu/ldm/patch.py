@@ -9,8 +9,8 @@ hold anything but its base's values, and patches that share no entry may come an
 A run may write its UNet in another dtype than that of its base (`save_dtype`). Its patch notes both dtypes: the base is
 cast first, and cast back when the patch has been removed, where the new dtype holds every number of the old one.
 
-Order here: what a patch is; made from two checkpoints; applied and removed, one or several; whole checkpoints; its file,
-which docs/patches.md describes.
+What follows: what a patch is; making one; applying and removing one; several at once; whole checkpoints; the file, of
+which docs/patches.md describes the layout.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ PATCH_FORMAT = 1
 """Version of the file."""
 SUFFIX = ".patch.safetensors"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a type -> the integers that hold its bits."""
+"""Bytes of a dtype -> the integers that hold its bits."""
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype) and dtype.itemsize in INTEGERS
 }
+_CHANGED_PARTS = (UNET_PREFIX, EMA_PREFIX)
 _OWN_KEYS = ("patch_format", "tensors", "base_fingerprint", "has_ema", "weights_changed", "cast")
 _AGAIN = "get it again, or make it again by training"
 _SHOWN = 5
@@ -127,19 +128,19 @@ class Patch:
         return sum(count for name, count in counts.items() if not name.startswith(EMA_PREFIX))
 
 
+# ---- making one
+
+
 def bits_of(tensor: Tensor) -> Tensor:
     """The bits of a tensor's entries as integers of the same shape: NaN and -0.0 compare as what they are."""
     return tensor.detach().cpu().contiguous().view(INTEGERS[tensor.dtype.itemsize])
 
 
 def base_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """The fingerprint of a checkpoint's UNet, in the types of the file: what masks call `model_fingerprint`."""
+    """The fingerprint of a checkpoint's UNet, in the dtypes of the file: what masks call `model_fingerprint`."""
     return fingerprint(
         {name.removeprefix(UNET_PREFIX): t for name, t in tensors.items() if name.startswith(UNET_PREFIX)}
     )
-
-
-# ---- made from two checkpoints
 
 
 def make_patch(
@@ -160,11 +161,11 @@ def make_patch(
     Raises:
         PatchError: they differ in names or shapes, or in dtypes that are not floats.
     """
-    names = [name for name in before if name.startswith((UNET_PREFIX, EMA_PREFIX))]
-    others = {name for name in after if name.startswith((UNET_PREFIX, EMA_PREFIX))}
+    names = [name for name in before if name.startswith(_CHANGED_PARTS)]
+    others = {name for name in after if name.startswith(_CHANGED_PARTS)}
     if differing := sorted(others ^ set(names)):
         raise PatchError(
-            f"no patch can be made: only one of both checkpoints has {listed(differing)}; a patch is between "
+            f"no patch can be made: only one of both checkpoints has {_listed(differing)}; a patch is between "
             "two states of one model"
         )
     tensors, cast = {}, {}
@@ -189,30 +190,6 @@ def make_patch(
     )
 
 
-def _tensor_patch(before: Tensor, after: Tensor) -> TensorPatch | None:
-    old, new = bits_of(before).reshape(-1), bits_of(after).reshape(-1)  # (n,)
-    changed = old != new  # (n,)
-    count, size = int(changed.count_nonzero()), changed.numel()
-    if not count:
-        return None
-    old, new = old[changed], new[changed]  # (count,)
-    bits = index = None
-    kind = places_kind(count, size)
-    if kind == "index":
-        index = changed.nonzero().view(-1).to(torch.int32)
-    elif kind == "bits":
-        bits = torch.from_numpy(np.packbits(changed.numpy(), bitorder="little"))
-    return TensorPatch(
-        shape=tuple(before.shape),
-        dtype=before.dtype,
-        values=old ^ new,
-        bits=bits,
-        index=index,
-        old=_sha256(old),
-        new=_sha256(new),
-    )
-
-
 def places_kind(count: int, size: int) -> str | None:
     """How the places of changed entries are kept: "index" or "bits", the smaller; None: all have changed."""
     if 4 * count < (size + 7) // 8 and size <= 2**31:
@@ -220,11 +197,36 @@ def places_kind(count: int, size: int) -> str | None:
     return "bits" if count < size else None
 
 
+def _tensor_patch(before: Tensor, after: Tensor) -> TensorPatch | None:
+    old, new = bits_of(before).reshape(-1), bits_of(after).reshape(-1)  # (n,)
+    changed = old != new  # (n,)
+    count, size = int(changed.count_nonzero()), changed.numel()
+    if not count:
+        return None
+    old, new = old[changed], new[changed]  # (count,)
+    kind = places_kind(count, size)
+    return TensorPatch(
+        shape=tuple(before.shape),
+        dtype=before.dtype,
+        values=old ^ new,
+        bits=torch.from_numpy(np.packbits(changed.numpy(), bitorder="little")) if kind == "bits" else None,
+        index=changed.nonzero().view(-1).to(torch.int32) if kind == "index" else None,
+        old=_sha256(old),
+        new=_sha256(new),
+    )
+
+
 def _sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
-# ---- applied and removed, on tensors
+def _listed(names: Collection[str]) -> str:
+    """`7 tensors: a, b, c, d, e, ...`."""
+    shown = ", ".join(list(names)[:_SHOWN])
+    return f"{len(names)} tensors: {shown}{', ...' if len(names) > _SHOWN else ''}"
+
+
+# ---- applying and removing one
 
 
 def apply_patch(
@@ -240,9 +242,9 @@ def apply_patch(
 
     Raises:
         PatchError: a changed entry does not hold the value that the patch was made from, or a tensor is missing or of
-            another shape or type.
+            another shape or dtype.
     """
-    return _toggled(cast_for(tensors, patch, source=source), patch, source=source, removing=False)
+    return _toggled(_cast_for(tensors, patch, source=source), patch, source=source, removing=False)
 
 
 def remove_patch(
@@ -260,15 +262,15 @@ def remove_patch(
     if lost := [name for name, (old, new) in patch.cast.items() if name in tensors and not holds(new, old)]:
         old, new = patch.cast[lost[0]]
         raise PatchError(
-            f"{patch.source} cannot be removed from {source}: it is of a run that wrote {listed(lost)} in {new}, which "
-            f"rounded the base's {old}. Take the checkpoint that the run was begun with"
+            f"{patch.source} cannot be removed from {source}: it is of a run that wrote {_listed(lost)} in {new}, "
+            f"which rounded the base's {old}. Take the checkpoint that the run was begun with"
         )
     if has_ema(tensors) and not patch.has_ema:
         raise PatchError(
             f"{source} has EMA copies of its weights, {patch.source} has not: their old values are not in it. Applying "
             "it wrote a patch beside the output that has them: remove that one"
         )
-    removed = _toggled(cast_for(tensors, patch, source=source), patch, source=source, removing=True)
+    removed = _toggled(_cast_for(tensors, patch, source=source), patch, source=source, removing=True)
     narrow = {name: removed[name].to(old) for name, (old, _) in patch.cast.items() if name in removed}
     exact = all(
         torch.equal(bits_of(t.to(removed[name].dtype)), bits_of(removed[name])) for name, t in narrow.items()
@@ -276,13 +278,10 @@ def remove_patch(
     return removed | narrow if exact else removed
 
 
-def cast_for(tensors: Mapping[str, Tensor], patch: Patch, *, source: object) -> dict[str, Tensor]:
+def _cast_for(tensors: Mapping[str, Tensor], patch: Patch, *, source: object) -> dict[str, Tensor]:
     """The tensors of a checkpoint in the dtypes of what a patch leads to, see `Patch.cast`.
 
     EMA copies that the patch does not know take the dtype of their weights: a narrower one would keep old values.
-
-    Raises:
-        PatchError: a tensor has neither the dtype of the base nor that which the patch leads to.
     """
     wanted = dict(patch.cast)
     if not patch.has_ema:
@@ -323,57 +322,37 @@ def _toggled(
             wrong.append(name)
             done += digest == leads_to
             continue
-        flat[changed] = found ^ part.values
-        if _sha256(flat[changed]) != leads_to:
+        toggled = found ^ part.values
+        if _sha256(toggled) != leads_to:
             raise PatchError(
                 f"{patch.source} is damaged: its values do not lead to the SHA-256 that it notes for {name}; "
                 "get the file again"
             )
+        flat[changed] = toggled
         result[name] = flat.view(part.dtype).view(part.shape)
-    if wrong:
-        raise PatchError(_misfit(tensors, patch, wrong, len(names), done, source=source, removing=removing))
-    return result
-
-
-def _misfit(
-    tensors: Mapping[str, Tensor],
-    patch: Patch,
-    wrong: list[str],
-    total: int,
-    done: int,
-    *,
-    source: object,
-    removing: bool,
-) -> str:
-    if done == total:
-        state = "is not applied to" if removing else "is already applied to"
-        when = "before" if removing else "after"
-        return f"{patch.source} {state} {source}: all of its entries hold the values {when} it"
+    if not wrong:
+        return result
+    if done == len(names):
+        state, when = ("is not applied to", "before") if removing else ("is already applied to", "after")
+        raise PatchError(f"{patch.source} {state} {source}: all of its entries hold the values {when} it")
+    found_at = f"at its entries, {len(wrong)} of its {len(names)} tensors ({_listed(wrong)})"
     if removing:
-        return (
-            f"{patch.source} cannot be removed from {source}: at its entries, {len(wrong)} of its {total} tensors "
-            f"({listed(wrong)}) do not hold the values that it leads to. It was not applied, or something else has "
-            "changed them since"
+        raise PatchError(
+            f"{patch.source} cannot be removed from {source}: {found_at} do not hold the values that it leads to. It "
+            "was not applied, or something else has changed them since"
         )
     hint = (
         "Another patch may have changed the same entries: remove that one, or apply both at once to the base"
     )
     if patch.metadata.get("use_ema"):
         hint = "It was made from EMA weights: set use_ema"
-    return (
-        f"{patch.source} is not a patch of {source}: at its entries, {len(wrong)} of its {total} tensors "
-        f"({listed(wrong)}) do not hold the values that it was made from. The UNet that it was made from has "
-        f"fingerprint {patch.base_fingerprint}, this one {base_fingerprint(tensors)}. {hint}"
+    raise PatchError(
+        f"{patch.source} is not a patch of {source}: {found_at} do not hold the values that it was made from. The UNet "
+        f"that it was made from has fingerprint {patch.base_fingerprint}, this one {base_fingerprint(tensors)}. {hint}"
     )
 
 
-def listed(names: Collection[str]) -> str:
-    """`7 tensors: a, b, c, d, e, ...`."""
-    shown = ", ".join(list(names)[:_SHOWN])
-    return f"{len(names)} tensors: {shown}{', ...' if len(names) > _SHOWN else ''}"
-
-
-# ---- several patches of one base
+# ---- several at once
 
 
 def apply_patches(
@@ -400,8 +379,8 @@ def apply_patches(
         PatchError: see `apply_patch`; they are of different bases or lead to different dtypes; they overlap and that is
             refused; a sum is not finite.
     """
-    bases = {patch.base_fingerprint for patch in patches}
-    if len(bases) > 1:
+    # 1. They must go together.
+    if len({patch.base_fingerprint for patch in patches}) > 1:
         raise PatchError(
             "the patches were made from different bases: "
             + "; ".join(f"{patch.source} from {patch.base_fingerprint}" for patch in patches)
@@ -418,18 +397,22 @@ def apply_patches(
         a, b, counts = overlapping[0]
         more = f" (and {len(overlapping) - 1} more pairs of patches)" if len(overlapping) > 1 else ""
         raise PatchError(
-            f"{a.source} and {b.source} both change {sum(counts.values()):,} entries of {listed(counts)}{more}; "
+            f"{a.source} and {b.source} both change {sum(counts.values()):,} entries of {_listed(counts)}{more}; "
             "what is to become of them is not defined. Apply one of them; or add up their changes (overlap add)"
         )
+
+    # 2. Apply them, or add up their changes.
     base = dict(tensors)
     for patch in patches:
-        base = cast_for(base, patch, source=source)
+        base = _cast_for(base, patch, source=source)
     if overlapping:
         after = _sum(base, patches, source=source)
     else:
         after = base
         for patch in patches:
             after = apply_patch(after, patch, source=source)
+
+    # 3. Update EMA copies that they do not know; then only a new patch takes all of it back.
     if not overlapping and not (has_ema(tensors) and not all(patch.has_ema for patch in patches)):
         return after, None
     after |= updated_ema(after, base, use_ema=False, source=str(source))
@@ -517,6 +500,7 @@ def patch_checkpoint(
         PatchError: see `apply_patches` and `remove_patch`.
         CheckpointError: the checkpoint or a patch cannot be read, or the target cannot be written or is there already.
     """
+    # 1. Read the patches and the checkpoint.
     source, target = Path(source), Path(target)
     if target.exists() and not overwrite:
         raise PatchError(f"{target} is there already; give another name, or set overwrite")
@@ -544,20 +528,19 @@ def patch_checkpoint(
             )
     if use_ema:
         tensors = with_ema_weights(tensors, source=source)
+
+    # 2. Apply or remove them.
     after, combined = dict(tensors), None
     if remove:
         for patch in patches:
             after = remove_patch(after, patch, source=source)
     else:
         after, combined = apply_patches(tensors, patches, overlap=overlap, source=source)
-    result: dict[str, object] = {
-        "wrote": target,
-        "entries": (
-            combined.weights_changed if combined else sum(patch.weights_changed for patch in patches)
-        ),
-    }
+
+    # 3. Write: a new patch before the checkpoint, which must never be there without it.
+    entries = combined.weights_changed if combined else sum(patch.weights_changed for patch in patches)
+    result: dict[str, object] = {"wrote": target, "entries": entries}
     if combined is not None:
-        # Before the checkpoint, which must never be there without it.
         result["combined_patch"] = target.with_name(target.stem + SUFFIX)
         save_patch(combined, target.with_name(target.stem + SUFFIX))
     if folder:
@@ -593,28 +576,23 @@ def stored_form(patch: Patch, path: Path) -> tuple[dict[str, Tensor], dict[str, 
     Raises:
         PatchError: the metadata is no JSON; names the path.
     """
+    stored: dict[str, Tensor] = {}
+    for name, part in patch.tensors.items():
+        for kind, tensor in (("xor", part.values), ("bits", part.bits), ("index", part.index)):
+            if tensor is not None:
+                stored[f"{kind}/{name}"] = tensor
     own: dict[str, Any] = {
         "patch_format": PATCH_FORMAT,
         "base_fingerprint": patch.base_fingerprint,
         "has_ema": patch.has_ema,
         "weights_changed": patch.weights_changed,
         "tensors": {
-            name: {
-                "shape": list(part.shape),
-                "dtype": _name_of(part.dtype),
-                "old": part.old,
-                "new": part.new,
-            }
+            name: {"shape": [*part.shape], "dtype": _name_of(part.dtype), "old": part.old, "new": part.new}
             for name, part in patch.tensors.items()
         },
     }
     if patch.cast:
         own["cast"] = {name: [*map(_name_of, dtypes)] for name, dtypes in patch.cast.items()}
-    stored: dict[str, Tensor] = {}
-    for name, part in patch.tensors.items():
-        for kind, tensor in (("xor", part.values), ("bits", part.bits), ("index", part.index)):
-            if tensor is not None:
-                stored[f"{kind}/{name}"] = tensor
     try:
         described = {
             key: json.dumps(value, allow_nan=False) for key, value in {**patch.metadata, **own}.items()
@@ -630,6 +608,7 @@ def load_patch(path: str | Path) -> Patch:
     Raises:
         PatchError: the file is missing, truncated, damaged, or not a patch.
     """
+    # 1. Read the file.
     path = Path(path)
     try:
         stored, metadata = read_state_dict(path)
@@ -639,109 +618,86 @@ def load_patch(path: str | Path) -> Patch:
         raise PatchError(
             f"{path} is no patch: its metadata has no patch_format (is it a checkpoint, or a mask?)"
         )
-    own = _parsed(metadata, path)
-    described = own["tensors"]
-    parts = {name: _part(name, told, stored, path) for name, told in described.items()}
+
+    # 2. Check what it tells of itself.
+    try:
+        told = {k: json.loads(text) for k, text in metadata.items() if k not in ("format", FINGERPRINT_KEY)}
+    except (ValueError, RecursionError) as error:
+        raise PatchError(f"{path} is damaged: its metadata is no JSON: {error}; {_AGAIN}") from error
+    if told["patch_format"] != PATCH_FORMAT:
+        raise PatchError(f"{path} has patch format {told['patch_format']}; this version reads {PATCH_FORMAT}")
+    if not _describes_a_patch(told):
+        raise PatchError(f"{path} is damaged: its metadata does not describe a patch; {_AGAIN}")
+
+    # 3. Check the values of each tensor.
+    parts: dict[str, TensorPatch] = {}
+    for name, one in told["tensors"].items():
+        values, bits, index = (stored.pop(f"{kind}/{name}", None) for kind in ("xor", "bits", "index"))
+        if values is None:
+            raise PatchError(f"{path} is damaged: it lacks the values of {name}; {_AGAIN}")
+        parts[name] = TensorPatch(
+            shape=tuple(one["shape"]),
+            dtype=_DTYPES[one["dtype"]],
+            values=values,
+            bits=bits,
+            index=index,
+            old=one["old"],
+            new=one["new"],
+        )
+        if (fault := _fault(parts[name])) is not None:
+            raise PatchError(f"{path} is damaged: {name} {fault}; {_AGAIN}")
     if stored:
         raise PatchError(f"{path} is damaged: nothing is told of {', '.join(sorted(stored)[:5])}; {_AGAIN}")
     patch = Patch(
         tensors=parts,
-        base_fingerprint=own["base_fingerprint"],
-        has_ema=own["has_ema"],
-        cast={name: (_dtype(old), _dtype(new)) for name, (old, new) in own.get("cast", {}).items()},
-        metadata={key: value for key, value in own.items() if key not in _OWN_KEYS},
+        base_fingerprint=told["base_fingerprint"],
+        has_ema=told["has_ema"],
+        cast={name: (_DTYPES[old], _DTYPES[new]) for name, (old, new) in told.get("cast", {}).items()},
+        metadata={key: value for key, value in told.items() if key not in _OWN_KEYS},
         source=str(path),
     )
-    if patch.weights_changed != own["weights_changed"]:
+    if patch.weights_changed != told["weights_changed"]:
         raise PatchError(
             f"{path} is damaged: it changes {patch.weights_changed} weights, its metadata says "
-            f"{own['weights_changed']}; {_AGAIN}"
+            f"{told['weights_changed']}; {_AGAIN}"
         )
     return patch
 
 
-def _parsed(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    try:
-        own = {k: json.loads(text) for k, text in metadata.items() if k not in ("format", FINGERPRINT_KEY)}
-    except (ValueError, RecursionError) as error:
-        raise PatchError(f"{path} is damaged: its metadata is no JSON: {error}; {_AGAIN}") from error
-    if own["patch_format"] != PATCH_FORMAT:
-        raise PatchError(f"{path} has patch format {own['patch_format']}; this version reads {PATCH_FORMAT}")
-    sound = (
-        isinstance(own.get("tensors"), dict)
-        and all(_is_sound(name, told) for name, told in own["tensors"].items())
-        and isinstance(own.get("base_fingerprint"), str)
-        and _FINGERPRINT.fullmatch(own["base_fingerprint"])
-        and isinstance(own.get("has_ema"), bool)
-        and isinstance(own.get("weights_changed"), int)
-        and isinstance(own.get("cast", {}), dict)
-        and all(_is_sound_cast(name, told, own["tensors"]) for name, told in own.get("cast", {}).items())
-    )
-    if not sound:
-        raise PatchError(f"{path} is damaged: its metadata does not describe a patch; {_AGAIN}")
-    return own
-
-
-def _is_sound(name: str, told: object) -> bool:
+def _describes_a_patch(told: Mapping[str, Any]) -> bool:
+    """Whether metadata has the keys of a patch, with values of their kind."""
+    tensors, cast = told.get("tensors"), told.get("cast", {})
+    if not isinstance(tensors, dict) or not isinstance(cast, dict):
+        return False
+    if not all(name.startswith(_CHANGED_PARTS) for name in (*tensors, *cast)):
+        return False
+    for one in tensors.values():
+        if not isinstance(one, dict) or one.keys() != {"shape", "dtype", "old", "new"}:
+            return False
+        if not (is_shape(one["shape"]) and _dtype_of(one["dtype"])):
+            return False
+        if not all(
+            isinstance(one[key], str) and re.fullmatch("[0-9a-f]{64}", one[key]) for key in ("old", "new")
+        ):
+            return False
+    for name, dtypes in cast.items():
+        if not isinstance(dtypes, list) or len(dtypes) != 2 or dtypes[0] == dtypes[1]:
+            return False
+        if not all((dtype := _dtype_of(n)) and dtype.is_floating_point for n in dtypes):
+            return False
+        if name in tensors and tensors[name]["dtype"] != dtypes[1]:
+            return False
+    base = told.get("base_fingerprint")
     return (
-        name.startswith((UNET_PREFIX, EMA_PREFIX))
-        and isinstance(told, dict)
-        and told.keys() == {"shape", "dtype", "old", "new"}
-        and is_shape(told["shape"])
-        and _is_dtype(told["dtype"])
-        and all(isinstance(told[key], str) and _SHA256.fullmatch(told[key]) for key in ("old", "new"))
+        isinstance(base, str)
+        and re.fullmatch("sha256:[0-9a-f]{64}", base) is not None
+        and isinstance(told.get("has_ema"), bool)
+        and isinstance(told.get("weights_changed"), int)
     )
-
-
-def _is_sound_cast(name: str, told: object, tensors: Mapping[str, Any]) -> bool:
-    return (
-        name.startswith((UNET_PREFIX, EMA_PREFIX))
-        and isinstance(told, list)
-        and len(told) == 2
-        and all(_is_dtype(dtype) and _dtype(dtype).is_floating_point for dtype in told)
-        and told[0] != told[1]
-        and (name not in tensors or tensors[name]["dtype"] == told[1])
-    )
-
-
-def _is_dtype(name: object) -> bool:
-    return (
-        isinstance(name, str)
-        and isinstance(getattr(torch, name, None), torch.dtype)
-        and getattr(torch, name).itemsize in INTEGERS
-    )
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _part(name: str, told: Mapping[str, Any], stored: dict[str, Tensor], path: Path) -> TensorPatch:
-    """One tensor's changed entries, taken out of `stored` and checked: they are as many as marked, and do change."""
-    dtype = _dtype(told["dtype"])
-    values, bits, index = (stored.pop(f"{kind}/{name}", None) for kind in ("xor", "bits", "index"))
-    if values is None:
-        raise PatchError(f"{path} is damaged: it lacks the values of {name}; {_AGAIN}")
-    part = TensorPatch(
-        shape=tuple(told["shape"]),
-        dtype=dtype,
-        values=values,
-        bits=bits,
-        index=index,
-        old=told["old"],
-        new=told["new"],
-    )
-    if (fault := _fault(part)) is not None:
-        raise PatchError(f"{path} is damaged: {name} {fault}; {_AGAIN}")
-    return part
 
 
 def _fault(part: TensorPatch) -> str | None:
+    """What is wrong with the values and marks of a tensor; None where they agree."""
     size, count, wanted = part.size, part.values.numel(), INTEGERS[part.dtype.itemsize]
     if part.values.dtype != wanted or part.values.ndim != 1:
         return f"has values of {part.values.dtype}, not a row of {wanted} for {part.dtype}"
@@ -766,6 +722,12 @@ def _fault(part: TensorPatch) -> str | None:
         marked = index.numel()
     else:
         marked = size
-    if marked != count:
-        return f"marks {marked} entries and has values for {count}"
-    return None
+    return f"marks {marked} entries and has values for {count}" if marked != count else None
+
+
+def _dtype_of(name: object) -> torch.dtype | None:
+    return _DTYPES.get(name) if isinstance(name, str) else None
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The text encoders: CLIP's of SD v1 (transformers' network), OpenCLIP's of SD v2, and a tokenizer without network access.
+"""The text encoders of SD v1 (CLIP, by transformers) and SD v2 (OpenCLIP), and a tokenizer that needs no network.
 
 The vocabulary is the file that open_clip ships, found without importing open_clip, which would import torchvision.
 """

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mu.ldm import CheckpointError, LatentDiffusion, describe_checkpoint, load_model, save_checkpoint
-from mu.ldm.checkpoint import SCHEDULE_KEYS, read_state_dict, write_state_dict
 from mu.ldm.convert import convert_checkpoint
 from mu.ldm.diffusers_tensors import to_diffusers
 from mu.ldm.ema import ema_name, updated_ema
+from mu.ldm.schedule import SCHEDULE_KEYS
+from mu.ldm.tensor_file import read_state_dict, write_state_dict
 from tests.conftest import TINY_V2, tiny_model_yaml
 
 ModelMaker = Callable[..., LatentDiffusion]

@@ -15,9 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mu.ldm.ema import ema_name
-from mu.ldm.patch import Patch, PatchError, apply_patch, base_fingerprint, bits_of, make_patch, remove_patch
-from mu.ldm.patch_file import load_patch, save_patch
-from mu.ldm.patching import apply_patches, patch_checkpoint
+from mu.ldm.patch import (
+    Patch,
+    PatchError,
+    apply_patch,
+    apply_patches,
+    base_fingerprint,
+    bits_of,
+    load_patch,
+    make_patch,
+    patch_checkpoint,
+    remove_patch,
+    save_patch,
+)
 from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dict
 from mu.ldm.unet_dtype import WithUNetDtype
 

@@ -16,14 +16,12 @@ from mu.algorithms.saliency_unlearning.mask_file import save_mask
 from mu.commands.convert_config import ConvertConfig
 from mu.config import check_paths
 from mu.ldm import CheckpointError, LatentDiffusion, describe_checkpoint, load_model, save_checkpoint
-from mu.ldm.checkpoint import read_state_dict, write_state_dict
 from mu.ldm.convert import convert_checkpoint
 from mu.ldm.diffusers_tensors import to_diffusers
 from mu.ldm.ema import ema_name
-from mu.ldm.formats import COMPVIS, kind_of
-from mu.ldm.patch import PatchError
-from mu.ldm.patching import patch_checkpoint
-from mu.ldm.recognise import READ_HERE, other_kind
+from mu.ldm.patch import PatchError, patch_checkpoint
+from mu.ldm.recognise import COMPVIS, READ_HERE, kind_of, other_kind
+from mu.ldm.tensor_file import read_state_dict, write_state_dict
 from tests.conftest import TINY_V2, tiny_model_yaml
 
 ModelMaker = Callable[..., LatentDiffusion]

@@ -20,7 +20,7 @@ from mu.algorithms.saliency_unlearning.utils import (
 )
 from mu.cli import parse_cli
 from mu.ldm import load_model
-from mu.ldm.checkpoint import write_state_dict
+from mu.ldm.tensor_file import write_state_dict
 from mu.unlearning.moving import TrainingError
 from tests.algorithms.saliency_unlearning.conftest import verify_written
 

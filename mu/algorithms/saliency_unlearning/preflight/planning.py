@@ -27,8 +27,7 @@ from mu.algorithms.saliency_unlearning.utils import find_mask
 from mu.config import ConfigError
 from mu.datasets.images import check_images
 from mu.errors import MuError
-from mu.ldm.checkpoint import check_state_dict
-from mu.ldm.formats import read_checkpoint
+from mu.ldm.checkpoint import check_state_dict, read_checkpoint
 from mu.ldm.patch import base_fingerprint
 from mu.ldm.tensor_file import open_state_dict
 from mu.unlearning.checkpoints import (

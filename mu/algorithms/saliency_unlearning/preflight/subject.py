@@ -18,8 +18,7 @@ from mu.datasets.index import ForgetRetain, Row
 from mu.datasets.seen_prompts import cut_notes
 from mu.devices import device_names, resolve_devices
 from mu.ldm import LatentDiffusion, LatentDiffusionParams, load_model
-from mu.ldm.checkpoint import check_layout
-from mu.ldm.formats import read_checkpoint
+from mu.ldm.checkpoint import check_layout, read_checkpoint
 from mu.ldm.tensor_file import read_layout
 from mu.ldm.text_to_image import sampling_precision
 from mu.ldm.unet import UNet

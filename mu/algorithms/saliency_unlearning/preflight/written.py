@@ -27,8 +27,7 @@ from mu.ldm.checkpoint import tensors_of
 from mu.ldm.convert import model_spec
 from mu.ldm.diffusers_tensors import UNET_PREFIX
 from mu.ldm.ema import ema_name
-from mu.ldm.patch import INTEGERS, Patch, TensorPatch, places_kind
-from mu.ldm.patch_file import stored_form
+from mu.ldm.patch import INTEGERS, Patch, TensorPatch, places_kind, stored_form
 from mu.ldm.tensor_file import FINGERPRINT_KEY
 from mu.ldm.unet_dtype import SAVE_DTYPES
 from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME

@@ -19,8 +19,8 @@ from mu.algorithms.saliency_unlearning.preflight.plan import Plan, disk_problems
 from mu.algorithms.saliency_unlearning.scripts import generate_mask, train
 from mu.config import ConfigError, as_dict, as_text, keys_of
 from mu.datasets.index import DataError
-from mu.ldm.checkpoint import CheckpointError, read_state_dict, write_state_dict
 from mu.ldm.ema import ema_name
+from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dict
 from mu.unlearning.rows import rows_of
 
 
