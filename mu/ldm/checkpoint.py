@@ -115,9 +115,9 @@ def read_checkpoint(
     path = Path(path)
 
     # 1. Read its tensors, under its own names.
+    metadata: dict[str, str] = {}
     if is_diffusers_folder(path):
-        tensors, metadata = read_diffusers_folder(path, params, read=read), {}
-        kind = FOLDER
+        kind, tensors = FOLDER, read_diffusers_folder(path, params, read=read)
     else:
         tensors, metadata = read(path)
         kind = kind_of(tensors)

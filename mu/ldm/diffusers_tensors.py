@@ -4,7 +4,7 @@ Each network has a table of modules that follows from its params. It has the inn
 alike on both sides: `input_blocks.1.0.in_layers.2` is `down_blocks.0.resnets.0.conv1`, and what is inside a spatial
 transformer needs no entry of its own.
 
-Three things are more than a name: the autoencoder's attention is a 1x1 convolution here and linear there, OpenCLIP keeps
+Three things are more than a name: the autoencoder's attention is a 1x1 convolution here and linear there, OpenCLIP has
 query, key and value in one tensor, and diffusers leaves out the layers of OpenCLIP that SD v2 does not run.
 """
 

@@ -80,7 +80,7 @@ def test_embeddings_are_those_of_open_clip(make_tiny_model: ModelMaker, layer: s
 
 
 def test_tokens_are_filled_up_as_open_clip_does() -> None:
-    from mu.ldm.text_encoder import tokenize
+    from mu.ldm.text_encoder import OPEN_CLIP_PAD_TOKEN, tokenize
 
     prompts = [*PROMPTS, "one! two!"]
     assert torch.equal(tokenize(prompts, pad_token=OPEN_CLIP_PAD_TOKEN), their_tokens(prompts))
