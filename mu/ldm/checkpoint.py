@@ -366,27 +366,24 @@ def save_checkpoint(
     path: str | Path,
     *,
     metadata: Mapping[str, str] | None = None,
-    ema: Mapping[str, Tensor] | None = None,
     unet_dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model as a CompVis checkpoint, each tensor in the dtype it had in the file it was loaded from.
 
     A weight that was not changed is written bit for bit as it was read, unless the model was loaded into a narrower
     dtype than the file's, which rounded it. A model that was not loaded from a file is written in its own dtypes.
-    What it carries for other programs (`LatentDiffusion.carried`) is written as it was. EMA copies are not, unless
-    they are given: those in the file that was loaded would still hold the old weights.
+    What it carries for other programs (`LatentDiffusion.carried`) is written as it was. EMA copies are not: those in
+    the file that was loaded would still hold the old weights (`mu.ldm.ema.updated_ema` makes new ones).
 
     Args:
         path: `.safetensors`, `.ckpt`, `.pth` or `.pt`.
-        ema: EMA copies of the weights as they are now, see `mu.ldm.ema.updated_ema`.
         metadata: see `write_state_dict`.
         unet_dtype: see `tensors_of`.
 
     Raises:
         CheckpointError: a tensor holds NaN or Inf, or has it in the file's dtype; or see `write_state_dict`.
     """
-    tensors = tensors_of(model, path, unet_dtype=unet_dtype)
-    write_state_dict({**tensors, **(ema or {})}, path, metadata)
+    write_state_dict(tensors_of(model, path, unet_dtype=unet_dtype), path, metadata)
 
 
 def tensors_of(

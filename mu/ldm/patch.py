@@ -47,8 +47,6 @@ from mu.ldm.tensor_file import (
 )
 from mu.ldm.unet_dtype import holds
 
-OVERLAPS = ("refuse", "add")
-"""What becomes of entries that several patches change, see `apply_patches`."""
 PATCH_FORMAT = 1
 """Version of the file."""
 SUFFIX = ".patch.safetensors"

@@ -6,26 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCHEDULE_KEYS = frozenset(
-    {
-        "betas",
-        "alphas_cumprod",
-        "alphas_cumprod_prev",
-        "sqrt_alphas_cumprod",
-        "sqrt_one_minus_alphas_cumprod",
-        "log_one_minus_alphas_cumprod",
-        "sqrt_recip_alphas_cumprod",
-        "sqrt_recipm1_alphas_cumprod",
-        "posterior_variance",
-        "posterior_log_variance_clipped",
-        "posterior_mean_coef1",
-        "posterior_mean_coef2",
-        "logvar",
-        "lvlb_weights",
-    }
-)
-"""What CompVis checkpoints store of the schedule; the last two belong to losses that are not used here."""
-
 
 def schedule_buffers(linear_start: float, linear_end: float, num_timesteps: int) -> dict[str, Tensor]:
     """All schedule constants, computed in fp64 and rounded once to fp32.
@@ -57,3 +37,7 @@ def schedule_buffers(linear_start: float, linear_end: float, num_timesteps: int)
         "posterior_mean_coef2": (1.0 - abar_prev) * np.sqrt(alphas) / (1.0 - abar),
     }
     return {name: torch.from_numpy(values.astype(np.float32)) for name, values in buffers.items()}
+
+
+SCHEDULE_KEYS = frozenset((*schedule_buffers(1e-4, 2e-2, 2), "logvar", "lvlb_weights"))
+"""What CompVis checkpoints store of the schedule; the last two belong to losses that are not used here."""
