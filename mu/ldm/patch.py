@@ -50,13 +50,13 @@ from mu.ldm.unet_dtype import holds
 PATCH_FORMAT = 1
 """Version of the file."""
 SUFFIX = ".patch.safetensors"
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a dtype -> the integers that hold its bits."""
 
+# Bytes of a dtype -> the integers that hold its bits.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and dtype.itemsize in INTEGERS
+    if isinstance(dtype, torch.dtype) and dtype.itemsize in _INTEGERS
 }
 _CHANGED_PARTS = (UNET_PREFIX, EMA_PREFIX)
 _OWN_KEYS = ("patch_format", "tensors", "base_fingerprint", "has_ema", "weights_changed", "cast")
@@ -131,7 +131,7 @@ class Patch:
 
 def bits_of(tensor: Tensor) -> Tensor:
     """The bits of a tensor's entries as integers of the same shape: NaN and -0.0 compare as what they are."""
-    return tensor.detach().cpu().contiguous().view(INTEGERS[tensor.dtype.itemsize])
+    return tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.dtype.itemsize])
 
 
 def base_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -188,13 +188,6 @@ def make_patch(
     )
 
 
-def places_kind(count: int, size: int) -> str | None:
-    """How the places of changed entries are kept: "index" or "bits", the smaller; None: all have changed."""
-    if 4 * count < (size + 7) // 8 and size <= 2**31:
-        return "index"
-    return "bits" if count < size else None
-
-
 def _tensor_patch(before: Tensor, after: Tensor) -> TensorPatch | None:
     old, new = bits_of(before).reshape(-1), bits_of(after).reshape(-1)  # (n,)
     changed = old != new  # (n,)
@@ -202,13 +195,17 @@ def _tensor_patch(before: Tensor, after: Tensor) -> TensorPatch | None:
     if not count:
         return None
     old, new = old[changed], new[changed]  # (count,)
-    kind = places_kind(count, size)
+    bits = index = None  # the smaller of both; where all have changed, neither
+    if 4 * count < (size + 7) // 8 and size <= 2**31:
+        index = changed.nonzero().view(-1).to(torch.int32)
+    elif count < size:
+        bits = torch.from_numpy(np.packbits(changed.numpy(), bitorder="little"))
     return TensorPatch(
         shape=tuple(before.shape),
         dtype=before.dtype,
         values=old ^ new,
-        bits=torch.from_numpy(np.packbits(changed.numpy(), bitorder="little")) if kind == "bits" else None,
-        index=changed.nonzero().view(-1).to(torch.int32) if kind == "index" else None,
+        bits=bits,
+        index=index,
         old=_sha256(old),
         new=_sha256(new),
     )
@@ -564,16 +561,6 @@ def save_patch(patch: Patch, path: str | Path) -> None:
         raise PatchError(f"{path}: patches are written as .safetensors, not {path.suffix!r}")
     if clash := sorted(set(_OWN_KEYS) & patch.metadata.keys()):
         raise PatchError(f"{path}: the metadata must not have the keys {', '.join(clash)}")
-    stored, described = stored_form(patch, path)
-    write_state_dict(stored, path, described)
-
-
-def stored_form(patch: Patch, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a patch file.
-
-    Raises:
-        PatchError: the metadata is no JSON; names the path.
-    """
     stored: dict[str, Tensor] = {}
     for name, part in patch.tensors.items():
         for kind, tensor in (("xor", part.values), ("bits", part.bits), ("index", part.index)):
@@ -597,7 +584,7 @@ def stored_form(patch: Patch, path: Path) -> tuple[dict[str, Tensor], dict[str, 
         }
     except (TypeError, ValueError) as error:
         raise PatchError(f"{path}: the metadata cannot be written as JSON: {error}") from error
-    return stored, described
+    write_state_dict(stored, path, described)
 
 
 def load_patch(path: str | Path) -> Patch:
@@ -696,7 +683,7 @@ def _describes_a_patch(told: Mapping[str, Any]) -> bool:
 
 def _fault(part: TensorPatch) -> str | None:
     """What is wrong with the values and marks of a tensor; None where they agree."""
-    size, count, wanted = part.size, part.values.numel(), INTEGERS[part.dtype.itemsize]
+    size, count, wanted = part.size, part.values.numel(), _INTEGERS[part.dtype.itemsize]
     if part.values.dtype != wanted or part.values.ndim != 1:
         return f"has values of {part.values.dtype}, not a row of {wanted} for {part.dtype}"
     if not bool((part.values != 0).all()) or not count:
