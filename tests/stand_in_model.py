@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mu.ldm.latent_diffusion import LatentDiffusion
-from mu.ldm.model_config import AutoencoderParams, LatentDiffusionParams, UNetParams
+from mu.ldm.params import AutoencoderParams, LatentDiffusionParams, UNetParams
 
 
 class HashedPrompts(nn.Module):

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: ApplyPatchConfig) -> object:
     from mu.config import resolve_path
-    from mu.ldm.patching import patch_checkpoint
+    from mu.ldm.patch import patch_checkpoint
 
     assert config.output_path is not None
     return patch_checkpoint(

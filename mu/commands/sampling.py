@@ -28,7 +28,7 @@ from mu.errors import MuError
 from mu.evaluation.config import SampleConfig
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
-from mu.ldm.checkpoint import fingerprint
+from mu.ldm.tensor_file import fingerprint
 from mu.ldm.text_to_image import TextToImage, sampling_precision
 from mu.pictures import image_grid
 from mu.run_folder import RunFolder, shared_folder

@@ -41,9 +41,9 @@ from mu.datasets.index import (
 from mu.datasets.prompts import CANVAS_TEMPLATE, canvas_prompt, style_words
 from mu.datasets.seeds import TRAINING_SEED_BASE
 from mu.datasets.streams import initial_noise
-from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.params import LatentDiffusionParams
+from mu.ldm.tensor_file import fingerprint
 from mu.ldm.text_to_image import PRECISIONS, TextToImage, sampling_precision
 from mu.verbosity import bars_off
 

@@ -27,9 +27,8 @@ from mu import ranks
 from mu.datasets.images import ADVICE, UNUSABLE, load_pixels, to_unit_range
 from mu.datasets.index import DataError, Row, raise_problems
 from mu.datasets.reading import read_ahead
-from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
-from mu.ldm.tensor_file import write_state_dict
+from mu.ldm.tensor_file import fingerprint, write_state_dict
 from mu.memory import ENCODING_ADVICE, telling
 from mu.verbosity import bars_off
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from mu.datasets.index import ForgetRetain, raise_problems
-from mu.ldm.params import LatentDiffusionParams
+from mu.ldm.params import END_TOKEN, LatentDiffusionParams
 
 Tokens = tuple[int, ...]
 _SHOWN = 60
@@ -68,7 +68,7 @@ def cut_at(max_length: int, prompts: Iterable[str]) -> list[str]:
 
 def _seen(params: LatentDiffusionParams, prompts: Sequence[str]) -> dict[str, Tokens]:
     """Prompt -> the tokens that are read of it."""
-    from mu.ldm.text_encoder import END_TOKEN, token_ids  # late: it imports transformers
+    from mu.ldm.text_encoder import token_ids  # late: it imports transformers
 
     assert params.cond_stage is not None
     length = params.cond_stage.max_length

@@ -19,7 +19,7 @@ from mu.evaluation.metrics import Share, UnlearningScores, accuracy_by_class, ta
 from mu.evaluation.pictures import before_after_grid
 from mu.evaluation.quality import interpolation, meanings, scorer_name
 from mu.evaluation.settings import EvaluationSettings
-from mu.ldm.checkpoint import fingerprint
+from mu.ldm.tensor_file import fingerprint
 from mu.run_folder import RunFolder
 
 SCORES = ("UA", "IRA", "CRA", "own")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from mu.ldm.checkpoint import CheckpointError, save_checkpoint
-from mu.ldm.formats import CheckpointDescription, describe_checkpoint
-from mu.ldm.latent_diffusion import LatentDiffusion, NoTextEncoderError, load_model, sample_posterior
-from mu.ldm.model_config import LatentDiffusionParams, ModelConfigError, load_model_config
+from mu.ldm.checkpoint import describe_checkpoint, load_model, save_checkpoint
+from mu.ldm.latent_diffusion import LatentDiffusion, NoTextEncoderError, sample_posterior
+from mu.ldm.model_config import ModelConfigError, load_model_config
+from mu.ldm.params import LatentDiffusionParams
+from mu.ldm.recognise import CheckpointDescription
+from mu.ldm.tensor_file import CheckpointError
 
 __all__ = [
     "CheckpointDescription",

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mu.ldm.layers import NORM_GROUPS, Upsample
-from mu.ldm.params import AutoencoderParams
+from mu.ldm.layers import Upsample
+from mu.ldm.params import NORM_GROUPS, AutoencoderParams
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
             self.down.append(
                 Level(
                     widths,
-                    attention=params.resolution // 2**level in params.attn_resolutions,
+                    attention=params.attends[level],
                     dropout=params.dropout,
                     resample=("downsample", PaddedDownsample(width)) if level != last else None,
                 )
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
             levels.append(
                 Level(
                     widths,
-                    attention=params.resolution // 2**level in params.attn_resolutions,
+                    attention=params.attends[level],
                     dropout=params.dropout,
                     resample=("upsample", Upsample(width)) if level else None,
                 )

@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mu.ldm.checkpoint import SCHEDULE_KEYS, check_state_dict
+from mu.ldm.checkpoint import check_state_dict, read_checkpoint
 from mu.ldm.diffusers_configs import diffusers_configs
 from mu.ldm.diffusers_folder import write_diffusers_folder
 from mu.ldm.diffusers_tensors import to_diffusers
-from mu.ldm.dtypes import DTYPES, cast_weight
 from mu.ldm.ema import EMA_PREFIX, is_ema_copy
-from mu.ldm.formats import CheckpointDescription, read_checkpoint
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.model_config import load_model_config
 from mu.ldm.params import LatentDiffusionParams, OpenClipParams
-from mu.ldm.schedule import schedule_buffers
+from mu.ldm.recognise import CheckpointDescription
+from mu.ldm.schedule import SCHEDULE_KEYS, schedule_buffers
 from mu.ldm.tensor_file import CheckpointError, write_bare_state_dict, write_state_dict
+from mu.ldm.unet_dtype import DTYPES, cast_weight
 
 FORMATS = ("compvis", "diffusers", "unet")
 
@@ -59,6 +59,7 @@ def convert_checkpoint(
             is too large for the type.
         ModelConfigError: see `load_model_config`.
     """
+    # 1. Refuse what cannot be written before gigabytes are read.
     target = Path(target)
     params = load_model_config(model_config_path)
     if format not in FORMATS:
@@ -70,17 +71,21 @@ def convert_checkpoint(
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} is there already; give another name, or set overwrite")
     if format == "diffusers":
-        diffusers_configs(params)  # found out before gigabytes are read
+        diffusers_configs(params)
+
+    # 2. Read, and check against the model.
     rest = read_checkpoint(base, params).tensors if base is not None else None
     checkpoint = read_checkpoint(source, params, use_ema=use_ema, base=rest)
     tensors = check_state_dict(LatentDiffusion(params, device="meta"), checkpoint.tensors, source=source)
     ema = {key: t for key, t in checkpoint.tensors.items() if key.startswith(EMA_PREFIX)}
+
+    # 3. Write.
     if dtype != "source":
         tensors, ema = (_cast(found, DTYPES[dtype], target) for found in (tensors, ema))
     if format == "diffusers":
         write_diffusers_folder(tensors, target, params, variant=variant, overwrite=overwrite)
     elif format == "unet":
-        write_unet(tensors, target, params)
+        write_bare_state_dict(to_diffusers(tensors, params)["unet"], target)
     else:
         metadata = model_spec(params, title=target.stem) if target.suffix == ".safetensors" else {}
         write_state_dict({**_schedule(params, tensors), **tensors, **ema}, target, metadata)
@@ -99,22 +104,13 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> dict
     }
 
 
-def write_unet(tensors: Mapping[str, Tensor], path: str | Path, params: LatentDiffusionParams) -> None:
-    """Write the UNet alone in diffusers' names, as `UNet2DConditionModel.load_state_dict` takes it.
-
-    Raises:
-        CheckpointError: see `write_bare_state_dict`.
-    """
-    write_bare_state_dict(to_diffusers(tensors, params)["unet"], path)
-
-
 def model_spec(params: LatentDiffusionParams, *, title: str) -> dict[str, str]:
     """Metadata of a CompVis `.safetensors` after the ModelSpec standard 1.0.0.
 
     Args:
         title: what the file is called in user interfaces.
     """
-    side = (params.image_size or params.unet.image_size) * params.first_stage.factor
+    side = params.latent_side * params.first_stage.factor
     architecture, implementation = _architecture(params)
     return {
         "modelspec.sai_model_spec": "1.0.0",

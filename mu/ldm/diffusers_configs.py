@@ -9,14 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mu.ldm.params import AutoencoderParams, LatentDiffusionParams, OpenClipParams, UNetParams
+from mu.ldm.params import (
+    END_TOKEN,
+    NORM_GROUPS,
+    START_TOKEN,
+    VOCAB_SIZE,
+    AutoencoderParams,
+    LatentDiffusionParams,
+    OpenClipParams,
+    UNetParams,
+)
 from mu.ldm.tensor_file import CheckpointError
 
 Config = dict[str, Any]
 
 # Written into the files: newer releases convert configs of older ones, which these need not.
 DIFFUSERS_VERSION = "0.32.0"
-VOCAB_SIZE, START_TOKEN, END_TOKEN = 49408, 49406, 49407
 
 # What is compared with a folder -> the value where its file does not say, and the key of the model YAML.
 _UNSAID = object()
@@ -72,7 +80,7 @@ def diffusers_configs(params: LatentDiffusionParams) -> dict[str, Config]:
             f"embed_dim is {params.first_stage.embed_dim} and z_channels {params.first_stage.z_channels}: diffusers' "
             "AutoencoderKL knows only one number for both"
         )
-    side = params.image_size or params.unet.image_size
+    side = params.latent_side
     return {
         "": _model_index(),
         "unet": _unet(params.unet, side),
@@ -125,7 +133,6 @@ def _model_index() -> Config:
 
 def _unet(params: UNetParams, side: int) -> Config:
     widths = [mult * params.model_channels for mult in params.channel_mult]
-    attends = [2**level in params.attention_resolutions for level in range(len(widths))]
     return {
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -135,7 +142,7 @@ def _unet(params: UNetParams, side: int) -> Config:
         "block_out_channels": widths,
         "center_input_sample": False,
         "cross_attention_dim": params.context_dim,
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in params.attends],
         "downsample_padding": 1,
         "dropout": params.dropout,
         "flip_sin_to_cos": True,
@@ -144,33 +151,32 @@ def _unet(params: UNetParams, side: int) -> Config:
         "layers_per_block": params.num_res_blocks,
         "mid_block_scale_factor": 1,
         "norm_eps": 1e-5,
-        "norm_num_groups": 32,
+        "norm_num_groups": NORM_GROUPS,
         "out_channels": params.out_channels,
         "sample_size": side,
         "transformer_layers_per_block": params.transformer_depth,
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(params.attends)],
         "use_linear_projection": params.use_linear_in_transformer,
     }
 
 
 def _vae(params: AutoencoderParams, side: int, scale_factor: float) -> Config:
-    attends = [
-        params.resolution // 2**level in params.attn_resolutions for level in range(len(params.ch_mult))
-    ]
     return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": DIFFUSERS_VERSION,
         "act_fn": "silu",
         "block_out_channels": [mult * params.ch for mult in params.ch_mult],
-        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in params.attends],
         "in_channels": params.in_channels,
         "latent_channels": params.z_channels,
         "layers_per_block": params.num_res_blocks,
-        "norm_num_groups": 32,
+        "norm_num_groups": NORM_GROUPS,
         "out_channels": params.out_ch,
         "sample_size": side * params.factor,
         "scaling_factor": scale_factor,
-        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)],
+        "up_block_types": [
+            "AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(params.attends)
+        ],
     }
 
 
@@ -192,7 +198,7 @@ def _text_encoder(params: LatentDiffusionParams) -> Config:
         "model_type": "clip_text_model",
         "num_attention_heads": text.num_attention_heads,
         # The last layers of OpenCLIP are left out where they are not run.
-        "num_hidden_layers": text.layers_run if isinstance(text, OpenClipParams) else text.num_hidden_layers,
+        "num_hidden_layers": text.layers_run,
         "pad_token_id": 0 if isinstance(text, OpenClipParams) else END_TOKEN,
         "projection_dim": text.hidden_size,
         # Of the weights in memory, unless the caller says otherwise: diffusers' own networks are loaded into fp32, and

@@ -45,8 +45,8 @@ def is_diffusers_folder(path: str | Path) -> bool:
 
 def read_diffusers_folder(
     folder: str | Path, params: LatentDiffusionParams | None = None, *, read: Reader = read_state_dict
-) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a diffusers folder by component, under its own names.
+) -> dict[str, Tensor]:
+    """The tensors of a diffusers folder under its own names after the component's: `unet.conv_in.weight`.
 
     Weights are taken from `.safetensors`, else from `.bin`, which is read without running anything of it; in one file
     or in parts with an index. Where there is only a variant of them (`model.fp16.safetensors`), that is read; one that
@@ -75,13 +75,12 @@ def read_diffusers_folder(
                 f"{folder} is configured otherwise than the model: {'; '.join(problems)}. Give the model YAML that "
                 "belongs to it (model_config_path)"
             )
-    components: dict[str, dict[str, Tensor]] = {}
-    for component in COMPONENTS:
-        tensors: dict[str, Tensor] = {}
-        for path in _weights(folder / component):
-            tensors |= read(path)[0]
-        components[component] = tensors
-    return components
+    return {
+        f"{component}.{name}": tensor
+        for component in COMPONENTS
+        for path in _weights(folder / component)
+        for name, tensor in read(path)[0].items()
+    }
 
 
 def write_diffusers_folder(

@@ -1,20 +1,23 @@
-"""The same weights under CompVis' names and, network by network, under diffusers' and transformers'. No bit changes.
+"""The same weights under CompVis' names and under diffusers' and transformers', as tables. No bit changes.
 
-Only three things are more than a name: the autoencoder's attention is a 1x1 convolution there and linear here, OpenCLIP
-keeps query, key and value in one tensor, and diffusers leaves out the layers of OpenCLIP that SD v2 does not run.
+Each network has a table of modules that follows from its params. It has the innermost module whose own parts are named
+alike on both sides: `input_blocks.1.0.in_layers.2` is `down_blocks.0.resnets.0.conv1`, and what is inside a spatial
+transformer needs no entry of its own.
+
+Three things are more than a name: the autoencoder's attention is a 1x1 convolution here and linear there, OpenCLIP has
+query, key and value in one tensor, and diffusers leaves out the layers of OpenCLIP that SD v2 does not run.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mu.ldm.diffusers_names import inverted, is_vae_projection, renamed, unet_modules, vae_modules
-from mu.ldm.params import LatentDiffusionParams, OpenClipParams
+from mu.ldm.params import AutoencoderParams, LatentDiffusionParams, OpenClipParams, UNetParams
 from mu.ldm.tensor_file import CheckpointError
 
 UNET_PREFIX = "model.diffusion_model."
@@ -22,15 +25,33 @@ VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer.text_model."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
 COMPONENTS = ("unet", "vae", "text_encoder")
+"""Networks of a diffusers model; each is a folder, or in one file the beginning of its tensors' names."""
 
-Components = Mapping[str, Mapping[str, Tensor]]
-"""unet, vae, text_encoder -> diffusers' name -> tensor; a model without text encoder has no text_encoder."""
+# ---- the tables
 
-_OPEN_CLIP_ENDS = {
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
+_UNET_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_VAE_RESNET = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "conv_shortcut",
+}
+_VAE_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# diffusers' names before its release 0.12
+_VAE_OLD_PROJECTIONS = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
+_CLIP = {name: f"text_model.{name}" for name in ("embeddings", "encoder", "final_layer_norm")}
+_OPEN_CLIP = {
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "ln_final": "text_model.final_layer_norm",
 }
 _OPEN_CLIP_LAYER = {
     "ln_1": "layer_norm1",
@@ -39,7 +60,165 @@ _OPEN_CLIP_LAYER = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkNames:
+    """How the tensors of one network are named on both sides; CompVis' names stand without the network's prefix."""
+
+    prefix: str
+    """Of its tensors in a CompVis checkpoint."""
+    modules: Mapping[str, str]
+    """CompVis' module, or whole tensor -> diffusers'. An entry may be unused in a small network."""
+    old_modules: Mapping[str, str] = field(default_factory=dict)
+    """The same, as earlier releases of diffusers name them: read, and never written."""
+    convolutions: frozenset[str] = frozenset()
+    """CompVis' tensors that are 1x1 convolutions (C, C, 1, 1) here and linear (C, C) there."""
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """CompVis' tensor -> diffusers' tensors that it is made of, one below the other."""
+    root: str = ""
+    """What diffusers' names begin with; some releases of transformers leave it out."""
+    left_out: tuple[str, ...] = ()
+    """Beginnings of CompVis' keys, with the prefix, for which diffusers has no place."""
+
+
+def network_names(params: LatentDiffusionParams) -> dict[str, NetworkNames]:
+    """The tables of a model's networks, by component (`COMPONENTS`); without text encoder that of none."""
+    projections = _vae_attention(params.first_stage)
+    names = {
+        "unet": NetworkNames(prefix=UNET_PREFIX, modules=_unet_modules(params.unet)),
+        "vae": NetworkNames(
+            prefix=VAE_PREFIX,
+            modules=_vae_modules(params.first_stage) | _attention_parts(projections, _VAE_PROJECTIONS),
+            old_modules=_attention_parts(projections, _VAE_OLD_PROJECTIONS),
+            convolutions=frozenset(
+                f"{ours}.{part}.weight" for ours in projections for part in _VAE_PROJECTIONS
+            ),
+            left_out=(f"{VAE_PREFIX}loss.",),
+        ),
+    }
+    if isinstance(params.cond_stage, OpenClipParams):
+        names["text_encoder"] = _open_clip_names(params.cond_stage)
+    elif params.cond_stage is not None:
+        names["text_encoder"] = NetworkNames(
+            prefix=CLIP_PREFIX,
+            modules=_CLIP,
+            root="text_model.",
+            left_out=(f"{CLIP_PREFIX}embeddings.position_ids",),
+        )
+    return names
+
+
+def _unet_modules(params: UNetParams) -> dict[str, str]:
+    table = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+        "middle_block.1": "mid_block.attentions.0",
+        **_parts("middle_block.0", "mid_block.resnets.0", _UNET_RESNET),
+        **_parts("middle_block.2", "mid_block.resnets.1", _UNET_RESNET),
+    }
+    last = len(params.channel_mult) - 1
+    block = 1
+    for level, attends in enumerate(params.attends):
+        at = f"down_blocks.{level}"
+        for stage in range(params.num_res_blocks):
+            table |= _parts(f"input_blocks.{block}.0", f"{at}.resnets.{stage}", _UNET_RESNET)
+            if attends:
+                table[f"input_blocks.{block}.1"] = f"{at}.attentions.{stage}"
+            block += 1
+        if level != last:
+            table[f"input_blocks.{block}.0.op"] = f"{at}.downsamplers.0.conv"
+            block += 1
+    block = 0
+    for up, level in enumerate(range(last, -1, -1)):
+        at, attends = f"up_blocks.{up}", params.attends[level]
+        for stage in range(params.num_res_blocks + 1):
+            table |= _parts(f"output_blocks.{block}.0", f"{at}.resnets.{stage}", _UNET_RESNET)
+            if attends:
+                table[f"output_blocks.{block}.1"] = f"{at}.attentions.{stage}"
+            if level and stage == params.num_res_blocks:
+                slot = 2 if attends else 1
+                table[f"output_blocks.{block}.{slot}.conv"] = f"{at}.upsamplers.0.conv"
+            block += 1
+    return table
+
+
+def _vae_levels(params: AutoencoderParams, side: str) -> list[tuple[str, str, int]]:
+    """(CompVis' level, diffusers' level, blocks in it) of the encoder or decoder, the highest resolution first."""
+    last = len(params.ch_mult) - 1
+    if side == "encoder":
+        return [
+            (f"encoder.down.{i}", f"encoder.down_blocks.{i}", params.num_res_blocks) for i in range(last + 1)
+        ]
+    # diffusers counts the decoder's levels in the order in which they run
+    return [
+        (f"decoder.up.{i}", f"decoder.up_blocks.{last - i}", params.num_res_blocks + 1)
+        for i in range(last + 1)
+    ]
+
+
+def _vae_modules(params: AutoencoderParams) -> dict[str, str]:
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for side in ("encoder", "decoder"):
+        table |= {
+            f"{side}.conv_in": f"{side}.conv_in",
+            f"{side}.norm_out": f"{side}.conv_norm_out",
+            f"{side}.conv_out": f"{side}.conv_out",
+            **_parts(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0", _VAE_RESNET),
+            **_parts(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1", _VAE_RESNET),
+        }
+        for ours, theirs, blocks in _vae_levels(params, side):
+            for stage in range(blocks):
+                table |= _parts(f"{ours}.block.{stage}", f"{theirs}.resnets.{stage}", _VAE_RESNET)
+            # The lowest level has no downsampling and the highest no upsampling: then the entry is unused.
+            resample = "downsample" if side == "encoder" else "upsample"
+            table[f"{ours}.{resample}.conv"] = f"{theirs}.{resample}rs.0.conv"
+    return table
+
+
+def _vae_attention(params: AutoencoderParams) -> dict[str, str]:
+    """CompVis' attention -> diffusers', wherever the autoencoder has one."""
+    table = {f"{side}.mid.attn_1": f"{side}.mid_block.attentions.0" for side in ("encoder", "decoder")}
+    for side in ("encoder", "decoder"):
+        for (ours, theirs, blocks), attends in zip(_vae_levels(params, side), params.attends, strict=True):
+            if attends:
+                table |= {f"{ours}.attn.{i}": f"{theirs}.attentions.{i}" for i in range(blocks)}
+    return table
+
+
+def _attention_parts(attention: Mapping[str, str], projections: Mapping[str, str]) -> dict[str, str]:
+    table: dict[str, str] = {}
+    for ours, theirs in attention.items():
+        table |= _parts(ours, theirs, {"norm": "group_norm", **projections})
+    return table
+
+
+def _open_clip_names(params: OpenClipParams) -> NetworkNames:
+    modules, stacked = dict(_OPEN_CLIP), {}
+    for layer in range(params.layers_run):
+        ours, theirs = f"transformer.resblocks.{layer}", f"text_model.encoder.layers.{layer}"
+        modules |= _parts(ours, theirs, _OPEN_CLIP_LAYER)
+        for kind in ("weight", "bias"):
+            stacked[f"{ours}.attn.in_proj_{kind}"] = tuple(
+                f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv"
+            )
+    return NetworkNames(
+        prefix=OPEN_CLIP_PREFIX,
+        modules=modules,
+        stacked=stacked,
+        root="text_model.",
+        left_out=params.not_run,
+    )
+
+
+def _parts(ours: str, theirs: str, parts: Mapping[str, str]) -> dict[str, str]:
+    return {f"{ours}.{our}": f"{theirs}.{their}" for our, their in parts.items()}
+
+
+# ---- tensors
 
 
 def to_diffusers(
@@ -64,130 +243,88 @@ def to_diffusers(
             raise CheckpointError(
                 f"{key} begins with {mult}: diffusers has no such network, there it always begins with 1"
             )
-    unet, vae = unet_modules(params.unet), vae_modules(params.first_stage)
-    components: dict[str, dict[str, Tensor]] = {"unet": {}, "vae": {}}
-    if params.cond_stage is not None:
-        components["text_encoder"] = _text_to_diffusers(tensors, params)
-    for key, tensor in tensors.items():
-        if key.startswith(UNET_PREFIX):
-            components["unet"][_known(key, renamed(key.removeprefix(UNET_PREFIX), unet))] = tensor
-        elif key.startswith(VAE_PREFIX) and not key.startswith(f"{VAE_PREFIX}loss."):
-            flat = tensor[:, :, 0, 0] if is_vae_projection(key) else tensor  # (C, C, 1, 1) -> (C, C)
-            components["vae"][_known(key, renamed(key.removeprefix(VAE_PREFIX), vae))] = flat
+    components: dict[str, dict[str, Tensor]] = {}
+    for component, names in network_names(params).items():
+        found = components[component] = {}
+        for key, tensor in tensors.items():
+            if not key.startswith(names.prefix) or key.startswith(names.left_out):
+                continue
+            name = key.removeprefix(names.prefix)
+            if name in names.stacked:
+                theirs = names.stacked[name]
+                found |= zip(theirs, tensor.chunk(len(theirs)), strict=True)  # (3 D, D) -> 3 of (D, D)
+            elif (their := _renamed(name, names.modules)) is not None:
+                found[their] = tensor[:, :, 0, 0] if name in names.convolutions else tensor
+            else:
+                raise CheckpointError(f"{key} has no name in diffusers' format")
     return components
 
 
 def from_diffusers(
-    components: Components, params: LatentDiffusionParams, *, source: str | Path
+    tensors: Mapping[str, Tensor], params: LatentDiffusionParams, *, source: str | Path
 ) -> dict[str, Tensor]:
-    """Tensors under CompVis' names from the components of a diffusers model, whatever release wrote them.
+    """Tensors under CompVis' names from those of a diffusers model, whatever release wrote them.
 
     Args:
+        tensors: under diffusers' names after the component's: `unet.conv_in.weight`.
         source: names the checkpoint in errors.
 
     Raises:
-        CheckpointError: a component has a tensor that this model does not have; the first few are listed. (What is
-            missing, or of another shape, is found by `mu.ldm.checkpoint.check_state_dict`.)
+        CheckpointError: there is a tensor that this model does not have; the first few are listed. (What is missing,
+            or of another shape, is found by `mu.ldm.checkpoint.check_state_dict`.)
     """
-    unet = inverted(unet_modules(params.unet))
-    vae = inverted(vae_modules(params.first_stage, old_attention=True)) | inverted(
-        vae_modules(params.first_stage)
-    )
-    tensors: dict[str, Tensor] = {}
+    if other := [key for key in tensors if key.partition(".")[0] not in COMPONENTS]:
+        raise CheckpointError(
+            f"the diffusers checkpoint has {other[0]}, of none of its parts ({', '.join(COMPONENTS)})"
+        )
+    tables = network_names(params)
+    result: dict[str, Tensor] = {}
     unknown: list[str] = []
-
-    def take(component: str, prefix: str, rename: Callable[[str], str | None]) -> None:
-        for name, tensor in components.get(component, {}).items():
-            ours = rename(name)
-            if ours is None:
+    for component in COMPONENTS:
+        found = {key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{component}.")}
+        if component not in tables:
+            unknown += [f"{component}: {name}" for name in found]
+            continue
+        names = tables[component]
+        modules = {
+            theirs: ours for table in (names.old_modules, names.modules) for ours, theirs in table.items()
+        }
+        place_of = {part: place for place, parts in names.stacked.items() for part in parts}
+        pieces: dict[str, dict[str, Tensor]] = {}
+        for given, tensor in found.items():
+            name = given if given.startswith(names.root) else names.root + given
+            if name.endswith("position_ids"):  # 0, 1, 2, ...: no weight
+                continue
+            if name in place_of:
+                pieces.setdefault(place_of[name], {})[name] = tensor
+            elif (ours := _renamed(name, modules)) is None:
                 unknown.append(f"{component}: {name}")
+            elif ours in names.convolutions and tensor.ndim == 2:
+                result[names.prefix + ours] = tensor[:, :, None, None]  # (C, C) -> (C, C, 1, 1)
             else:
-                tensors[prefix + ours] = tensor
-
-    take("unet", UNET_PREFIX, lambda name: renamed(name, unet))
-    take("vae", VAE_PREFIX, lambda name: renamed(name, vae))
-    for key, tensor in list(tensors.items()):
-        if key.startswith(VAE_PREFIX) and is_vae_projection(key) and tensor.ndim == 2:
-            tensors[key] = tensor[:, :, None, None]  # (C, C) -> (C, C, 1, 1)
-    text = {
-        name if name.startswith("text_model.") else f"text_model.{name}": tensor
-        for name, tensor in components.get("text_encoder", {}).items()
-        if not name.endswith("position_ids")  # 0, 1, 2, ...: no weight
-    }
-    if isinstance(params.cond_stage, OpenClipParams):
-        tensors |= _open_clip_from_transformers(text, params.cond_stage, unknown, source)
-    else:
-        tensors |= {CLIP_PREFIX + name.removeprefix("text_model."): tensor for name, tensor in text.items()}
+                result[names.prefix + ours] = tensor
+        for place, parts in pieces.items():
+            if missing := [part.split(".")[-2] for part in names.stacked[place] if part not in parts]:
+                raise CheckpointError(
+                    f"{source} is not whole: of {names.prefix}{place}, {', '.join(missing)} is missing in the text "
+                    "encoder"
+                )
+            result[names.prefix + place] = torch.cat(
+                [parts[part] for part in names.stacked[place]]
+            )  # (3 D, D)
     if unknown:
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         raise CheckpointError(
             f"{source} is not a checkpoint of this model: {len(unknown)} unexpected ({shown}). Give the model YAML "
             "that belongs to it (model_config_path)"
         )
-    return tensors
+    return result
 
 
-def _known(key: str, name: str | None) -> str:
-    if name is None:
-        raise CheckpointError(f"{key} has no name in diffusers' format")
-    return name
-
-
-def _text_to_diffusers(tensors: Mapping[str, Tensor], params: LatentDiffusionParams) -> dict[str, Tensor]:
-    if not isinstance(params.cond_stage, OpenClipParams):
-        return {
-            f"text_model.{key.removeprefix(CLIP_PREFIX)}": tensor
-            for key, tensor in tensors.items()
-            if key.startswith(CLIP_PREFIX) and not key.endswith("position_ids")
-        }
-    found: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(OPEN_CLIP_PREFIX)
-        if name == key:
-            continue
-        if name in _OPEN_CLIP_ENDS:
-            found[f"text_model.{_OPEN_CLIP_ENDS[name]}"] = tensor
-        elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name):
-            if int(match[1]) >= params.cond_stage.layers_run:
-                continue
-            at = f"text_model.encoder.layers.{match[1]}"
-            if match[2] in ("attn.in_proj_weight", "attn.in_proj_bias"):
-                kind = match[2].removeprefix("attn.in_proj_")
-                for part, piece in zip(_QKV, tensor.chunk(3), strict=True):
-                    found[f"{at}.self_attn.{part}.{kind}"] = piece
-            else:
-                found[f"{at}.{_known(key, renamed(match[2], _OPEN_CLIP_LAYER))}"] = tensor
-    return found
-
-
-def _open_clip_from_transformers(
-    text: Mapping[str, Tensor], params: OpenClipParams, unknown: list[str], source: str | Path
-) -> dict[str, Tensor]:
-    """OpenCLIP's tensors, with CompVis' prefix; what has no place in it is added to `unknown`."""
-    ends = inverted(_OPEN_CLIP_ENDS)
-    layer = inverted(_OPEN_CLIP_LAYER)
-    tensors: dict[str, Tensor] = {}
-    pieces: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in text.items():
-        name = full_name.removeprefix("text_model.")
-        match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
-        if name in ends:
-            tensors[OPEN_CLIP_PREFIX + ends[name]] = tensor
-            continue
-        if match is None or int(match[1]) >= params.layers_run:
-            unknown.append(f"text_encoder: {full_name}")
-            continue
-        at = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{match[1]}"
-        if part := re.fullmatch(r"self_attn\.([qkv]_proj)\.(weight|bias)", match[2]):
-            pieces.setdefault(f"{at}.attn.in_proj_{part[2]}", {})[part[1]] = tensor
-        elif (inside := renamed(match[2], layer)) is not None:
-            tensors[f"{at}.{inside}"] = tensor
-        else:
-            unknown.append(f"text_encoder: {full_name}")
-    for key, parts in pieces.items():
-        if missing := [part for part in _QKV if part not in parts]:
-            raise CheckpointError(
-                f"{source} is not whole: of {key}, {', '.join(missing)} is missing in the text encoder"
-            )
-        tensors[key] = torch.cat([parts[part] for part in _QKV])  # 3 of (D, D) -> (3 D, D)
-    return tensors
+def _renamed(name: str, modules: Mapping[str, str]) -> str | None:
+    """The name of a tensor by a table of modules; None where neither it nor a module of it is in the table."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        if (module := modules.get(".".join(parts[:count]))) is not None:
+            return ".".join([module, *parts[count:]])
+    return None

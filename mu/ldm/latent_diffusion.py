@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from mu.errors import MuError
 from mu.ldm.autoencoder import AutoencoderKL
-from mu.ldm.checkpoint import load_state_dict
-from mu.ldm.formats import read_checkpoint
-from mu.ldm.model_config import load_model_config
-from mu.ldm.params import LatentDiffusionParams, OpenClipParams
+from mu.ldm.params import LatentDiffusionParams, OpenClipParams, TextEncoderParams
 from mu.ldm.schedule import schedule_buffers
 from mu.ldm.unet import UNet
-
-_log = logging.getLogger(__name__)
 
 
 class NoTextEncoderError(MuError, RuntimeError):
@@ -63,22 +55,10 @@ class LatentDiffusion(nn.Module):
         with torch.device(device if initialise else "meta"):
             self.model = nn.ModuleDict({"diffusion_model": UNet(params.unet)})
             self.first_stage_model = AutoencoderKL(params.first_stage)
+        self.cond_stage_model = _text_encoder(params.cond_stage, device, initialise=initialise)
         if not initialise:
             self.model.to_empty(device=device)
             self.first_stage_model.to_empty(device=device)
-        self.cond_stage_model: nn.Module | None = None
-        if isinstance(params.cond_stage, OpenClipParams):
-            from mu.ldm.open_clip_encoder import OpenClipTextEncoder
-
-            with torch.device(device if initialise else "meta"):
-                self.cond_stage_model = OpenClipTextEncoder(params.cond_stage)
-            if not initialise:
-                self.cond_stage_model.to_empty(device=device)
-        elif params.cond_stage is not None:
-            from mu.ldm.text_encoder import TextEncoder
-
-            with torch.device(device):
-                self.cond_stage_model = TextEncoder(params.cond_stage)
 
     @property
     def unet(self) -> UNet:
@@ -108,15 +88,12 @@ class LatentDiffusion(nn.Module):
     @property
     def image_size(self) -> int:
         """Side of the images, in pixels, that the model was trained on."""
-        return (self.params.image_size or self.params.unet.image_size) * self.params.first_stage.factor
+        return self.params.latent_side * self.params.first_stage.factor
 
     def is_carried(self, key: str) -> bool:
         """Whether a checkpoint's key belongs to this model though the model does not run it, see `carried`."""
-        if not isinstance(self.params.cond_stage, OpenClipParams):
-            return False
-        from mu.ldm.open_clip_encoder import is_carried
-
-        return is_carried(key, self.params.cond_stage)
+        text = self.params.cond_stage
+        return isinstance(text, OpenClipParams) and key.startswith(text.not_run)
 
     def latent_shape(self, image_size: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of square images of `image_size` pixels.
@@ -233,36 +210,16 @@ def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor, scale_factor: 
     return scale_factor * (mean + torch.exp(0.5 * logvar) * noise)
 
 
-def load_model(
-    model_config_path: str | Path,
-    ckpt_path: str | Path | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    use_ema: bool = False,
-) -> LatentDiffusion:
-    """Build a model from its CompVis YAML and load its weights.
+def _text_encoder(
+    params: TextEncoderParams | OpenClipParams | None, device: torch.device, *, initialise: bool
+) -> nn.Module | None:
+    if params is None:
+        return None
+    from mu.ldm.text_encoder import OpenClipTextEncoder, TextEncoder  # late: it imports transformers
 
-    Args:
-        ckpt_path: a CompVis checkpoint (`.ckpt`, `.pth`, `.safetensors`), a diffusers folder, or one file in diffusers'
-            names; the kind is recognised and logged. Without one the weights are random.
-        device: "meta" builds the structure alone (no checkpoint).
-        dtype: of the weights in memory; `save_checkpoint` writes the file's own dtype again.
-        use_ema: take the EMA copy of the UNet in the file and not its raw weights.
-
-    Returns:
-        The model in eval mode.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, unsafe, or not this model's; or it has no EMA weights.
-        ModelConfigError: the YAML is missing or not one that is built here.
-    """
-    params = load_model_config(model_config_path)
-    if ckpt_path is None:
-        return LatentDiffusion(params, device=device).cast_weights(dtype).eval()
-    checkpoint = read_checkpoint(ckpt_path, params, use_ema=use_ema)
-    _log.info("%s is a %s", ckpt_path, checkpoint.description)
-    model = LatentDiffusion(params, initialise=False).cast_weights(dtype)
-    load_state_dict(model, checkpoint.tensors, source=ckpt_path)
-    model.file_has_ema = checkpoint.description.ema
-    return model.to(device).eval()
+    if isinstance(params, TextEncoderParams):  # its buffers are made with it, so it is always initialised
+        with torch.device(device):
+            return TextEncoder(params)
+    with torch.device(device if initialise else "meta"):
+        encoder = OpenClipTextEncoder(params)
+    return encoder if initialise else encoder.to_empty(device=device)

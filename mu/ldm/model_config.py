@@ -18,19 +18,8 @@ from mu.ldm.params import (
     OpenClipParams,
     TextEncoderParams,
     UNetParams,
+    structure_problems,
 )
-from mu.ldm.structure import structure_problems
-
-__all__ = [
-    "AutoencoderParams",
-    "LatentDiffusionParams",
-    "ModelConfigError",
-    "OpenClipParams",
-    "TextEncoderParams",
-    "UNetParams",
-    "load_model_config",
-    "parse_model_config",
-]
 
 UNCONDITIONAL = "__is_unconditional__"
 PARAMETERIZATIONS = ("eps", "v")
@@ -71,26 +60,10 @@ class ModelConfigError(MuError, ValueError):
 # Options that may stand in a YAML without changing the network or its use here.
 _HARMLESS = {
     "model": {
-        "num_timesteps_cond",
-        "log_every_t",
-        "first_stage_key",
-        "cond_stage_key",
-        "channels",
-        "cond_stage_trainable",
-        "monitor",
-        "use_ema",
-        "scheduler_config",
-        "unet_trainable",
-        "finetune_keys",
-        "ckpt_path",
-        "ignore_keys",
-        "load_only_unet",
-        "loss_type",
-        "v_posterior",
-        "l_simple_weight",
-        "original_elbo_weight",
-        "clip_denoised",
-        "concat_mode",
+        *("first_stage_key", "cond_stage_key", "channels", "cond_stage_trainable", "num_timesteps_cond"),
+        *("log_every_t", "monitor", "use_ema", "scheduler_config", "unet_trainable", "finetune_keys"),
+        *("ckpt_path", "ignore_keys", "load_only_unet", "loss_type", "v_posterior", "l_simple_weight"),
+        *("original_elbo_weight", "clip_denoised", "concat_mode"),
     },
     "unet_config": {"use_checkpoint", "legacy", "use_fp16", "use_bf16"},
     "first_stage_config": {"monitor", "lossconfig", "ckpt_path", "ignore_keys", "image_key"},

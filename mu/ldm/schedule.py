@@ -37,3 +37,7 @@ def schedule_buffers(linear_start: float, linear_end: float, num_timesteps: int)
         "posterior_mean_coef2": (1.0 - abar_prev) * np.sqrt(alphas) / (1.0 - abar),
     }
     return {name: torch.from_numpy(values.astype(np.float32)) for name, values in buffers.items()}
+
+
+SCHEDULE_KEYS = frozenset((*schedule_buffers(1e-4, 2e-2, 2), "logvar", "lvlb_weights"))
+"""What CompVis checkpoints store of the schedule; the last two belong to losses that are not used here."""

@@ -68,6 +68,19 @@ def fingerprint(
     return f"sha256:{digest.hexdigest()}"
 
 
+def is_shape(value: object) -> bool:
+    """Whether a value that was read as JSON is the shape of a tensor that can be, with or without entries."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_DIMENSIONS
+        and all(type(side) is int and side >= 0 for side in value)
+        and math.prod(side or 1 for side in value) < 2**63
+    )
+
+
+# ---- read
+
+
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a checkpoint, on the CPU, in the file's dtypes.
 
@@ -123,122 +136,6 @@ def _opened(path: Path, *, mapped: bool) -> tuple[dict[str, Tensor], dict[str, s
         return _read_pickle(path, mapped=mapped and zipfile.is_zipfile(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def write_state_dict(
-    state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors so that `path` is always whole: the old file or the new one, also after a kill or on a full disk.
-
-    See `mu.atomic.written_beside`. The same tensors and metadata give the same safetensors file, to the byte.
-
-    Args:
-        state_dict: name -> dense tensor, on any device; written in its own dtype.
-        path: `.safetensors`, or `.ckpt`, `.pth`, `.pt` (then under the key `state_dict`).
-        metadata: written into safetensors' header, or beside `state_dict`.
-
-    Raises:
-        CheckpointError: unknown suffix; a tensor without data; the file could not be written (then the
-            temporary file is removed and the previous file is as it was).
-    """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise CheckpointError(
-            f"{path}: the suffix {path.suffix!r} is not known; known: {', '.join(SUFFIXES)}"
-        )
-    if "state_dict" in (metadata or {}):
-        raise CheckpointError(f"{path}: metadata must not have a key `state_dict`")
-    tensors = _own_storages(state_dict, path)
-    described = {"format": "pt", **(metadata or {}), FINGERPRINT_KEY: fingerprint(tensors)}
-    try:
-        with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-            if path.suffix == ".safetensors":
-                _write(tensors, temporary, described)
-            else:
-                _write({"state_dict": tensors, **described}, temporary, None)
-    except WriteError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _write(content: dict[str, Any], path: Path, metadata: Mapping[str, str] | None) -> None:
-    """With metadata as safetensors, without as a torch file.
-
-    Raises OSError, also for what torch reports as RuntimeError and safetensors as its own error.
-    """
-    try:
-        if metadata is None:
-            torch.save(content, path)
-        else:
-            save_file(content, path, metadata=dict(metadata))
-            _sort_metadata(path)
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(str(error)) from error
-
-
-def is_shape(value: object) -> bool:
-    """Whether a value that was read as JSON is the shape of a tensor that can be, with or without entries."""
-    return (
-        isinstance(value, list)
-        and len(value) <= MOST_DIMENSIONS
-        and all(type(side) is int and side >= 0 for side in value)
-        and math.prod(side or 1 for side in value) < 2**63
-    )
-
-
-def write_bare_state_dict(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write tensors and nothing else, as programs expect that load a file straight into a network.
-
-    A `.pt`, `.pth` or `.bin` file holds the dictionary itself, a `.safetensors` file no metadata but its format.
-
-    Raises:
-        CheckpointError: as `write_state_dict`.
-    """
-    path = Path(path)
-    suffixes = (".pt", ".pth", ".bin", ".safetensors")
-    if path.suffix not in suffixes:
-        raise CheckpointError(
-            f"{path}: the suffix {path.suffix!r} is not known; known: {', '.join(suffixes)}"
-        )
-    tensors = _own_storages(state_dict, path)
-    try:
-        with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-            _write(tensors, temporary, {"format": "pt"} if path.suffix == ".safetensors" else None)
-    except WriteError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file into the order of its names: safetensors leaves it to chance.
-
-    Then files of equal content are equal to the byte. The header is as long as before.
-    """
-    with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = file.read(length)
-        entries = json.loads(header)
-        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
-        ordered = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(ordered) > length:
-            raise OSError("the header of the safetensors file changed its length")
-        file.seek(8)
-        file.write(ordered.ljust(length))
-
-
-def _own_storages(state_dict: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory, and none is a part of more."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in state_dict.items():
-        if tensor.is_meta or tensor.layout is not torch.strided:
-            what = "on the meta device, without values" if tensor.is_meta else f"{tensor.layout}, not dense"
-            raise CheckpointError(f"{path}: cannot write {name}: the tensor is {what}")
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        tensors[name] = plain
-    return tensors
 
 
 def _recognise(path: Path) -> str:
@@ -408,3 +305,102 @@ def _tensors_of(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, 
                 f"{path}: the state dict's entry {name!r} is a {type(value).__name__}, not a tensor"
             )
     return tensors, metadata
+
+
+# ---- write
+
+
+def write_state_dict(
+    state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors so that `path` is always whole: the old file or the new one, also after a kill or on a full disk.
+
+    See `mu.atomic.written_beside`. The same tensors and metadata give the same safetensors file, to the byte.
+
+    Args:
+        state_dict: name -> dense tensor, on any device; written in its own dtype.
+        path: `.safetensors`, or `.ckpt`, `.pth`, `.pt` (then under the key `state_dict`).
+        metadata: written into safetensors' header, or beside `state_dict`.
+
+    Raises:
+        CheckpointError: unknown suffix; a tensor without data; the file could not be written (then the
+            temporary file is removed and the previous file is as it was).
+    """
+    path = Path(path)
+    _check_suffix(path, SUFFIXES)
+    if "state_dict" in (metadata or {}):
+        raise CheckpointError(f"{path}: metadata must not have a key `state_dict`")
+    tensors = _own_storages(state_dict, path)
+    described = {"format": "pt", **(metadata or {}), FINGERPRINT_KEY: fingerprint(tensors)}
+    _write(tensors, path, described, pickled={"state_dict": tensors, **described})
+
+
+def write_bare_state_dict(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write tensors and nothing else, as programs expect that load a file straight into a network.
+
+    A `.pt`, `.pth` or `.bin` file holds the dictionary itself, a `.safetensors` file no metadata but its format.
+
+    Raises:
+        CheckpointError: as `write_state_dict`.
+    """
+    path = Path(path)
+    _check_suffix(path, (".pt", ".pth", ".bin", ".safetensors"))
+    tensors = _own_storages(state_dict, path)
+    _write(tensors, path, {"format": "pt"}, pickled=tensors)
+
+
+def _check_suffix(path: Path, known: tuple[str, ...]) -> None:
+    if path.suffix not in known:
+        raise CheckpointError(f"{path}: the suffix {path.suffix!r} is not known; known: {', '.join(known)}")
+
+
+def _write(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str], *, pickled: Mapping[str, Any]
+) -> None:
+    """Write safetensors with their metadata, or `pickled`, as the suffix says."""
+    try:
+        with written_beside(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+            try:
+                if path.suffix == ".safetensors":
+                    save_file(dict(tensors), temporary, metadata=metadata)
+                    _sort_metadata(temporary)
+                else:
+                    torch.save(dict(pickled), temporary)
+            except (RuntimeError, SafetensorError) as error:  # so they tell of a disk that is full
+                raise OSError(str(error)) from error
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file into the order of its names: safetensors leaves it to chance.
+
+    Then files of equal content are equal to the byte. The header is as long as before.
+    """
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = file.read(length)
+        entries = json.loads(header)
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        ordered = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > length:
+            raise OSError("the header of the safetensors file changed its length")
+        file.seek(8)
+        file.write(ordered.ljust(length))
+
+
+def _own_storages(state_dict: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, and none is a part of more."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state_dict.items():
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            what = "on the meta device, without values" if tensor.is_meta else f"{tensor.layout}, not dense"
+            raise CheckpointError(f"{path}: cannot write {name}: the tensor is {what}")
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        tensors[name] = plain
+    return tensors

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mu.ldm.attention import SpatialTransformer
-from mu.ldm.layers import NORM_GROUPS, Downsample, ResBlock, Upsample, timestep_embedding, zero_init
-from mu.ldm.params import UNetParams
+from mu.ldm.layers import Downsample, ResBlock, SpatialTransformer, Upsample, timestep_embedding, zero_init
+from mu.ldm.params import NORM_GROUPS, UNetParams
 
 
 class Stage(nn.Sequential):
@@ -46,7 +45,7 @@ class UNet(nn.Module):
 
         def stage(channels: int, out_channels: int, level: int) -> list[nn.Module]:
             layers: list[nn.Module] = [ResBlock(channels, emb_dim, out_channels, dropout=params.dropout)]
-            if 2**level in params.attention_resolutions:
+            if params.attends[level]:
                 layers.append(transformer(out_channels))
             return layers
 

@@ -1,18 +1,50 @@
-"""The UNet of a checkpoint in another dtype than that of its file, with its EMA copy."""
+"""The dtypes in which a checkpoint is written: of all its weights, or of the UNet with its EMA copy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mu.ldm.diffusers_tensors import UNET_PREFIX
-from mu.ldm.dtypes import DTYPES
 from mu.ldm.ema import is_ema_copy
+from mu.ldm.tensor_file import CheckpointError
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Names of dtypes in a config."""
 SAVE_DTYPES: Mapping[str, torch.dtype | None] = {"source": None, **DTYPES}
-"""Names of dtypes in a config; None: each tensor as in the file that it came from."""
+"""The same; None: each tensor as in the file that it came from."""
+
+
+def largest_lost(tensor: Tensor, dtype: torch.dtype) -> float | None:
+    """The largest of a weight's values that would become Inf in another dtype; None where all of them stay finite."""
+    if not tensor.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return None
+    if not tensor.numel() or float(tensor.abs().max()) <= torch.finfo(dtype).max:
+        return None
+    lost = tensor.isfinite() & ~tensor.to(dtype).isfinite()
+    return float(tensor[lost].double().abs().max()) if bool(lost.any()) else None
+
+
+def cast_weight(tensor: Tensor, dtype: torch.dtype, *, name: str, path: str | Path) -> Tensor:
+    """A weight in another dtype, rounded to the nearest as torch does it.
+
+    Args:
+        name: the weight's name, for errors.
+        path: where it is to be written, for errors.
+
+    Raises:
+        CheckpointError: a value is too large for the dtype.
+    """
+    if (largest := largest_lost(tensor, dtype)) is not None:
+        raise CheckpointError(
+            f"{path} is not written: {name} reaches {largest:.4g}, and the largest number of "
+            f"{str(dtype).removeprefix('torch.')} is {torch.finfo(dtype).max:.4g}; choose "
+            f"{'bf16 or fp32' if dtype == torch.float16 else 'fp32'}"
+        )
+    return tensor.to(dtype)
 
 
 def is_of_unet(key: str) -> bool:

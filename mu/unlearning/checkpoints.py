@@ -22,7 +22,8 @@ from mu import ranks
 from mu.atomic import write_atomically
 from mu.config import ConfigError, as_text, keys_of, resolve_path
 from mu.errors import MuError
-from mu.ldm.checkpoint import SCHEDULE_KEYS, check_layout
+from mu.ldm.checkpoint import check_layout
+from mu.ldm.schedule import SCHEDULE_KEYS
 from mu.ldm.tensor_file import CheckpointError, fingerprint
 from mu.run_folder import is_finished, is_running
 from mu.unlearning.moving import MovingModel

@@ -27,9 +27,8 @@ from mu.datasets.seen_prompts import cut_notes
 from mu.devices import device_names, resolve_devices
 from mu.errors import MuError
 from mu.ldm import load_model
-from mu.ldm.checkpoint import check_layout, check_state_dict, tensors_of
+from mu.ldm.checkpoint import check_layout, check_state_dict, read_checkpoint, tensors_of
 from mu.ldm.diffusers_tensors import UNET_PREFIX
-from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import base_fingerprint
 from mu.ldm.tensor_file import open_state_dict, read_layout
 from mu.ldm.text_to_image import sampling_precision

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mu import ranks
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
-from mu.ldm.checkpoint import fingerprint
+from mu.ldm.tensor_file import fingerprint
 from mu.unlearning.optim import SelectedEntries, SelectionError
 from mu.unlearning.train_methods import IN_METHOD, TRAIN_METHODS
 

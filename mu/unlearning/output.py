@@ -16,16 +16,15 @@ from mu.datasets.index import concept_label
 from mu.devices import resolve_devices
 from mu.errors import MuError
 from mu.ldm import CheckpointError, LatentDiffusion, LatentDiffusionParams, load_model
-from mu.ldm.checkpoint import SCHEDULE_KEYS, tensors_of, write_state_dict
+from mu.ldm.checkpoint import read_checkpoint, tensors_of
 from mu.ldm.convert import model_spec
 from mu.ldm.diffusers_folder import write_diffusers_folder
 from mu.ldm.diffusers_tensors import UNET_PREFIX
 from mu.ldm.ema import EMA_PREFIX, ema_name, has_ema, updated_ema, with_ema_weights
-from mu.ldm.formats import read_checkpoint
-from mu.ldm.patch import bits_of, make_patch
-from mu.ldm.patch_file import save_patch
-from mu.ldm.tensor_file import open_state_dict
-from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet
+from mu.ldm.patch import bits_of, make_patch, save_patch
+from mu.ldm.schedule import SCHEDULE_KEYS
+from mu.ldm.tensor_file import open_state_dict, write_state_dict
+from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet, largest_lost
 from mu.run_folder import RunFolder
 from mu.unlearning.config import ModelKeys, OutputKeys
 from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
@@ -175,10 +174,7 @@ def check_save_dtype(original: Mapping[str, Tensor], save_dtype: str) -> None:
     if dtype is None or dtype == torch.float32:
         return
     for name, tensor in original.items():
-        if not is_of_unet(name) or tensor.dtype.itemsize < 2:
-            continue
-        largest = float(tensor.abs().max())
-        if largest > torch.finfo(dtype).max:
+        if is_of_unet(name) and (largest := largest_lost(tensor, dtype)) is not None:
             raise CheckpointError(
                 f"save_dtype is {save_dtype}, which ends at {torch.finfo(dtype).max:g}: {name} has {largest:g}; take "
                 "bf16 or fp32"

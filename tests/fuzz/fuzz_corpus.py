@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.mask_file import save_mask
-from mu.ldm.patch import make_patch
-from mu.ldm.patch_file import save_patch
+from mu.ldm.patch import make_patch, save_patch
 from mu.ldm.tensor_file import write_bare_state_dict, write_state_dict
 
 UNET = "model.diffusion_model."

@@ -25,9 +25,8 @@ from fuzz_mutations import CANARY, mutated
 
 from mu.algorithms.saliency_unlearning.mask_file import MaskError, load_mask, load_mask_metadata
 from mu.errors import MuError
-from mu.ldm.formats import describe_checkpoint
-from mu.ldm.patch import PatchError
-from mu.ldm.patch_file import load_patch
+from mu.ldm.checkpoint import describe_checkpoint
+from mu.ldm.patch import PatchError, load_patch
 from mu.ldm.tensor_file import CheckpointError, read_state_dict
 
 SECONDS = 20

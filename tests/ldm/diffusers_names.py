@@ -7,7 +7,7 @@ import re
 import pytest
 from torch import Tensor
 
-from mu.ldm.model_config import AutoencoderParams, UNetParams
+from mu.ldm.params import AutoencoderParams, UNetParams
 
 diffusers = pytest.importorskip("diffusers")  # here, since tests import this module before they could skip
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from mu.ldm import CheckpointError, LatentDiffusion, load_model, save_checkpoint
-from mu.ldm.checkpoint import fingerprint, load_state_dict, read_state_dict, write_state_dict
+from mu.ldm.checkpoint import load_state_dict
+from mu.ldm.tensor_file import fingerprint, read_state_dict, write_state_dict
 
 SUFFIXES = [".ckpt", ".pth", ".pt", ".safetensors"]
 ModelMaker = Callable[..., LatentDiffusion]

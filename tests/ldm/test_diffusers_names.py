@@ -12,9 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from mu.algorithms.saliency_unlearning.configs import PACKAGED
 from mu.ldm import CheckpointError, LatentDiffusion, load_model
-from mu.ldm.checkpoint import SCHEDULE_KEYS
 from mu.ldm.diffusers_configs import diffusers_configs
 from mu.ldm.diffusers_tensors import from_diffusers, to_diffusers
+from mu.ldm.schedule import SCHEDULE_KEYS
 from tests.conftest import TINY_V2
 from tests.ldm import diffusers_names
 
@@ -48,6 +48,11 @@ def their_networks(model: LatentDiffusion) -> dict[str, nn.Module]:
         }
 
 
+def in_one(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """As one file has them: the component before each name."""
+    return {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+
+
 def text_name(name: str) -> str:
     """As published files have it, whatever release of transformers is installed."""
     return name if name.startswith("text_model.") else f"text_model.{name}"
@@ -60,7 +65,7 @@ def assert_names_are_theirs(model: LatentDiffusion) -> None:
         if part == "text_encoder":
             theirs = {text_name(name): tensor for name, tensor in theirs.items()}
         assert shapes(ours[part]) == shapes(theirs), part
-    back = from_diffusers(ours, model.params, source="there and back")
+    back = from_diffusers(in_one(ours), model.params, source="there and back")
     assert shapes(back) == shapes({k: t for k, t in model.state_dict().items() if k not in SCHEDULE_KEYS})
 
 
@@ -97,7 +102,7 @@ def test_each_tensor_gets_the_name_of_its_place_and_keeps_its_bits(
         elif key.startswith("first_stage_model."):
             name = diffusers_names.vae_name(key.removeprefix("first_stage_model."), len(vae.ch_mult))
             assert torch.equal(ours["vae"][name].flatten(), tensor.flatten())
-    back = from_diffusers(ours, model.params, source="there and back")
+    back = from_diffusers(in_one(ours), model.params, source="there and back")
     assert back.keys() == state.keys() - SCHEDULE_KEYS
     assert all(torch.equal(back[key], state[key]) for key in back)
 
@@ -118,7 +123,7 @@ def test_old_names_of_the_autoencoder_and_both_spellings_of_the_text_encoder(
         name.removeprefix("text_model."): tensor for name, tensor in parts["text_encoder"].items()
     }
     parts["text_encoder"]["embeddings.position_ids"] = torch.arange(77)[None]
-    back = from_diffusers(parts, model.params, source="old folder")
+    back = from_diffusers(in_one(parts), model.params, source="old folder")
     assert back.keys() == state.keys() - SCHEDULE_KEYS
     assert all(torch.equal(back[key], state[key]) for key in back)
 
@@ -132,7 +137,7 @@ def test_tensors_without_a_place_are_listed(make_tiny_model: ModelMaker) -> None
         with pytest.raises(
             CheckpointError, match=r"f: .*2 unexpected \(unet: add_embedding.*vae: encoder\.extra"
         ):
-            from_diffusers(parts, model.params, source="f:")
+            from_diffusers(in_one(parts), model.params, source="f:")
 
 
 @pytest.mark.parametrize(
@@ -153,4 +158,4 @@ def test_a_piece_of_query_key_and_value_that_is_missing_is_named(make_tiny_model
     parts = to_diffusers(model.state_dict(), model.params)
     del parts["text_encoder"]["text_model.encoder.layers.1.self_attn.k_proj.bias"]
     with pytest.raises(CheckpointError, match=r"resblocks\.1\.attn\.in_proj_bias, k_proj is missing"):
-        from_diffusers(parts, model.params, source="folder")
+        from_diffusers(in_one(parts), model.params, source="folder")

@@ -130,6 +130,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "context": ({"unet": {"context_dim": 64}}, "encoder is 32 wide .*context_dim is 64; they must be equal"),
     "no context": ({"unet": {"context_dim": None}}, "context_dim is missing; they must be equal"),
     "latents": ({"autoencoder": {"z_channels": 0}}, r"z_channels = 0; allowed: 1 to 65,536"),
+    "blocks": ({"unet": {"num_res_blocks": 0}}, r"unet_config\.num_res_blocks = 0; allowed: 1 to 1,000"),
+    "levels": ({"unet": {"channel_mult": [1, 0]}}, r"channel_mult = \[1, 0\]; allowed: 1 to 1,024"),
+    "text layers": (
+        {"text": {"num_hidden_layers": 0}},
+        r"cond_stage_config\.num_hidden_layers = 0; allowed: 1 to 1,000",
+    ),
     "out": ({"unet": {"out_channels": 8}}, "embed_dim 4 channels, the UNet gives out_channels 8"),
     "heads": ({"unet": {"num_heads": 5}}, "num_heads = 5 does not divide the 32 channels"),
     "no heads": ({"unet": {"num_heads": 0}}, "one of num_heads and num_head_channels, .* they are 0 and -1"),

@@ -9,8 +9,9 @@ import torch
 
 from mu.algorithms.saliency_unlearning.configs import PACKAGED
 from mu.ldm import LatentDiffusion, ModelConfigError, load_model, save_checkpoint
-from mu.ldm.checkpoint import load_state_dict, read_state_dict
+from mu.ldm.checkpoint import load_state_dict
 from mu.ldm.model_config import parse_model_config
+from mu.ldm.tensor_file import read_state_dict
 from tests.conftest import TINY_V2, randomise, tiny_model_yaml
 
 ModelMaker = Callable[..., LatentDiffusion]
@@ -79,11 +80,10 @@ def test_embeddings_are_those_of_open_clip(make_tiny_model: ModelMaker, layer: s
 
 
 def test_tokens_are_filled_up_as_open_clip_does() -> None:
-    from mu.ldm.open_clip_encoder import PAD_TOKEN
-    from mu.ldm.text_encoder import tokenize
+    from mu.ldm.text_encoder import OPEN_CLIP_PAD_TOKEN, tokenize
 
     prompts = [*PROMPTS, "one! two!"]
-    assert torch.equal(tokenize(prompts, pad_token=PAD_TOKEN), their_tokens(prompts))
+    assert torch.equal(tokenize(prompts, pad_token=OPEN_CLIP_PAD_TOKEN), their_tokens(prompts))
     # CLIP's own way is as it was
     assert tokenize([""])[0].tolist() == [49406] + [49407] * 76
 

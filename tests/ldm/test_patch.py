@@ -15,13 +15,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mu.ldm.ema import ema_name
-from mu.ldm.patch import Patch, PatchError, apply_patch, base_fingerprint, bits_of, make_patch, remove_patch
-from mu.ldm.patch_file import load_patch, save_patch
-from mu.ldm.patching import apply_patches, patch_checkpoint
+from mu.ldm.patch import (
+    Patch,
+    PatchError,
+    apply_patch,
+    apply_patches,
+    base_fingerprint,
+    bits_of,
+    load_patch,
+    make_patch,
+    patch_checkpoint,
+    remove_patch,
+    save_patch,
+)
 from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dict
 from mu.ldm.unet_dtype import WithUNetDtype
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "sd_v1_state_dict_shapes.json"
+PATCH_V1 = REFERENCE.with_name("patch_v1.safetensors")
 UNET = "model.diffusion_model."
 WEIGHT, BIAS, WIDE = f"{UNET}a.weight", f"{UNET}a.bias", f"{UNET}b.weight"
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -227,6 +238,29 @@ def test_an_entry_elsewhere_does_not_matter() -> None:
     assert same(
         apply_patch(moved(before, {WEIGHT: [4]}), patch), moved(moved(before, {WEIGHT: [4]}), {WEIGHT: [3]})
     )
+
+
+def test_a_file_of_the_first_version_is_read_applied_and_removed_to_the_bit(tmp_path: Path) -> None:
+    """Written by it: bits, positions and whole tensors, EMA copies, fp16 that became fp32."""
+    shapes = {WEIGHT: (5, 7), BIAS: (5,), WIDE: (100, 41)}
+    before: Tensors = {
+        key: (torch.arange(float(math.prod(shape))) / 64).view(shape).half() for key, shape in shapes.items()
+    }
+    before |= {ema_name(key): tensor * 2 for key, tensor in before.items()}
+    places: dict[str, slice | list[int]] = {WEIGHT: slice(0, 20), BIAS: slice(None), WIDE: [3, 4099]}
+    places |= {ema_name(key): where for key, where in places.items()}
+    after = moved(in_dtype(before, torch.float32), places, by=1e-5)
+    patch = load_patch(PATCH_V1)
+    assert patch.metadata == {"template": "style", "template_name": "Noto"}
+    assert patch.weights_changed == 27
+    assert same(apply_patch(before, patch), after)
+    assert same(remove_patch(after, patch), before)
+    save_patch(make_patch(before, after, metadata=patch.metadata), tmp_path / "again.safetensors")
+    with (
+        safe_open(PATCH_V1, framework="pt") as old,
+        safe_open(tmp_path / "again.safetensors", framework="pt") as new,
+    ):
+        assert new.metadata() == old.metadata()  # with the SHA-256 of the tensors
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""A file that is no checkpoint is called what it is, with advice; parts of a model are completed from a base."""
+"""Each kind of checkpoint is recognised and said; a file that is none is called what it is; a base completes parts."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,12 @@ from mu.algorithms.saliency_unlearning.mask_file import save_mask
 from mu.commands.convert_config import ConvertConfig
 from mu.config import check_paths
 from mu.ldm import CheckpointError, LatentDiffusion, describe_checkpoint, load_model, save_checkpoint
-from mu.ldm.checkpoint import read_state_dict, write_state_dict
 from mu.ldm.convert import convert_checkpoint
 from mu.ldm.diffusers_tensors import to_diffusers
 from mu.ldm.ema import ema_name
-from mu.ldm.formats import COMPVIS, kind_of
-from mu.ldm.patch import PatchError
-from mu.ldm.patching import patch_checkpoint
-from mu.ldm.recognise import READ_HERE, other_kind
+from mu.ldm.patch import PatchError, patch_checkpoint
+from mu.ldm.recognise import COMPVIS, READ_HERE, kind_of, other_kind
+from mu.ldm.tensor_file import read_state_dict, write_state_dict
 from tests.conftest import TINY_V2, tiny_model_yaml
 
 ModelMaker = Callable[..., LatentDiffusion]
@@ -33,6 +32,52 @@ UNET = "model.diffusion_model."
 def named(*names: str) -> dict[str, Tensor]:
     return {name: torch.full((2, 2), 0.5) for name in names}
 
+
+# ---- what is read
+
+
+def test_each_kind_is_recognised_read_and_said(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = sum(parameter.numel() for parameter in tiny_model.unet.parameters())
+    save_checkpoint(tiny_model, tmp_path / "compvis.safetensors")
+    convert_checkpoint(
+        tmp_path / "compvis.safetensors", tmp_path / "folder", model_config_path=tiny_yaml, format="diffusers"
+    )
+    parts = to_diffusers(tiny_model.state_dict(), tiny_model.params)
+    joined = {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
+    write_state_dict(joined, tmp_path / "whole.safetensors")
+    torch.save(dict(tiny_model.state_dict()), tmp_path / "bare.pth")
+    copies = {ema_name(key): t for key, t in tiny_model.state_dict().items() if key.startswith(UNET)}
+    write_state_dict({**tiny_model.state_dict(), **copies}, tmp_path / "ema.ckpt")
+    kinds = {
+        "compvis.safetensors": "CompVis checkpoint",
+        "folder": "diffusers folder",
+        "whole.safetensors": "diffusers checkpoint",
+        "bare.pth": "CompVis checkpoint",
+        "ema.ckpt": "CompVis checkpoint",
+    }
+    for name, kind in kinds.items():
+        described = describe_checkpoint(tmp_path / name)
+        assert (described.kind, described.text_encoder, described.context_dim) == (kind, "CLIP", 32), name
+        assert (described.unet_weights, described.ema) == (count, name == "ema.ckpt"), name
+        assert described.dtypes[0] == "float32"
+        with caplog.at_level(logging.INFO, logger="mu"):
+            caplog.clear()
+            model = load_model(tiny_yaml, tmp_path / name)
+        for key, tensor in tiny_model.state_dict().items():
+            assert torch.equal(model.state_dict()[key], tensor), (name, key)
+        assert f"{tmp_path / name} is a {kind}: UNet of {count:,} weights" in caplog.text
+
+
+def test_the_text_encoder_of_sd_v2_is_said(tmp_path: Path, make_tiny_model: ModelMaker) -> None:
+    save_checkpoint(make_tiny_model(**TINY_V2), tmp_path / "v2.safetensors")
+    described = describe_checkpoint(tmp_path / "v2.safetensors")
+    assert described.text_encoder == "OpenCLIP"
+    assert str(described).endswith("prompts 32 wide, text encoder OpenCLIP, no EMA weights; float32")
+
+
+# ---- what is not
 
 # What it is called, a part of the advice, and a file of the kind: names as the programs write them.
 MERGE, STEERS = "fuse_lora", "give the Stable Diffusion that it steers"

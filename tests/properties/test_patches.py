@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mu.ldm.patch import apply_patch, bits_of, make_patch, remove_patch
-from mu.ldm.patch_file import load_patch, save_patch
-from mu.ldm.patching import apply_patches
+from mu.ldm.patch import apply_patch, apply_patches, bits_of, load_patch, make_patch, remove_patch, save_patch
 
 QUICK = settings(max_examples=40, deadline=None)
 UNET = "model.diffusion_model."

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mu.ldm.checkpoint import read_state_dict, write_state_dict
+from mu.ldm.tensor_file import read_state_dict, write_state_dict
 from mu.unlearning.moving import TrainingError
 from mu.unlearning.output import verify_tensors
 

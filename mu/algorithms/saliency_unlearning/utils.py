@@ -13,8 +13,8 @@ from mu.algorithms.saliency_unlearning.mask_file import MaskError, count_marked,
 from mu.config import resolve_path
 from mu.datasets.index import concept_label, concept_names
 from mu.ldm import LatentDiffusion
-from mu.ldm.checkpoint import fingerprint
 from mu.ldm.diffusers_tensors import UNET_PREFIX
+from mu.ldm.tensor_file import fingerprint
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import Mask
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.ldm import LatentDiffusion, load_model, save_checkpoint
-from mu.ldm.checkpoint import read_state_dict
+from mu.ldm.tensor_file import read_state_dict
 from mu.unlearning.output import verify_tensors
 from tests.conftest import randomise
 

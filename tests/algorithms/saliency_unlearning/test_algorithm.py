@@ -48,8 +48,8 @@ from mu.algorithms.saliency_unlearning.utils import (
 )
 from mu.config import ConfigError, load_config
 from mu.ldm import LatentDiffusion, load_model
-from mu.ldm.checkpoint import read_state_dict
 from mu.ldm.model_config import load_model_config
+from mu.ldm.tensor_file import read_state_dict
 from mu.unlearning import output
 from mu.unlearning.moving import (
     TrainingError,

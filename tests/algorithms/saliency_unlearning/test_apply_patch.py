@@ -18,10 +18,9 @@ from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, unet_fingerprin
 from mu.commands.patch_config import ApplyPatchConfig
 from mu.config import ConfigError
 from mu.ldm import load_model
-from mu.ldm.checkpoint import read_state_dict, write_state_dict
 from mu.ldm.ema import ema_name, with_ema_weights
-from mu.ldm.patch import bits_of
-from mu.ldm.patch_file import load_patch
+from mu.ldm.patch import bits_of, load_patch
+from mu.ldm.tensor_file import read_state_dict, write_state_dict
 
 ROOT = Path(__file__).parents[3]
 

@@ -16,8 +16,8 @@ from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX
 from mu.commands.convert_config import ConvertConfig
 from mu.config import ConfigError, check_paths
 from mu.ldm import load_model
-from mu.ldm.checkpoint import read_state_dict, write_state_dict
 from mu.ldm.ema import ema_name
+from mu.ldm.tensor_file import read_state_dict, write_state_dict
 from mu.unlearning.find_checkpoint import checkpoint_file
 from mu.unlearning.moving import TrainingError
 from tests.algorithms.saliency_unlearning.conftest import verify_written

@@ -13,8 +13,7 @@ import torch
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.ldm import load_model
-from mu.ldm.checkpoint import read_state_dict
-from mu.ldm.tensor_file import fingerprint
+from mu.ldm.tensor_file import fingerprint, read_state_dict
 from mu.unlearning.checkpoints import Checkpoints
 from mu.unlearning.output import original_of
 

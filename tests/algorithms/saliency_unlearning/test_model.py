@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mu.algorithms.saliency_unlearning.mask_file import MaskError
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.ldm import LatentDiffusion
-from mu.ldm.model_config import UNetParams
+from mu.ldm.params import UNetParams
 from mu.ldm.unet import UNet
 from mu.unlearning.moving import (
     TRAIN_METHODS,

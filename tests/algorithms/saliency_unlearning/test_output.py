@@ -23,12 +23,11 @@ from mu.algorithms.saliency_unlearning.scripts.train import main
 from mu.commands.reporting import report_training
 from mu.config import dump
 from mu.ldm import CheckpointError, load_model, save_checkpoint
-from mu.ldm.checkpoint import read_state_dict, write_state_dict
+from mu.ldm.checkpoint import read_checkpoint
 from mu.ldm.diffusers_tensors import UNET_PREFIX
 from mu.ldm.ema import ema_name, is_ema_copy
-from mu.ldm.formats import read_checkpoint
-from mu.ldm.patch import PatchError, bits_of
-from mu.ldm.patching import patch_checkpoint
+from mu.ldm.patch import PatchError, bits_of, patch_checkpoint
+from mu.ldm.tensor_file import read_state_dict, write_state_dict
 from mu.ldm.text_to_image import sample_images
 from mu.unlearning import output, progress
 from mu.unlearning.output import (

@@ -18,8 +18,8 @@ from mu.algorithms.saliency_unlearning.plan import plan_mask, plan_training
 from mu.algorithms.saliency_unlearning.scripts import generate_mask, train
 from mu.config import ConfigError, as_dict, as_text, keys_of
 from mu.datasets.index import DataError
-from mu.ldm.checkpoint import CheckpointError, read_state_dict, write_state_dict
 from mu.ldm.ema import ema_name
+from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dict
 from mu.unlearning.inspection import Inspection
 from mu.unlearning.plan import Plan, disk_problems
 from mu.unlearning.rows import rows_of

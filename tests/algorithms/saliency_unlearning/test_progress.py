@@ -18,7 +18,7 @@ from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import ConfigError
 from mu.ldm import load_model
-from mu.ldm.checkpoint import read_state_dict
+from mu.ldm.tensor_file import read_state_dict
 from mu.run_folder import RunFolder
 from mu.unlearning import loggers
 from mu.unlearning.batches import Batch, EncodedBatches

@@ -16,8 +16,8 @@ from mu.algorithms.uce.configs import PACKAGED, UCEConfig
 from mu.algorithms.uce.scripts.train import main
 from mu.config import ConfigError, dump, load_config
 from mu.ldm import LatentDiffusion, load_model, save_checkpoint
-from mu.ldm.checkpoint import read_state_dict
-from mu.ldm.patching import patch_checkpoint
+from mu.ldm.patch import patch_checkpoint
+from mu.ldm.tensor_file import read_state_dict
 from mu.unlearning import output
 from mu.unlearning.moving import TrainingError
 

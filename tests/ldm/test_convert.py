@@ -1,8 +1,7 @@
-"""The kind of a checkpoint is recognised and said; each is read as what it is; raw or EMA weights are chosen."""
+"""Checkpoints from one form into another: no bit changes on the way; raw or EMA weights; other types of weights."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from mu.ldm import CheckpointError, LatentDiffusion, describe_checkpoint, load_model, save_checkpoint
-from mu.ldm.checkpoint import SCHEDULE_KEYS, read_state_dict, write_state_dict
+from mu.ldm import CheckpointError, LatentDiffusion, load_model, save_checkpoint
 from mu.ldm.convert import convert_checkpoint
 from mu.ldm.diffusers_tensors import to_diffusers
 from mu.ldm.ema import ema_name, updated_ema
+from mu.ldm.schedule import SCHEDULE_KEYS
+from mu.ldm.tensor_file import read_state_dict, write_state_dict
 from tests.conftest import TINY_V2, tiny_model_yaml
 
 ModelMaker = Callable[..., LatentDiffusion]
@@ -43,70 +43,18 @@ def with_ema(model: LatentDiffusion, *, shift: float = 1.0) -> dict[str, Tensor]
     }
 
 
-# ---- kinds
+def converted(source: Path, target: Path, yaml: Path, **options: Any) -> Path:
+    convert_checkpoint(source, target, model_config_path=yaml, **options)
+    return target
 
 
-def test_each_kind_is_recognised_read_and_said(
-    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion, caplog: pytest.LogCaptureFixture
+def test_the_unet_alone_is_written_as_attack_suites_load_it(
+    tmp_path: Path, tiny_yaml: Path, tiny_model: LatentDiffusion
 ) -> None:
-    count = sum(parameter.numel() for parameter in tiny_model.unet.parameters())
-    save_checkpoint(tiny_model, tmp_path / "compvis.safetensors")
-    convert_checkpoint(
-        tmp_path / "compvis.safetensors", tmp_path / "folder", model_config_path=tiny_yaml, format="diffusers"
-    )
-    parts = to_diffusers(tiny_model.state_dict(), tiny_model.params)
-    joined = {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
-    write_state_dict(joined, tmp_path / "whole.safetensors")
-    torch.save(dict(tiny_model.state_dict()), tmp_path / "bare.pth")
-    write_state_dict(with_ema(tiny_model), tmp_path / "ema.ckpt")
-    kinds = {
-        "compvis.safetensors": "CompVis checkpoint",
-        "folder": "diffusers folder",
-        "whole.safetensors": "diffusers checkpoint",
-        "bare.pth": "CompVis checkpoint",
-        "ema.ckpt": "CompVis checkpoint",
-    }
-    for name, kind in kinds.items():
-        described = describe_checkpoint(tmp_path / name)
-        assert (described.kind, described.text_encoder, described.context_dim) == (kind, "CLIP", 32), name
-        assert (described.unet_weights, described.ema) == (count, name == "ema.ckpt"), name
-        assert described.dtypes[0] == "float32"
-        with caplog.at_level(logging.INFO, logger="mu"):
-            caplog.clear()
-            model = load_model(tiny_yaml, tmp_path / name)
-        assert same(model.state_dict(), tiny_model.state_dict()), name
-        assert f"{tmp_path / name} is a {kind}: UNet of {count:,} weights" in caplog.text
-
-
-def test_the_text_encoder_of_sd_v2_is_said(tmp_path: Path, make_tiny_model: ModelMaker) -> None:
-    save_checkpoint(make_tiny_model(**TINY_V2), tmp_path / "v2.safetensors")
-    described = describe_checkpoint(tmp_path / "v2.safetensors")
-    assert described.text_encoder == "OpenCLIP"
-    assert str(described).endswith("prompts 32 wide, text encoder OpenCLIP, no EMA weights; float32")
-
-
-def test_a_unet_alone_needs_the_rest(tmp_path: Path, tiny_yaml: Path, make_tiny_model: ModelMaker) -> None:
-    one, other = make_tiny_model(seed=1), make_tiny_model(seed=2)
-    for name, model in (("one", one), ("other", other)):
-        save_checkpoint(model, tmp_path / f"{name}.safetensors")
-    convert_checkpoint(
-        tmp_path / "one.safetensors", tmp_path / "unet.pt", model_config_path=tiny_yaml, format="unet"
-    )
-    alone = torch.load(tmp_path / "unet.pt", weights_only=True)  # as attack suites do
-    assert same(alone, to_diffusers(one.state_dict(), one.params)["unet"])
-    with pytest.raises(CheckpointError, match=r"holds a UNet alone.*--base_ckpt_path"):
-        load_model(tiny_yaml, tmp_path / "unet.pt")
-    convert_checkpoint(
-        tmp_path / "unet.pt",
-        tmp_path / "both.ckpt",
-        model_config_path=tiny_yaml,
-        format="compvis",
-        base=tmp_path / "other.safetensors",
-    )
-    made, _ = read_state_dict(tmp_path / "both.ckpt")
-    assert same(
-        made, {**other.state_dict(), **{k: v for k, v in one.state_dict().items() if k.startswith(UNET)}}
-    )
+    save_checkpoint(tiny_model, tmp_path / "m.safetensors")
+    converted(tmp_path / "m.safetensors", tmp_path / "unet.pt", tiny_yaml, format="unet")
+    alone = torch.load(tmp_path / "unet.pt", weights_only=True)
+    assert same(alone, to_diffusers(tiny_model.state_dict(), tiny_model.params)["unet"])
 
 
 # ---- round trips
@@ -267,11 +215,6 @@ def test_an_ema_copy_of_nothing_known_is_refused() -> None:
 
 
 # ---- types
-
-
-def converted(source: Path, target: Path, yaml: Path, **options: Any) -> Path:
-    convert_checkpoint(source, target, model_config_path=yaml, **options)
-    return target
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
