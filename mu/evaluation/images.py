@@ -26,8 +26,8 @@ from mu.datasets.image_files import (
     not_read,
 )
 from mu.datasets.index import DataError, Row, passed_over, raise_problems, suggestion
-from mu.datasets.prompts import canvas_prompt
 from mu.datasets.tables import read_table
+from mu.datasets.unlearn_canvas import canvas_prompt
 
 INDEX = "images.csv"
 _LAYOUTS = (

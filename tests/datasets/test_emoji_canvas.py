@@ -10,7 +10,7 @@ import pytest
 
 import mu
 from mu.datasets.emoji_canvas import DRAWINGS_PER_OBJECT, ICONS, OBJECTS, SOURCES, STYLES
-from mu.datasets.prompts import canvas_prompt
+from mu.datasets.unlearn_canvas import canvas_prompt
 
 NOTICE = Path(mu.__file__).parent / "assets/emoji_canvas/NOTICE"
 

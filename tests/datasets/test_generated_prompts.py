@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from mu.datasets.generated_prompts import plan_rows
+
+from mu.datasets.base import TRAINING_SEED_BASE
 from mu.datasets.index import DataError, ForgetRetain
-from mu.datasets.seeds import TRAINING_SEED_BASE
 
 
 def plan(**changes: Any) -> ForgetRetain:

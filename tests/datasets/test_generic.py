@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from mu.datasets.generic import index
+
 from mu.datasets.index import DataError
 from tests.datasets.drawing import draw, write_table
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mu.datasets.i2p import SUBSTITUTES, index
 from PIL import Image
 
-from mu.datasets.i2p import SUBSTITUTES, index
 from mu.datasets.index import DataError
 from tests.datasets.drawing import PROMPTS, draw, draw_i2p, write_table
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mu.datasets.image_folder import index
 from PIL import Image
 
-from mu.datasets.image_folder import index
 from mu.datasets.index import DataError, ForgetRetain
 from tests.datasets.drawing import draw, write_table
 

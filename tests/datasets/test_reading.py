@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mu.datasets.reading import read_ahead
+from mu.datasets.images import read_ahead
 
 
 def test_results_come_in_order_and_not_too_many_wait() -> None:

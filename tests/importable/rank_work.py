@@ -204,7 +204,8 @@ def sample_and_evaluate(configs: tuple[Any, Any]) -> dict[str, Any]:
 
 def prepare(task: tuple[str, str, str]) -> dict[str, Any]:
     """Images of a model are sampled and encoded, their prompts embedded; then with what goes wrong in it."""
-    from mu.datasets.generated import GeneratedImages, SampleSettings, plan_rows
+    from mu.datasets.generated import plan_rows
+from mu.datasets.generated_images import GeneratedImages, SampleSettings
     from mu.datasets.latents import LatentCache
     from mu.ldm import load_model
 

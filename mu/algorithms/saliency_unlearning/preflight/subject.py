@@ -13,7 +13,7 @@ import torch
 from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.config import resolve_path
-from mu.datasets.generated import folders_like
+from mu.datasets.generated_images import folders_like
 from mu.datasets.index import ForgetRetain, Row
 from mu.datasets.seen_prompts import cut_notes
 from mu.devices import device_names, resolve_devices
