@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mu.datasets.base import DataSet, Problem
+from mu.datasets.canvas import SEED_STYLE
 from mu.datasets.folder import captions
 from mu.datasets.image_files import check_folder, entries, find_images, image_problems, is_image, not_read
 from mu.datasets.index import (
@@ -33,7 +34,6 @@ from mu.datasets.prompt_table import (
     plain_number,
     read_category_table,
 )
-from mu.datasets.unlearn_canvas import SEED_STYLE
 
 Stems = Mapping[tuple[int, str], str]
 """(a row's place in the table, one of its categories) -> its image's name there, without the suffix."""
@@ -68,6 +68,7 @@ class CategoryTable(DataSet):
 
     def substitute_for(self, category: str) -> str:
         """The prompt whose prediction takes the place of a category's. Raises DataError."""
+        del category
         return str(self.config.substitute)
 
     def no_missing_images(self) -> Iterator[Problem]:
@@ -85,7 +86,7 @@ class CategoryTable(DataSet):
         """
         root, targets, retain_set = Path(self.config.raw_dataset_dir), self.targets, self.retain_set
         # `use_sample` decided this too, before there was a key for it.
-        missing = self.config.missing_images or ("skip" if self.config.use_sample else "error")
+        missing: str = self.config.missing_images or ("skip" if self.config.use_sample else "error")
 
         # 1. The table.
         table, prompts, more_notes = self.table(root)
@@ -130,9 +131,10 @@ class CategoryTable(DataSet):
             if file is None:
                 without_image.append(f"{root / 'images' / order[0] / names[place, order[0]]}.jpg")
                 continue
-            relative, substitute = file.relative_to(root).as_posix(), substitutes[own[0]] if own else None
+            stands_in = substitutes[own[0]] if own else None
+            relative = file.relative_to(root).as_posix()
             (forget if own else retain).append(
-                Row(file, relative, row.prompt, "", "", concept=order[0], substitute_prompt=substitute)
+                Row(file, relative, row.prompt, "", "", concept=order[0], substitute_prompt=stands_in)
             )
 
         # 4. What is no row.

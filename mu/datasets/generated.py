@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mu.datasets import emoji_canvas
 from mu.datasets.base import SAMPLED_PROMPTS, TRAINING_SEED_BASE, DataSet, Problem, prompt_rows
+from mu.datasets.canvas import CANVAS_TEMPLATE, canvas_row
 from mu.datasets.index import (
     ForgetRetain,
     Row,
@@ -28,7 +29,6 @@ from mu.datasets.index import (
     concept_names,
     next_kept,
 )
-from mu.datasets.unlearn_canvas import CANVAS_TEMPLATE, canvas_row
 
 
 class Generated(DataSet):
@@ -110,8 +110,8 @@ def substitute_problems(data_set: DataSet) -> Iterator[Problem]:
     retained = data_set.config.retain_prompts
     if data_set.config.substitute is None and (retained is None or len(retained) != 1):
         message = (
-            "say in a whole prompt what the forgotten prompts shall give instead (it may be left out beside exactly one "
-            "of retain_prompts)"
+            "say in a whole prompt what the forgotten prompts shall give instead "
+            "(it may be left out beside exactly one of retain_prompts)"
         )
         yield ("substitute", "dataset_type", "retain_prompts"), message
 

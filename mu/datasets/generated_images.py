@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from mu import ranks
 from mu.atomic import finish_writes, write_atomically, write_together
+from mu.datasets.canvas import CANVAS_TEMPLATE
 from mu.datasets.images import png
 from mu.datasets.index import DataError, Row, check_choice
 from mu.datasets.streams import initial_noise
-from mu.datasets.unlearn_canvas import CANVAS_TEMPLATE
 from mu.ldm.checkpoint import fingerprint
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.params import LatentDiffusionParams

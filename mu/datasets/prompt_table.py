@@ -164,7 +164,9 @@ def _guidance(cell: str) -> float | None:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row of a table of categories. A `prompt` of "" is none: the row keeps its place and its number, and nothing is made of it.
+    """One row of a table of categories.
+
+    A `prompt` of "" is none: the row keeps its place and its number, and nothing is made of it.
 
     `number` is what its image is called by, from the column that numbers the rows; None: the table has none.
     """

@@ -1,16 +1,16 @@
-"""UnlearnCanvas, or any folder with its layout: `<root>/<Style>/<Class>/<n>.jpg`; its names, and how it words prompts.
+"""UnlearnCanvas, or any folder with its layout: `<root>/<Style>/<Class>/<n>.jpg`.
 
 Styles and classes are those found in the folder. `Seed_Images` holds photographs, whose prompts say `Photo style`.
-Source: Zhang et al., UnlearnCanvas, 2024 (arXiv 2402.11846).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mu.config import nearest
 from mu.datasets.base import DataSet, Problem, as_problem
+from mu.datasets.canvas import SEED_STYLE, StandIns, canvas_row
 from mu.datasets.image_files import check_folder, entries, image_problems, is_image, not_read
 from mu.datasets.index import (
     DataError,
@@ -19,34 +19,15 @@ from mu.datasets.index import (
     check_apart,
     check_substitutes,
     choose_substitute,
-    fill_substitute,
     natural_key,
     next_kept,
     raise_problems,
     suggestion,
 )
 
-SEED_STYLE = "Seed_Images"
-"""Folder of the unstylised photographs; its prompts say ``Photo``."""
-CANVAS_TEMPLATE = "A {object} image in {style} style."
 SAMPLE_IMAGES = 3
 """Images a class that `use_sample` keeps: as many as the published sample of the data set has."""
 _ADVICE = "Download it with `download_data sample quick_canvas`, or give a folder laid out as <Style>/<Class>/<n>.jpg."
-
-_STYLES = """
-Abstractionism Artist_Sketch Blossom_Season Bricks Byzantine Cartoon Cold_Warm Color_Fantasy Comic_Etch Crayon
-Cubism Dadaism Dapple Defoliation Early_Autumn Expressionism Fauvism French Glowing_Sunset Gorgeous_Love Greenfield
-Impressionism Ink_Art Joy Liquid_Dreams Magic_Cube Meta_Physics Meteor_Shower Monet Mosaic Neon_Lines On_Fire Pastel
-Pencil_Drawing Picasso Pop_Art Red_Blue_Ink Rust Seed_Images Sketch Sponge_Dabbed Structuralism Superstring
-Surrealism Ukiyoe Van_Gogh Vibrant_Flow Warm_Love Warm_Smear Watercolor Winter
-"""
-_OBJECTS = """
-Architectures Bears Birds Butterfly Cats Dogs Fishes Flame Flowers Frogs Horses Human Jellyfish Rabbits Sandwiches
-Sea Statues Towers Trees Waterfalls
-"""
-UNLEARN_CANVAS_STYLES: tuple[str, ...] = tuple(_STYLES.split())
-"""50 styles, and the photographs (`Seed_Images`) as class 38: the order of the data set's classifiers."""
-UNLEARN_CANVAS_OBJECTS: tuple[str, ...] = tuple(_OBJECTS.split())
 
 
 class UnlearnCanvas(DataSet):
@@ -57,7 +38,8 @@ class UnlearnCanvas(DataSet):
         """As far as the names of folders tell: its images are many."""
         root, template = Path(self.config.raw_dataset_dir), self.config.template
         if not root.is_dir():
-            message = f"there is no folder {root}; `download_data sample quick_canvas` makes data/quick-canvas-dataset/sample"
+            advice = "`download_data sample quick_canvas` makes data/quick-canvas-dataset/sample"
+            message = f"there is no folder {root}; {advice}"
             yield ("raw_dataset_dir",), message
             return
         styles = [folder for folder in root.iterdir() if folder.is_dir()]
@@ -144,43 +126,6 @@ class UnlearnCanvas(DataSet):
             )
             for target in targets
         }
-
-
-StandIns = Mapping[str, tuple[str | None, str | None]]
-"""Forgotten style or object -> what stands in for it, see `choose_substitute`."""
-
-
-def canvas_row(image: Path, style: str, object: str, *, template: str, stand_ins: StandIns) -> Row:
-    """The row of an image `<Style>/<Object>/<file>` of a grid; it is to be forgotten if `stand_ins` has its concept."""
-    concept = style if template == "style" else object
-    name, whole_prompt = stand_ins.get(concept, (None, None))
-    substitute = None
-    if whole_prompt is not None:
-        substitute = fill_substitute(whole_prompt, style=style_words(style), object=object)
-    elif name is not None:
-        substitute = canvas_prompt(object, name) if template == "style" else canvas_prompt(name, style)
-    return Row(
-        image,
-        f"{style}/{object}/{image.name}",
-        canvas_prompt(object, style),
-        style,
-        object,
-        concept,
-        substitute,
-    )
-
-
-def style_words(style: str) -> str:
-    """A style's folder name as a prompt says it: ``Van_Gogh`` -> ``Van Gogh``, ``Seed_Images`` -> ``Photo``."""
-    return "Photo" if style == SEED_STYLE else style.replace("_", " ")
-
-
-def canvas_prompt(object: str, style: str) -> str:
-    """The prompt for an image of ``object`` in ``style``, both as their folders are called.
-
-    Source: UnlearnCanvas (Zhang et al., 2024), data set card: ``A {object} image in {style} style.``
-    """
-    return CANVAS_TEMPLATE.format(object=object.replace("_", " "), style=style_words(style))
 
 
 def _no_images(root: Path) -> str:
