@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mu.datasets.augment import augment
+from mu.datasets.canvas import canvas_prompt
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.datasets.prompts import canvas_prompt
 from mu.ldm import LatentDiffusion, load_model, sample_posterior, save_checkpoint
 from mu.ldm.model_config import parse_model_config
 from mu.ldm.sampler import sample_ddim

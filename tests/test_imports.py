@@ -26,7 +26,7 @@ LIGHT = [
         name
         for name in MODULES
         if name
-        in {"mu.config", "mu.run_folder", "mu.errors", "mu.datasets.prompts", "mu.datasets.emoji_canvas"}
+        in {"mu.config", "mu.run_folder", "mu.errors", "mu.datasets.data_sets", "mu.unlearning.config"}
         or name.startswith("mu.algorithms.saliency_unlearning.configs")
         or ".scripts" in name
     ),

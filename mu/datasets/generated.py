@@ -1,9 +1,8 @@
-"""A data set sampled from the model itself: no images are needed, as SalUn's authors did for nudity.
+"""A data set sampled from the model itself, as SalUn's authors made theirs for nudity; no images are needed.
 
-Images lie at `<folder>/generated/<model>-<settings>/<Style>/<Object>/<seed>.png`. `<model>` is the beginning of the
-model's fingerprint and `<settings>` a hash of all that decides how an image looks (steps, guidance, size, ...), both
-written out in `manifest.json` beside the styles. A seed belongs to an image (style, object, seed), so the same images
-serve every concept, and a run samples only those that are missing.
+Either a grid of styles x objects, at `<folder>/generated/<model>-<settings>/<Style>/<Object>/<seed>.png`, or free
+prompts, at `<folder>/generated_prompts/<model>-<settings>/<prompt>-<hash>/<seed>.png`. `mu.datasets.generated_images`
+samples what is missing, and keeps it for every run that asks for the same. Nothing here imports torch.
 
 The seeds are TRAINING_SEED_BASE, TRAINING_SEED_BASE + 1, ...: evaluation, whose seeds are small numbers (188, 288
 and so on), never sees an image from which a model was unlearned.
@@ -11,87 +10,110 @@ and so on), never sees an image from which a model was unlearned.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from mu import ranks
-from mu.atomic import finish_writes, write_atomically, write_together
-from mu.datasets.images import png
+from mu.datasets import emoji_canvas
+from mu.datasets.base import SAMPLED_PROMPTS, TRAINING_SEED_BASE, DataSet, Problem, prompt_rows
+from mu.datasets.canvas import CANVAS_TEMPLATE, canvas_row
 from mu.datasets.index import (
-    TEMPLATES,
-    DataError,
     ForgetRetain,
     Row,
+    check_apart,
     check_choice,
     check_folder_names,
     check_substitutes,
+    check_whole_prompt,
     choose_substitute,
+    concept_label,
     concept_names,
-    fill_substitute,
     next_kept,
 )
-from mu.datasets.prompts import CANVAS_TEMPLATE, canvas_prompt, style_words
-from mu.datasets.seeds import TRAINING_SEED_BASE
-from mu.datasets.streams import initial_noise
-from mu.ldm.latent_diffusion import LatentDiffusion
-from mu.ldm.params import LatentDiffusionParams
-from mu.ldm.tensor_file import fingerprint
-from mu.ldm.text_to_image import PRECISIONS, TextToImage, sampling_precision
-from mu.verbosity import bars_off
-
-_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SampleSettings:
-    """How images are sampled: DDIM steps, classifier-free guidance scale (1 is none), side in pixels, arithmetic.
-
-    `precision` is one of `PRECISIONS`: "bf16" is bf16 autocast, faster, with images that differ a little; "auto" is it
-    on a GPU that computes in bf16 (`GeneratedImages` puts what that means in its place).
-    """
-
-    steps: int
-    guidance_scale: float
-    image_size: int
-    precision: str = "fp32"
-
-
-def index(
-    model: LatentDiffusion,
-    folder: Path | str,
-    *,
-    styles: Sequence[str],
-    objects: Sequence[str],
-    template: str,
-    template_name: str | Sequence[str],
-    images_per_prompt: int,
-    retain_images_per_prompt: int,
-    settings: SampleSettings,
-    substitute: str | None = None,
-    batch_size: int = 16,
-) -> ForgetRetain:
-    """`plan_rows`, and then `GeneratedImages.sample_missing` for all of them."""
-    images = GeneratedImages(model, folder, settings)
-    rows = plan_rows(
-        images.path,
-        styles=styles,
-        objects=objects,
-        template=template,
-        template_name=template_name,
-        images_per_prompt=images_per_prompt,
-        retain_images_per_prompt=retain_images_per_prompt,
-        substitute=substitute,
+class Generated(DataSet):
+    about = (
+        "images sampled once from the model itself, for a grid of styles x objects or for forget_prompts and "
+        "retain_prompts."
     )
-    images.sample_missing((*rows.forget, *rows.retain), batch_size=batch_size)
-    return rows
+    retain_sets = ("others",)
+
+    @property
+    def sampled(self) -> Mapping[str, str]:
+        if self.config.forget_prompts is not None:
+            return SAMPLED_PROMPTS
+        return {"subfolder": "generated", "prompt": CANVAS_TEMPLATE}
+
+    def key_problems(self) -> Iterator[Problem]:
+        config = self.config
+        if config.forget_prompts is None:
+            message = "goes with forget_prompts; give those too, or leave the key out"
+            yield from self.unused(message, "retain_prompts", "retain_set", "dataset_type")
+        else:
+            yield from self.no_grid()
+            if config.retain_prompts is None:
+                message = "forget_prompts needs prompts of what is kept"
+                yield ("retain_prompts", "forget_prompts", "retain_set"), message
+            yield from substitute_problems(self)
+        yield from self.no_retain_folder()
+        yield from self.no_missing_images()
+
+    def folder_problems(self) -> Iterator[Problem]:
+        yield from ()  # nothing of it need be there
+
+    def read(self) -> ForgetRetain:
+        return ForgetRetain((), ())
+
+    def cache_name(self, sampled: Path | None) -> str:
+        # Two models' images of one style and seed have the same names; the folder tells them apart.
+        return self.kind if sampled is None else f"{sampled.parent.name}-{sampled.name}"
+
+    def sampled_rows(self, images: Path) -> ForgetRetain:
+        config = self.config
+        if config.forget_prompts is None:
+            return plan_rows(
+                images,
+                styles=tuple(config.styles or emoji_canvas.STYLES),
+                objects=tuple(config.objects or emoji_canvas.OBJECTS),
+                template=config.template,
+                template_name=config.template_name,
+                images_per_prompt=config.images_per_prompt,
+                retain_images_per_prompt=config.retain_images_per_prompt,
+                substitute=config.substitute,
+            )
+        concept, substitute = concept_label(config.template_name), substitute_prompt(self)
+        check_whole_prompt("substitute", substitute, (concept,))
+        forget = prompt_rows(
+            images,
+            config.forget_prompts,
+            config.images_per_prompt,
+            concept=concept,
+            substitute=substitute,
+            key="forget_prompts",
+        )
+        rows = ForgetRetain(forget, self.sampled_to_retain(images))
+        check_substitutes(rows.forget)
+        check_apart(rows)
+        return rows
+
+
+def substitute_prompt(data_set: DataSet) -> str:
+    """For images without styles and objects: `substitute`, or the only prompt that is retained."""
+    if data_set.config.substitute is not None:
+        return str(data_set.config.substitute)
+    (prompt,) = data_set.config.retain_prompts
+    return str(prompt)
+
+
+def substitute_problems(data_set: DataSet) -> Iterator[Problem]:
+    """`substitute_prompt` has what it needs."""
+    retained = data_set.config.retain_prompts
+    if data_set.config.substitute is None and (retained is None or len(retained) != 1):
+        message = (
+            "say in a whole prompt what the forgotten prompts shall give instead "
+            "(it may be left out beside exactly one of retain_prompts)"
+        )
+        yield ("substitute", "dataset_type", "retain_prompts"), message
 
 
 def plan_rows(
@@ -116,20 +138,14 @@ def plan_rows(
             `{object}` (or `{style}`). By default the next one in its list that is kept, the first after the last.
 
     Raises:
-        DataError: names or numbers that cannot be; see the message.
+        DataError: names that cannot be; see the message.
     """
-    check_choice("template", template, TEMPLATES)
     check_folder_names("styles", styles)
     check_folder_names("objects", objects)
     names = styles if template == "style" else objects
     targets = concept_names(template_name)
     for target in targets:
         check_choice("template_name", target, names)
-    if images_per_prompt < 1 or retain_images_per_prompt < 0:
-        raise DataError(
-            f"images_per_prompt = {images_per_prompt} must be at least 1 and retain_images_per_prompt = "
-            f"{retain_images_per_prompt} at least 0."
-        )
     stand_ins = {
         target: choose_substitute(
             substitute,
@@ -140,189 +156,14 @@ def plan_rows(
         )
         for target in targets
     }
-
     forget: list[Row] = []
     retain: list[Row] = []
     for style in styles:
         for object in objects:
-            concept = style if template == "style" else object
-            forgotten = concept in stand_ins
-            stand_in, whole_prompt = stand_ins.get(concept, (None, None))
-            substitute_prompt = None
-            if forgotten and whole_prompt is not None:
-                substitute_prompt = fill_substitute(whole_prompt, style=style_words(style), object=object)
-            elif forgotten and template == "style":
-                substitute_prompt = canvas_prompt(object, str(stand_in))
-            elif forgotten:
-                substitute_prompt = canvas_prompt(str(stand_in), style)
+            forgotten = (style if template == "style" else object) in stand_ins
             for number in range(images_per_prompt if forgotten else retain_images_per_prompt):
-                relative = f"{style}/{object}/{TRAINING_SEED_BASE + number}.png"
-                row = Row(
-                    image=images / relative,
-                    relative=relative,
-                    prompt=canvas_prompt(object, style),
-                    style=style,
-                    object=object,
-                    concept=concept,
-                    substitute_prompt=substitute_prompt,
-                )
+                path = images / style / object / f"{TRAINING_SEED_BASE + number}.png"
+                row = canvas_row(path, style, object, template=template, stand_ins=stand_ins)
                 (forget if forgotten else retain).append(row)
     check_substitutes(forget)
     return ForgetRetain(tuple(forget), tuple(retain))
-
-
-class GeneratedImages:
-    """The images of one model with one set of settings.
-
-    Args:
-        model: in eval mode, with a text encoder.
-        folder: `path` lies below it.
-        subfolder: its name in `folder`, between `folder` and `<model>-<settings>`.
-        prompt: how the prompt of an image follows from its place, for the manifest.
-
-    Attributes:
-        path: the folder of the styles.
-        manifest: all that decides how an image looks, apart from its style, object and seed.
-
-    Raises:
-        DataError: the model cannot be sampled from, or not with that many steps.
-    """
-
-    def __init__(
-        self,
-        model: LatentDiffusion,
-        folder: Path | str,
-        settings: SampleSettings,
-        *,
-        subfolder: str = "generated",
-        prompt: str = CANVAS_TEMPLATE,
-    ) -> None:
-        if model.cond_stage_model is None:
-            raise DataError(
-                "dataset_type generated: this model has no text encoder (cond_stage_config: __is_unconditional__), "
-                "so it cannot be asked for images of a concept."
-            )
-        if model.training:
-            raise DataError("images are sampled from a model in eval mode: call model.eval() first.")
-        check_choice("precision", settings.precision, PRECISIONS)
-        if not 1 <= settings.steps <= model.num_timesteps:
-            raise DataError(
-                f"sample_steps = {settings.steps}: allowed are 1 to {model.num_timesteps} (the model's T)."
-            )
-        self.model = model
-        self.settings = replace(settings, precision=sampling_precision(settings.precision, model.device))
-        self.manifest = {
-            **_manifest(model.params, self.settings, prompt),
-            "model": fingerprint(model.state_dict()),
-        }
-        described = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
-        weights = self.manifest["model"].removeprefix("sha256:")
-        self.path = Path(folder) / subfolder / f"{weights[:12]}-{described[:8]}"
-
-    def sample_missing(self, rows: Sequence[Row], *, batch_size: int) -> int:
-        """Samples the images of `rows` that do not exist yet, and returns how many those were.
-
-        The images of a batch are written together, as soon as it is done: a run that was killed loses one batch, and
-        the next one cuts the rest into the same batches, on which their last bits depend. The processes of a run share
-        the batches; when one returns, all images are there.
-
-        Raises:
-            DataError: an image came out with NaN or Inf, or the folder's manifest says something else.
-            OutOfMemoryError: memory does not suffice for one image at a time.
-        """
-
-        def lacking() -> list[int]:
-            _claim_folder(self.path, self.manifest)
-            finish_writes(self.path)
-            return [place for place, row in enumerate(rows) if not row.image.exists()]
-
-        missing = [rows[place] for place in ranks.on_main(lacking)]
-        if not missing:
-            return 0
-        steps = self.settings.steps
-        _log.info("sampling %d of %d images from the model (%d steps)", len(missing), len(rows), steps)
-        batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-        with ranks.in_step():
-            self._write_sampled(ranks.share(batches))
-        return len(missing)
-
-    def _write_sampled(self, batches: Sequence[Sequence[Row]]) -> None:
-        count = sum(map(len, batches))
-        sampler = TextToImage(
-            self.model,
-            steps=self.settings.steps,
-            shape=self.model.latent_shape(self.settings.image_size),
-            precision=self.settings.precision,
-        )
-        with tqdm(total=count, desc="sampling images", unit="image", disable=bars_off()) as progress:
-            for batch in batches:
-                files = {}
-                for row, image in zip(batch, self._sample(batch, sampler), strict=True):
-                    if not torch.isfinite(image).all():
-                        raise DataError(
-                            f"{row.image}: the model's image for {row.prompt!r} contains NaN or Inf."
-                        )
-                    files[row.image.relative_to(self.path).as_posix()] = png(image)
-                write_together(self.path, files)
-                progress.update(len(batch))
-
-    def _sample(self, rows: Sequence[Row], sampler: TextToImage) -> Iterator[Tensor]:
-        """Images (3, H, W), about [-1, 1], on the CPU."""
-        noise = torch.stack(
-            [initial_noise(row.style, row.object, int(row.image.stem), sampler.shape) for row in rows]
-        )
-        prompts = [row.prompt for row in rows]
-        yield from sampler.images(prompts, guidance_scale=self.settings.guidance_scale, noise=noise)
-
-
-def folders_like(
-    folder: Path | str,
-    params: LatentDiffusionParams,
-    settings: SampleSettings,
-    *,
-    subfolder: str = "generated",
-    prompt: str = CANVAS_TEMPLATE,
-) -> list[Path]:
-    """What `GeneratedImages.path` was, in earlier runs, of models of this structure with these settings."""
-    wanted = _manifest(params, settings, prompt)
-    found = []
-    for path in sorted((Path(folder) / subfolder).glob("*/manifest.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        if isinstance(content, dict) and {**content, "model": ""} == {**wanted, "model": ""}:
-            found.append(path.parent)
-    return found
-
-
-def _manifest(params: LatentDiffusionParams, settings: SampleSettings, prompt: str) -> dict[str, str]:
-    """What decides how an image looks, apart from its style, object and seed, and the weights of the model."""
-    return {
-        "format": "1",
-        "model": "",
-        "parameterization": str(params.parameterization),
-        "scale_factor": repr(params.scale_factor),
-        "sampler": "ddim, eta 0",
-        "steps": str(settings.steps),
-        "guidance_scale": repr(float(settings.guidance_scale)),
-        "image_size_px": str(settings.image_size),
-        "precision": settings.precision,
-        "prompt": prompt,
-    }
-
-
-def _claim_folder(folder: Path, content: dict[str, str]) -> None:
-    """Writes manifest.json, or makes sure that the one there says the same."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if found != content:
-        raise DataError(
-            f"{path} describes other images than are asked for here; move {folder} away and run again."
-        )

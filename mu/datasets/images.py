@@ -1,11 +1,14 @@
-"""Image files to tensors and back."""
+"""Image files to tensors and back, and files read ahead in threads."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy
 import torch
@@ -16,8 +19,11 @@ from mu.atomic import write_atomically
 from mu.datasets.image_files import UNREADABLE, deep_pixels, unsupported
 from mu.datasets.index import DataError, raise_problems
 
+S = TypeVar("S")
+T = TypeVar("T")
 UNUSABLE = "images cannot be used"
 ADVICE = "Replace them, or delete them together with their rows."
+_MOST_THREADS = 8
 
 
 def load_image(path: Path | str, size: int, *, interpolation: str = "bicubic") -> Tensor:
@@ -65,9 +71,34 @@ def check_images(paths: Sequence[Path], size: int) -> None:
             return str(error)
         return None
 
-    with ThreadPoolExecutor() as readers:
-        found = [told for told in readers.map(problem, paths) if told is not None]
+    found = [told for told in read_ahead(paths, problem) if told is not None]
     raise_problems(found, what=UNUSABLE, advice=ADVICE)
+
+
+def read_ahead(
+    items: Iterable[S], read: Callable[[S], T], *, threads: int | None = None
+) -> Generator[T, None, None]:
+    """`read(item)` of each item, in the order of the items; an error comes when its item's turn has come.
+
+    At most twice as many results as there are threads wait for the caller, so memory does not grow with the items.
+    `read` should decode and no more: torch's own threads would multiply in each of these.
+
+    Args:
+        threads: that read at once; None: as many as cores, at most 8.
+    """
+    count = threads or min(_MOST_THREADS, _cores())
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(count, thread_name_prefix="reading") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) > 2 * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for left in waiting:
+                left.cancel()
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -112,3 +143,7 @@ def _square(picture: Image.Image, size: int, path: Path, resample: Image.Resampl
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     square = picture.crop((left, top, left + side, top + side))
     return square if side == size else square.resize((size, size), resample)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,6 @@ from mu.atomic import write_atomically
 from mu.errors import MuError
 
 TEMPLATES = ("style", "object")
-RETAIN_SETS = ("others", "seed_images", "generated")
 LISTED_PROBLEMS = 10
 _LABEL_BYTES = 120
 

@@ -24,9 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mu import ranks
-from mu.datasets.images import ADVICE, UNUSABLE, load_pixels, to_unit_range
+from mu.datasets.images import ADVICE, UNUSABLE, load_pixels, read_ahead, to_unit_range
 from mu.datasets.index import DataError, Row, raise_problems
-from mu.datasets.reading import read_ahead
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.tensor_file import fingerprint, write_state_dict
 from mu.memory import ENCODING_ADVICE, telling

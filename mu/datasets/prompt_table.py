@@ -1,7 +1,6 @@
-"""Prompts with a seed and a guidance of their own, from a CSV file, as benchmarks of concept removal publish them.
+"""CSV tables of prompts: of those to sample, as benchmarks of concept removal publish them, and of categories, as I2P.
 
-Columns, of which only `prompt` must be there: `case_number` (COCO: `image_id`); `evaluation_seed` (I2P: `sd_seed`);
-`evaluation_guidance` (I2P: `sd_guidance_scale`). Any others are not looked at. Nothing here imports torch.
+Both number their rows in one way. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -9,12 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mu.datasets.index import DataError, passed_over
-from mu.datasets.tables import NUMBERS, Table, read_table
+from mu.datasets.tables import INDEX, NUMBERS, Table, TableRow, read_table
 
+CASE_NUMBERS = tuple(name for name in NUMBERS if name != INDEX)
 SEED_COLUMNS = ("evaluation_seed", "sd_seed", "seed")
 GUIDANCE_COLUMNS = ("evaluation_guidance", "sd_guidance_scale", "guidance_scale")
 SEED_LIMIT = 2**32
@@ -46,8 +47,10 @@ class _OutOfRange(Exception):
 
 
 def read_prompt_table(path: Path, *, use_row_settings: bool = True) -> PromptTable:
-    """The rows of a CSV file (UTF-8, with a header), in order.
+    """The prompts to sample of a CSV file (UTF-8, with a header), in order.
 
+    Of its columns only `prompt` must be there: others are `case_number` (COCO: `image_id`), `evaluation_seed` (I2P:
+    `sd_seed`) and `evaluation_guidance` (I2P: `sd_guidance_scale`). Any more are not looked at.
     Rows are numbered by `case_number`, else `image_id`, else the unnamed first column that pandas writes, else from 0.
     A case may have several rows with the same prompt, each with another seed. A blank cell of seed or guidance says
     nothing. Rows without a prompt, and those whose guidance is out of range, are passed over.
@@ -157,3 +160,75 @@ def _guidance(cell: str) -> float | None:
     if not 0.0 <= value <= GUIDANCE_LIMIT:
         raise _OutOfRange(cell)
     return value
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row of a table of categories.
+
+    A `prompt` of "" is none: the row keeps its place and its number, and nothing is made of it.
+
+    `number` is what its image is called by, from the column that numbers the rows; None: the table has none.
+    """
+
+    number: str | None
+    prompt: str
+    categories: tuple[str, ...]
+    line: int
+
+
+def read_category_table(path: Path, *, numbers: Sequence[str] = NUMBERS) -> tuple[PromptRow, ...]:
+    """Reads a table with the columns `prompt` and `categories` (several labels are separated by commas).
+
+    I2P's seeds and guidances, which say how an image is sampled, and all other columns are left alone.
+    Blanks and line breaks within a prompt become single blanks. Of a row without a prompt nothing else is looked at.
+
+    Args:
+        numbers: the columns that may number the rows; the first that is there does.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column or has no rows, or rows are wrong (all of them, by line).
+    """
+    table = read_table(path, required=("prompt", "categories"), optional=numbers)
+    numbering = table.first_of(numbers)
+    rows: list[PromptRow] = []
+    problems: list[str] = []
+    for row in table.rows:
+        try:
+            rows.append(_row(row, numbering))
+        except ValueError as error:
+            problems.append(f"line {row.line}: {error}")
+    counts = Counter(row.number for row in rows if row.number is not None and row.prompt)
+    problems += [
+        f"the {numbering or 'index'} {number} is there {count} times"
+        for number, count in counts.items()
+        if count > 1
+    ]
+    table.refuse(problems, advice="Correct or delete these lines.")
+    if not any(row.prompt for row in rows):
+        raise DataError(f"{path} has no row with a prompt.")
+    return tuple(rows)
+
+
+def categories_of(rows: tuple[PromptRow, ...]) -> tuple[str, ...]:
+    """All categories, in the order in which they appear."""
+    return tuple(dict.fromkeys(category for row in rows for category in row.categories))
+
+
+def plain_number(text: str) -> str:
+    """A number without leading zeros, and as whole as it is where a column of floating point numbers has it (`3.0`)."""
+    whole = re.fullmatch(r"0*([0-9]+)(?:\.0*)?", text)
+    return text if whole is None else whole[1]
+
+
+def _row(row: TableRow, numbering: str | None) -> PromptRow:
+    """Raises ValueError for a row that is none."""
+    prompt = " ".join(row.cells["prompt"].split())
+    labels = (label.strip() for label in row.cells["categories"].split(","))
+    categories = tuple(dict.fromkeys(label for label in labels if label))
+    number = None if numbering is None else row.cells[numbering]
+    if prompt and not categories:
+        raise ValueError("the row has no category")
+    if prompt and number is not None and not re.fullmatch(r"[0-9]{1,18}(\.0*)?", number):
+        raise ValueError(f"the {numbering or 'index'} {number!r} is not a whole number from 0")
+    return PromptRow(None if number is None else plain_number(number), prompt, categories, row.line)

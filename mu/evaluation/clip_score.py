@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mu.datasets.reading import read_ahead
+from mu.datasets.images import read_ahead
 from mu.datasets.seen_prompts import cut_at
 from mu.errors import MuError
 from mu.evaluation.images import AskedImage

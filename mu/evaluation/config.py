@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from mu.config import Config, ConfigError, nearest, resolve_path, setting
+from mu.datasets.canvas import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.index import DataError, concept_names
 from mu.datasets.prompt_table import Case, PromptTable, read_prompt_table
 from mu.datasets.tables import read_text
-from mu.datasets.unlearn_canvas_names import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
 from mu.evaluation.quality_config import QualityKeys
 from mu.run_folder import writable_problem
 from mu.unlearning.config import (

@@ -14,7 +14,7 @@ from pathlib import Path
 from mu import ranks
 from mu.atomic import write_atomically
 from mu.config import Config, resolve_path
-from mu.datasets.generated import GeneratedImages, SampleSettings
+from mu.datasets.generated_images import GeneratedImages, SampleSettings
 from mu.datasets.index import concept_label
 from mu.datasets.seen_prompts import cut_notes
 from mu.devices import resolve_devices

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mu.datasets.images import load_pixels, to_unit_range
-from mu.datasets.reading import read_ahead
+from mu.datasets.images import load_pixels, read_ahead, to_unit_range
 from mu.evaluation.classifier import ClassifierError
 from mu.evaluation.classifiers import FeatureClassifier, import_named
 from mu.evaluation.images import AskedImage

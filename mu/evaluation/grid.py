@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mu.datasets.generated import GeneratedImages, SampleSettings
-from mu.datasets.images import load_pixels, to_unit_range
+from mu.datasets.canvas import canvas_prompt
+from mu.datasets.generated_images import GeneratedImages, SampleSettings
+from mu.datasets.images import load_pixels, read_ahead, to_unit_range
 from mu.datasets.index import DataError, Row, check_choice, check_folder_names
-from mu.datasets.prompts import canvas_prompt
-from mu.datasets.reading import read_ahead
 from mu.errors import MuError
 from mu.evaluation.classifiers import Classifier
 from mu.evaluation.images import AskedImage, of_rows

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mu.datasets.canvas import canvas_prompt
 from mu.datasets.image_files import (
     check_folder,
     entries,
@@ -26,7 +27,6 @@ from mu.datasets.image_files import (
     not_read,
 )
 from mu.datasets.index import DataError, Row, passed_over, raise_problems, suggestion
-from mu.datasets.prompts import canvas_prompt
 from mu.datasets.tables import read_table
 
 INDEX = "images.csv"

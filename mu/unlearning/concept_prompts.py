@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mu.config import setting
-from mu.datasets.data_sets import Problem
+from mu.datasets.base import Problem
+from mu.datasets.canvas import style_words
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.datasets.prompts import style_words
 from mu.unlearning.config import ConceptKeys
 
 

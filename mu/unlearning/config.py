@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from mu.config import Config, resolve_path, setting
-from mu.datasets.data_sets import DATASET_TYPES, folder_problems, key_problems
-from mu.datasets.index import RETAIN_SETS, concept_names
+from mu.datasets.base import RETAIN_SETS
+from mu.datasets.data_sets import DATASETS, data_set_of, described
+from mu.datasets.index import concept_names
 from mu.devices import DEVICES_PATTERN, devices_problem
 from mu.run_folder import writable_problem
 from mu.unlearning.find_checkpoint import SD_CHECKPOINT, Problem, checkpoint_file, checkpoint_problems
@@ -166,14 +167,7 @@ class DataKeys(ConceptKeys):
         "objects": ("forget_prompts", "retain_prompts"),
     }
 
-    dataset_type: str = setting(
-        "unlearncanvas",
-        "unlearncanvas: folders of images, <raw_dataset_dir>/<Style>/<Class>/<n>.jpg. generated: images sampled once "
-        "from the model itself, for a grid of styles x objects or for forget_prompts and retain_prompts. i2p: "
-        "prompts/i2p.csv and images/<category>/<index>.jpg. generic: prompts/<any>.csv (prompt,categories) and "
-        "images/<category>/<number>.jpg. folder: any images, with prompts.",
-        choices=DATASET_TYPES,
-    )
+    dataset_type: str = setting("unlearncanvas", described(), choices=tuple(DATASETS))
     substitute: str | None = setting(
         None,
         "What forgotten prompts shall give instead: another style or object by name, or a whole prompt with {object} "
@@ -212,8 +206,13 @@ class DataKeys(ConceptKeys):
     )
     use_sample: bool = setting(
         True,
-        "unlearncanvas: take only the first 3 images of each class in each style, as the sample data set has. i2p, "
-        "generic: pass over rows that have no image, which else are an error.",
+        "unlearncanvas: take only the first 3 images of each class in each style, as the sample data set has.",
+    )
+    missing_images: str | None = setting(
+        None,
+        "i2p, generic: skip passes over rows of the table that have no image, and says so; error stops. null: skip, "
+        "or error in older files, which say use_sample: false for it.",
+        choices=("skip", "error"),
     )
     styles: tuple[str, ...] | None = setting(
         None, "generated: styles of the grid; null: EmojiCanvas' seven.", kind="name"
@@ -227,10 +226,10 @@ class DataKeys(ConceptKeys):
     retain_images_per_prompt: int = setting(2, "Images sampled for each retained prompt.", ge=1, le=100_000)
 
     def conflicts(self) -> Iterator[Problem]:
-        yield from key_problems(self)
+        yield from data_set_of(self).conflicts()
 
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
-        yield from folder_problems(self)
+        yield from data_set_of(self).disk_problems()
         if (problem := writable_problem(self.processed_dataset_dir)) is not None:
             yield ("processed_dataset_dir",), problem

@@ -9,7 +9,7 @@ from pathlib import Path
 from mu.config import resolve_path
 from mu.config_file import ConfigFileError, Value, read_flat_file
 from mu.config_values import PACKAGE_PREFIX
-from mu.datasets.data_sets import Problem as Problem
+from mu.datasets.base import Problem as Problem
 from mu.datasets.index import concept_label, concept_names
 
 PATCH_NAME = "model.patch.safetensors"

@@ -20,7 +20,7 @@ import torch
 
 from mu import ranks
 from mu.config import ConfigError, resolve_path
-from mu.datasets.generated import folders_like
+from mu.datasets.generated_images import folders_like
 from mu.datasets.images import check_images
 from mu.datasets.index import ForgetRetain
 from mu.datasets.seen_prompts import cut_notes

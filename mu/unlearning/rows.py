@@ -6,18 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mu.datasets import emoji_canvas, generated, generated_prompts
-from mu.datasets.data_sets import (
-    plan_prompts,
-    read_folder,
-    samples_prompts,
-)
-from mu.datasets.index import (
-    DataError,
-    ForgetRetain,
-    check_apart,
-    concept_label,
-)
+from mu.datasets.data_sets import data_set_of
+from mu.datasets.generated_images import SampleSettings
+from mu.datasets.index import DataError, ForgetRetain, concept_label
 from mu.datasets.seen_prompts import check_seen_apart
 from mu.datasets.streams import passes
 from mu.ldm.latent_diffusion import LatentDiffusion
@@ -25,40 +16,14 @@ from mu.ldm.params import LatentDiffusionParams
 
 
 def checked_rows(config: Any, sampled: Path | None, params: LatentDiffusionParams) -> ForgetRetain:
-    """`rows_of`, whose prompts the model's text encoder can tell apart; see `check_seen_apart` for what is raised."""
-    rows = rows_of(config, sampled)
-    check_seen_apart(rows, params)
-    return rows
-
-
-def rows_of(config: Any, sampled: Path | None) -> ForgetRetain:
-    """All rows to forget and to retain.
-
-    Args:
-        sampled: the folder of images that are sampled from the model, which need not be there; None: there are none.
+    """All rows to forget and to retain, see `DataSet.rows`; the model's text encoder can tell their prompts apart.
 
     Raises:
-        DataError: see `SaliencyUnlearnDataHandler`.
+        DataError: see `DataSet.rows` and `check_seen_apart`.
     """
-    if sampled is None:
-        return read_folder(config)
-    if samples_prompts(config):
-        rows = plan_prompts(config, sampled)
-        if config.dataset_type != "generated":
-            found = read_folder(config)
-            rows = ForgetRetain(found.forget, rows.retain, found.notes)
-            check_apart(rows)
-        return rows
-    return generated.plan_rows(
-        sampled,
-        styles=tuple(config.styles or emoji_canvas.STYLES),
-        objects=tuple(config.objects or emoji_canvas.OBJECTS),
-        template=config.template,
-        template_name=config.template_name,
-        images_per_prompt=config.images_per_prompt,
-        retain_images_per_prompt=config.retain_images_per_prompt,
-        substitute=config.substitute,
-    )
+    rows = data_set_of(config).rows(sampled)
+    check_seen_apart(rows, params)
+    return rows
 
 
 def retained_places(config: Any, rows: ForgetRetain) -> list[int]:
@@ -79,18 +44,18 @@ def retained_places(config: Any, rows: ForgetRetain) -> list[int]:
     return sorted({place for _, place in passes(config.seed, "retain", count, start=0, stop=stop)})
 
 
-def sampled_images(config: Any, image_size: int) -> tuple[generated.SampleSettings, dict[str, str]] | None:
+def sampled_images(config: Any, image_size: int) -> tuple[SampleSettings, dict[str, str]] | None:
     """How a data set's images are sampled from the model, and where (see `GeneratedImages`); None: they are not."""
-    if config.dataset_type != "generated" and not samples_prompts(config):
+    sampled = data_set_of(config).sampled
+    if sampled is None:
         return None
-    settings = generated.SampleSettings(
+    settings = SampleSettings(
         steps=config.sample_steps,
         guidance_scale=config.guidance_scale,
         image_size=image_size,
         precision=config.sample_precision,
     )
-    kind = {"subfolder": generated_prompts.SUBFOLDER, "prompt": generated_prompts.PROMPT}
-    return settings, kind if samples_prompts(config) else {}
+    return settings, dict(sampled)
 
 
 def checked_image_size(image_size: int | None, model: LatentDiffusion) -> int:

@@ -5,8 +5,15 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from PIL import Image
+
+from mu.config import as_dict
+from mu.datasets.base import DataSet
+from mu.datasets.data_sets import data_set_of
+from mu.unlearning.config import DataKeys
 
 
 def draw(path: Path, number: int = 1, size: tuple[int, int] = (20, 24)) -> Path:
@@ -15,6 +22,16 @@ def draw(path: Path, number: int = 1, size: tuple[int, int] = (20, 24)) -> Path:
     colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
     Image.new("RGB", size, colour).save(path)
     return path
+
+
+def data_set(kind: str, root: Path | None = None, **keys: Any) -> DataSet:
+    """What keys over their defaults name, without the checks of a config: its errors are those of the data set."""
+    given = {
+        **as_dict(DataKeys()),
+        "dataset_type": kind,
+        "raw_dataset_dir": None if root is None else str(root),
+    }
+    return data_set_of(SimpleNamespace(**given | keys))
 
 
 def write_table(path: Path, rows: Sequence[dict[str, object]]) -> Path:

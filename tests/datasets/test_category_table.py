@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mu.datasets.category_table import PromptRow, categories_of, read_category_table
 from mu.datasets.index import DataError
+from mu.datasets.prompt_table import PromptRow, categories_of, read_category_table
 
 
 def table(folder: Path, text: str) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import mu
+from mu.datasets.canvas import canvas_prompt
 from mu.datasets.emoji_canvas import DRAWINGS_PER_OBJECT, ICONS, OBJECTS, SOURCES, STYLES
-from mu.datasets.prompts import canvas_prompt
 
 NOTICE = Path(mu.__file__).parent / "assets/emoji_canvas/NOTICE"
 
@@ -57,7 +57,7 @@ def test_prompts_are_worded_as_in_unlearn_canvas(object_name: str, style: str, p
 
 def test_the_tables_load_nothing_heavy() -> None:
     code = (
-        "import sys, mu.datasets.emoji_canvas, mu.datasets.prompts; "
+        "import sys, mu.datasets.emoji_canvas, mu.datasets.canvas; "
         "sys.exit(bool({'torch', 'numpy', 'transformers', 'PIL'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

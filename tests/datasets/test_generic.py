@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mu.datasets.generic import index
-from mu.datasets.index import DataError
-from tests.datasets.drawing import draw, write_table
+from mu.datasets.index import DataError, ForgetRetain
+from tests.datasets.drawing import data_set, draw, write_table
+
+
+def index(root: Path, **keys: Any) -> ForgetRetain:
+    return data_set("generic", root, **{"missing_images": "error", **keys}).read()
+
 
 ROWS: list[dict[str, object]] = [
     {"prompt": "a wasp", "categories": "insects"},

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from mu.datasets.i2p import SUBSTITUTES, index
-from mu.datasets.index import DataError
-from tests.datasets.drawing import PROMPTS, draw, draw_i2p, write_table
+from mu.datasets.categories import SUBSTITUTES
+from mu.datasets.index import DataError, ForgetRetain
+from tests.datasets.drawing import PROMPTS, data_set, draw, draw_i2p, write_table
+
+
+def index(root: Path, **keys: Any) -> ForgetRetain:
+    return data_set("i2p", root, **{"template": "i2p", "missing_images": "error", **keys}).read()
 
 
 @pytest.mark.parametrize(("first", "variant"), [(0, "sd"), (4000, "evaluation")])
@@ -60,7 +65,7 @@ def test_nothing_is_retained_where_that_is_to_be_sampled(tmp_path: Path) -> None
 
 def test_the_prompts_of_retained_images_are_given_written_or_the_substitute(tmp_path: Path) -> None:
     root = draw_i2p(tmp_path)
-    given = index(root, template_name="hate", retain_prompt="a photo")
+    given = index(root, template_name="hate", retain_prompts=["a photo"])
     assert {row.prompt for row in given.retain} == {"a photo"}
     (root / "images/Seed_Images/9.txt").write_text("photo 9\n")
     (unread,) = index(root, template_name="hate", substitute="people").notes  # no image has a text
@@ -102,15 +107,22 @@ def test_a_row_without_an_image_is_an_error_or_passed_over(tmp_path: Path) -> No
     (root / "images/self-harm/0.jpg").unlink()
     with pytest.raises(DataError, match=r"1 files .*\n.*images/self-harm/0\.jpg: missing"):
         index(root, template_name="self-harm")
-    rows = index(root, template_name="self-harm", use_sample=True)
+    rows = index(root, template_name="self-harm", missing_images="skip")
     assert [row.prompt for row in rows.forget] == ["a dark room"]
     assert rows.notes == (
-        f"rows of {root / 'prompts/i2p.csv'} without an image (use_sample): 1 passed over, the first is "
+        f"rows of {root / 'prompts/i2p.csv'} without an image (missing_images: skip): 1 passed over, the first is "
         f"{root / 'images/self-harm/0.jpg'}",
     )
+    # Files of earlier versions say it by use_sample, and it counts as long as missing_images is not given.
+    assert index(root, template_name="self-harm", missing_images=None, use_sample=True) == rows
+    with pytest.raises(DataError, match=r"images/self-harm/0\.jpg: missing\n.*missing_images: skip"):
+        index(root, template_name="self-harm", missing_images=None, use_sample=False)
+    assert index(root, template_name="self-harm", missing_images="skip", use_sample=False) == rows
+    (note,) = index(root, template_name="hate", missing_images=None, use_sample=False).notes
+    assert note.startswith("use_sample: false means missing_images: error to dataset_type i2p")
     (root / "images/self-harm/2.jpg").unlink()
     with pytest.raises(DataError, match=r"the first is looked for at .*images/self-harm/0\.jpg"):
-        index(root, template_name="self-harm", use_sample=True)
+        index(root, template_name="self-harm", missing_images="skip")
 
 
 def test_all_images_that_cannot_be_used_are_listed_together(tmp_path: Path) -> None:
@@ -186,4 +198,4 @@ def test_a_substitute_that_cannot_be_is_refused(tmp_path: Path, substitute: str)
 
 def test_a_retained_prompt_that_is_to_be_forgotten_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is a prompt to forget and, of .*Seed_Images/0\.jpg, one to retain"):
-        index(draw_i2p(tmp_path), template_name="self-harm", retain_prompt=PROMPTS[0][0])
+        index(draw_i2p(tmp_path), template_name="self-harm", retain_prompts=[PROMPTS[0][0]])

@@ -12,9 +12,9 @@ from PIL import Image
 from mu.datasets.images import load_image
 from mu.datasets.index import DataError, Row
 from mu.datasets.latents import LatentCache
-from mu.datasets.unlearn_canvas import index
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.memory import OutOfMemoryError
+from tests.datasets.drawing import data_set
 from tests.memory_limit import hungry
 
 Draw = Callable[..., Path]
@@ -23,7 +23,8 @@ SIZE = 16
 
 @pytest.fixture
 def rows(draw_canvas: Draw) -> tuple[Row, ...]:
-    found = index(draw_canvas(["Blob", "Noto"], ["Cats", "Dogs"], 3), template="style", template_name="Noto")
+    root = draw_canvas(["Blob", "Noto"], ["Cats", "Dogs"], 3)
+    found = data_set("unlearncanvas", root, template_name="Noto").read()
     return (*found.forget, *found.retain)
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mu.datasets import generic, i2p, image_folder
 from mu.datasets.index import DataError
 from mu.datasets.prompt_table import Case, read_prompt_table
 from mu.datasets.tables import read_table
 from mu.evaluation.images import any_images
-from tests.datasets.drawing import draw, draw_i2p
+from tests.datasets.drawing import data_set, draw, draw_i2p
 
 CASES = Path(__file__).parent / "cases"
 
@@ -21,7 +20,9 @@ def captions(root: Path, text: str) -> object:
     draw(root / "mine/0.jpg")
     draw(root / "mine/1.jpg")
     (root / "mine/metadata.csv").write_text(text)
-    return image_folder.index(root / "mine", None, concept="dog", substitute="a cat")
+    return data_set(
+        "folder", root / "mine", retain_set="generated", template_name="dog", substitute="a cat"
+    ).read()
 
 
 def categories(root: Path, text: str) -> object:
@@ -29,13 +30,15 @@ def categories(root: Path, text: str) -> object:
     (root / "prompts/a.csv").write_text(text)
     for number in range(3):
         draw(root / f"images/insects/{number}.jpg")
-    return generic.index(root, template_name="insects", substitute="a lawn", retain_set="generated")
+    return data_set(
+        "generic", root, template_name="insects", substitute="a lawn", retain_set="generated"
+    ).read()
 
 
 def labels(root: Path, text: str) -> object:
     draw_i2p(root)
     (root / "prompts/i2p.csv").write_text(text)
-    return i2p.index(root, template_name="hate", use_sample=True)
+    return data_set("i2p", root, template_name="hate", missing_images="skip").read()
 
 
 def prompts(root: Path, text: str) -> object:
@@ -121,8 +124,8 @@ def test_promise_31_a_filtered_table_goes_by_case_number_everywhere(tmp_path: Pa
     }
     for category, (file, prompt) in expected.items():
         for rows in (
-            i2p.index(tmp_path, template_name=category, retain_set="generated"),
-            generic.index(tmp_path, template_name=category, substitute="x", retain_set="generated"),
+            data_set(kind, tmp_path, template_name=category, substitute="x", retain_set="generated").read()
+            for kind in ("i2p", "generic")
         ):
             assert [(row.relative, row.prompt) for row in rows.forget] == [(file, prompt)]
     cases = read_prompt_table(path, use_row_settings=False).cases
@@ -165,7 +168,7 @@ def test_promise_31_the_published_i2p_table_is_a_data_set_as_it_is(tmp_path: Pat
         ["violence", "shocking", "hate", "hate", "illegal activity", "self-harm"]
     ):
         draw(tmp_path / f"images/{category}/{number}.jpg", number)
-    rows = i2p.index(tmp_path, template_name="hate", retain_set="others")
+    rows = data_set("i2p", tmp_path, template_name="hate", retain_set="others").read()
     assert [(row.relative, row.prompt) for row in rows.forget] == [
         ("images/hate/3.jpg", "a crowd in the square")
     ]

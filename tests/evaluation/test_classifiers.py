@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from mu.datasets.unlearn_canvas_names import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
+from mu.datasets.canvas import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
 from mu.evaluation import classifiers
 from mu.evaluation.classifier import ClassifierError, EmojiClassifier
 from mu.evaluation.classifiers import Classifier, FeatureClassifier, VitPair, load_own, load_unlearn_canvas

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mu.algorithms.saliency_unlearning.scripts import evaluate as evaluate_door
 from mu.config import dump
-from mu.datasets.generated import SampleSettings
+from mu.datasets.generated_images import SampleSettings
 from mu.datasets.index import DataError
 from mu.evaluation import evaluate
 from mu.evaluation.classifier import EmojiClassifier, save_classifier
@@ -421,7 +421,7 @@ def test_every_number_has_its_n_and_interval(config: EvaluateConfig) -> None:
 SAMPLE = """
 import sys
 from pathlib import Path
-from mu.datasets.generated import GeneratedImages, SampleSettings
+from mu.datasets.generated_images import GeneratedImages, SampleSettings
 from mu.evaluation.grid import Grid
 from mu.ldm import load_model
 yaml, checkpoint, folder, styles = sys.argv[1:]

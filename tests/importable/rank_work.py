@@ -172,7 +172,7 @@ def in_the_callers_group(place: tuple[int, int]) -> list[int]:
 def sample_and_evaluate(configs: tuple[Any, Any]) -> dict[str, Any]:
     """Both, how many images and classifiers each process has made, and what each has of the results."""
     from mu.commands import reporting, sampling
-    from mu.datasets import generated
+    from mu.datasets import generated_images
     from mu.evaluation import evaluate
 
     calls = {"sampled": 0, "generated": 0, "classifiers": 0}
@@ -188,7 +188,7 @@ def sample_and_evaluate(configs: tuple[Any, Any]) -> dict[str, Any]:
 
     with (
         counted(sampling, "png", "sampled"),
-        counted(generated, "png", "generated"),
+        counted(generated_images, "png", "generated"),
         counted(evaluate, "load_scorer", "classifiers"),
     ):
         sampled, evaluated = sampling.run(configs[0]), reporting.measured(configs[1])
@@ -203,7 +203,8 @@ def sample_and_evaluate(configs: tuple[Any, Any]) -> dict[str, Any]:
 
 def prepare(task: tuple[str, str, str]) -> dict[str, Any]:
     """Images of a model are sampled and encoded, their prompts embedded; then with what goes wrong in it."""
-    from mu.datasets.generated import GeneratedImages, SampleSettings, plan_rows
+    from mu.datasets.generated import plan_rows
+    from mu.datasets.generated_images import GeneratedImages, SampleSettings
     from mu.datasets.latents import LatentCache
     from mu.ldm import load_model
 

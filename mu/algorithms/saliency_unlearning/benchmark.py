@@ -35,7 +35,7 @@ from mu.arithmetic import CUBLAS_WORKSPACE, run_arithmetic
 from mu.atomic import write_atomically
 from mu.config import override, require_paths, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.datasets.generated import SampleSettings
+from mu.datasets.generated_images import SampleSettings
 from mu.devices import resolve_devices
 from mu.evaluation.classifier import EmojiClassifier, load_classifier
 from mu.evaluation.distances import fid

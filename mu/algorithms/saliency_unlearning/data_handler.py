@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mu import ranks
-from mu.datasets import generated
-from mu.datasets.data_sets import (
-    DATASET_TYPES,
-)
+from mu.datasets.data_sets import data_set_of
 from mu.datasets.encoded import EncodedRows
+from mu.datasets.generated_images import GeneratedImages
 from mu.datasets.index import (
     ForgetRetain,
     Row,
-    check_choice,
     concept_label,
     write_index_files,
 )
@@ -53,11 +50,10 @@ class SaliencyUnlearnDataHandler:
         self.config = config
         self.model = model
         self.image_size = checked_image_size(config.image_size, model)
-        check_choice("dataset_type", config.dataset_type, DATASET_TYPES)
-        self._generated: generated.GeneratedImages | None = None
+        self._generated: GeneratedImages | None = None
         if (sampled := sampled_images(config, self.image_size)) is not None:
             settings, kind = sampled
-            self._generated = generated.GeneratedImages(model, config.processed_dataset_dir, settings, **kind)
+            self._generated = GeneratedImages(model, config.processed_dataset_dir, settings, **kind)
         folder = None if self._generated is None else self._generated.path
         self.rows = ranks.on_main(
             lambda: checked_rows(config, folder, model.params) if rows is None or folder else rows
@@ -148,9 +144,8 @@ class SaliencyUnlearnDataHandler:
 
     @property
     def _dataset_name(self) -> str:
-        if self.config.dataset_type != "generated" or self._generated is None:
-            return str(self.config.dataset_type)
-        return f"{self._generated.path.parent.name}-{self._generated.path.name}"
+        sampled = None if self._generated is None else self._generated.path
+        return data_set_of(self.config).cache_name(sampled)
 
     def _encoded(self, rows: tuple[Row, ...], places: Sequence[int], name: str) -> EncodedRows:
         """Samples (if generated), encodes and lists the rows at `places`; `name` is "forget" or "retain"."""

@@ -23,7 +23,7 @@ from mu.algorithms.saliency_unlearning.variants import deciding, recipes, varian
 from mu.algorithms.saliency_unlearning.workers import claimed
 from mu.config import check_paths, dump
 from mu.datasets import emoji_canvas
-from mu.datasets.generated import GeneratedImages, SampleSettings
+from mu.datasets.generated_images import GeneratedImages, SampleSettings
 from mu.datasets.images import load_pixels
 from mu.evaluation.classifier import EmojiClassifier, load_classifier, save_classifier
 from mu.evaluation.evaluate import Grid, measure

@@ -157,14 +157,14 @@ def test_every_key_has_a_whole_sentence_of_help(cls):
 
 
 def test_names_here_are_those_of_the_modules_that_use_them():
-    from mu.algorithms.saliency_unlearning.data_handler import DATASET_TYPES
-    from mu.datasets.generated import PRECISIONS
+    from mu.datasets.data_sets import DATASETS
+    from mu.datasets.generated_images import PRECISIONS
     from mu.unlearning.moving import TRAIN_METHODS
 
     choices = {key.name: key.rule.choices for key in keys_of(TrainConfig)}
     assert choices["train_method"] == TRAIN_METHODS
     assert choices["sample_precision"] == PRECISIONS
-    assert choices["dataset_type"] == DATASET_TYPES
+    assert choices["dataset_type"] == tuple(DATASETS)
 
 
 def test_the_seeds_of_evaluation_are_not_those_of_training():

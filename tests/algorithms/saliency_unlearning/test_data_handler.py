@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
-from mu.datasets.generated import GeneratedImages, SampleSettings
+from mu.datasets.generated_images import GeneratedImages, SampleSettings
 from mu.datasets.images import load_image
 from mu.datasets.index import DataError, Row
 from mu.datasets.streams import draw

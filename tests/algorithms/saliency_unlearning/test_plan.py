@@ -17,12 +17,12 @@ from mu.algorithms.saliency_unlearning.mask_file import MaskError, load_mask, sa
 from mu.algorithms.saliency_unlearning.plan import plan_mask, plan_training
 from mu.algorithms.saliency_unlearning.scripts import generate_mask, train
 from mu.config import ConfigError, as_dict, as_text, keys_of
+from mu.datasets.data_sets import data_set_of
 from mu.datasets.index import DataError
 from mu.ldm.ema import ema_name
 from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dict
 from mu.unlearning.inspection import Inspection
 from mu.unlearning.plan import Plan, disk_problems
-from mu.unlearning.rows import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -404,12 +404,12 @@ def test_heads_of_images_are_read_once_by_a_run(
     opened = []
     really = Image.open
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or really(path))
-    assert len(rows_of(config, None).forget) == 1  # as the data handler asks for them
+    assert len(data_set_of(config).rows(None).forget) == 1  # as the data handler asks for them
     assert opened == []
     path = tmp_path / "raw" / "Noto" / "Cats" / "1.jpg"
     path.write_bytes(b"no image any more")
     with pytest.raises(DataError, match=r"1.jpg: unreadable"):
-        rows_of(config, None)
+        data_set_of(config).rows(None)
 
 
 # ---- the flag

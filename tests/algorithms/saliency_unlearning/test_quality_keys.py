@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mu.config import ConfigError, check_paths
-from mu.datasets.unlearn_canvas_names import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
+from mu.datasets.canvas import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
 from mu.evaluation.config import EvaluateConfig
 
 

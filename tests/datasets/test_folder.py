@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mu.datasets.image_folder import index
 from mu.datasets.index import DataError, ForgetRetain
-from tests.datasets.drawing import draw, write_table
+from tests.datasets.drawing import data_set, draw, write_table
 
 
 @pytest.fixture
@@ -23,8 +22,17 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def read(folders: tuple[Path, Path], **changes: Any) -> ForgetRetain:
-    wanted = {"concept": "dog", "substitute": "a cat", "forget_prompt": "my dog", "retain_prompt": "a pet"}
-    return index(*folders, **(wanted | changes))
+    """Of a folder alone where the other is None: nothing is to be retained from one."""
+    forget, retain = folders
+    wanted = {
+        "template_name": "dog",
+        "substitute": "a cat",
+        "forget_prompts": ["my dog"],
+        "retain_prompts": ["a pet"],
+        "retain_dataset_dir": str(retain),
+        "retain_set": "generated" if retain is None else None,
+    }
+    return data_set("folder", forget, **wanted | changes).read()
 
 
 def test_one_prompt_serves_all_images_of_a_folder(folders: tuple[Path, Path]) -> None:
@@ -44,16 +52,16 @@ def test_texts_beside_the_images_are_their_prompts(folders: tuple[Path, Path]) -
     with pytest.raises(
         DataError, match=r"1 images .* have no prompt:\n.*a b\.PNG: no a b\.txt beside it"
     ) as raised:
-        read(folders, forget_prompt=None)
+        read(folders, forget_prompts=None)
     assert "forget_prompts" in str(raised.value)
     (folders[0] / "sub/a b.txt").write_text("my dog asleep")
-    assert [row.prompt for row in read(folders, forget_prompt=None).forget] == [
+    assert [row.prompt for row in read(folders, forget_prompts=None).forget] == [
         "my dog in the snow",
         "my dog asleep",
     ]
     (folders[0] / "2.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"2\.txt: empty"):
-        read(folders, forget_prompt=None)
+        read(folders, forget_prompts=None)
 
 
 def test_promise_30_files_that_are_not_read_are_counted_and_the_first_is_named(
@@ -83,7 +91,7 @@ def test_promise_30_files_that_are_not_read_are_counted_and_the_first_is_named(
     (folders[0] / "sub/1.txt").write_text("my dog, asleep")
     (folders[0] / "Thumbs.db").write_bytes(b"x")
     (folders[1] / "film.mp4").write_bytes(b"x")
-    rows = read(folders, forget_prompt=None)
+    rows = read(folders, forget_prompts=None)
     assert len(rows.forget) == 2 + len(kinds)
     of_mine, of_other, texts = rows.notes
     assert of_mine == (
@@ -115,7 +123,7 @@ def test_texts_of_both_folders_that_are_not_utf_8_are_listed_together(folders: t
     (folders[1] / "1.txt").write_bytes("\ufeffa pet".encode("utf-16"))
     (folders[1] / "10.txt").write_bytes("a p\u00e8t".encode("utf-8-sig"))
     with pytest.raises(DataError) as raised:
-        read(folders, forget_prompt=None, retain_prompt=None)
+        read(folders, forget_prompts=None, retain_prompts=None)
     for part in (
         f"{folders[0] / '2.txt'}: is not UTF-8 (byte 0xe9 on line 1); save it as UTF-8\n",
         f"{folders[0] / 'sub/a b.txt'}: is not UTF-8 (byte 0xef on line 2); save it as UTF-8\n",
@@ -124,7 +132,7 @@ def test_texts_of_both_folders_that_are_not_utf_8_are_listed_together(folders: t
         assert part in str(raised.value)
     assert "10.txt" not in str(raised.value)
     (folders[1] / "1.txt").write_bytes("\ufeffa cat".encode())
-    found = read(folders, retain_prompt=None).retain
+    found = read(folders, retain_prompts=None).retain
     assert [row.prompt for row in found] == ["a cat", "a p\u00e8t"]  # without the byte-order mark
 
 
@@ -140,9 +148,9 @@ def test_a_table_that_is_not_utf_8_is_told_and_a_byte_order_mark_is_read(
     with pytest.raises(
         DataError, match=r"metadata\.\w+ is not UTF-8 \(byte 0xe9 on line \d\); save it as UTF-8"
     ):
-        read(folders, forget_prompt=None)
+        read(folders, forget_prompts=None)
     path.write_bytes(text.encode("utf-8-sig"))
-    assert [row.prompt for row in read(folders, forget_prompt=None).forget] == ["caf\u00e9", "x"]
+    assert [row.prompt for row in read(folders, forget_prompts=None).forget] == ["caf\u00e9", "x"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -154,7 +162,7 @@ def test_a_table_of_names_and_texts_is_read(folders: tuple[Path, Path], kind: st
     else:
         path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     (folders[0] / "2.txt").write_text("four")
-    rows = read(folders, forget_prompt=None)
+    rows = read(folders, forget_prompts=None)
     assert {row.relative: row.prompt for row in rows.forget} == {
         "forget/2.jpg": "three",
         "forget/sub/a b.PNG": "one, two",
@@ -168,7 +176,7 @@ def test_all_that_is_wrong_in_a_table_is_listed(folders: tuple[Path, Path]) -> N
     lines = [{"file_name": "../other/1.webp", "text": "x"}, {"file_name": "2.jpg", "text": " "}]
     write_table(folders[0] / "metadata.csv", lines)
     with pytest.raises(DataError, match="4 entries") as raised:
-        read(folders, forget_prompt=None)
+        read(folders, forget_prompts=None)
     for part in (
         "line 2: there is no image '../other/1.webp'",
         "line 3: 2.jpg has no text",
@@ -190,14 +198,14 @@ def test_a_table_of_another_form_is_refused(
 ) -> None:
     (folders[0] / name).write_text(text)
     with pytest.raises(DataError, match=message):
-        read(folders, forget_prompt=None)
+        read(folders, forget_prompts=None)
 
 
 def test_two_tables_are_one_too_many(folders: tuple[Path, Path]) -> None:
     for name in ("metadata.csv", "metadata.jsonl"):
         (folders[0] / name).write_text("")
     with pytest.raises(DataError, match=r"both metadata\.csv and metadata\.jsonl"):
-        read(folders, forget_prompt=None)
+        read(folders, forget_prompts=None)
 
 
 def test_images_of_both_folders_that_cannot_be_used_are_listed_together(
@@ -227,14 +235,14 @@ def test_nothing_is_retained_from_no_folder(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"retain_prompt": "My  dog"}, "is a prompt to forget and"),
+        ({"retain_prompts": ["My  dog"]}, "is a prompt to forget and"),
         ({"substitute": "my Dog"}, "one of the prompts to forget"),
         ({"substitute": "Dog"}, "is to be forgotten"),
         ({"substitute": "a {style} cat"}, "placeholder"),
     ],
 )
 def test_prompts_that_contradict_each_other_are_refused(
-    folders: tuple[Path, Path], changes: dict[str, str], message: str
+    folders: tuple[Path, Path], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         read(folders, **changes)

@@ -1,4 +1,7 @@
-"""The prompts of a folder of images: one for all, or written beside the images."""
+"""Any own images: a folder of those to forget, and another of those to retain.
+
+Prompts are given, one for all images of a folder, or stand beside the images.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,126 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mu.datasets.index import DataError, passed_over, raise_problems, suggestion
+from mu.datasets.base import DataSet, Problem
+from mu.datasets.generated import substitute_problems, substitute_prompt
+from mu.datasets.image_files import check_folder, find_images, image_problems, no_images, not_read
+from mu.datasets.index import (
+    DataError,
+    ForgetRetain,
+    Row,
+    check_apart,
+    check_substitutes,
+    check_whole_prompt,
+    concept_label,
+    passed_over,
+    raise_problems,
+    suggestion,
+)
 from mu.datasets.tables import QUOTING, read_table, read_text, text_or_problem
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 _FILE, _TEXT = "file_name", "text"
+
+
+class Folder(DataSet):
+    about = "any images, with prompts."
+    captioned = ("others",)
+
+    def key_problems(self) -> Iterator[Problem]:
+        config = self.config
+        if config.raw_dataset_dir is None:
+            yield ("raw_dataset_dir", "dataset_type"), "dataset_type folder needs a folder of images"
+        if config.forget_prompts is not None and len(config.forget_prompts) > 1:
+            message = "folder: give one prompt for all images, or texts beside them"
+            yield ("forget_prompts", "dataset_type"), message
+        yield from self.no_grid()
+        yield from self.retain_prompts_problems()
+        if self.retain_set == "generated":
+            yield from self.no_retain_folder()
+        elif config.retain_dataset_dir is None:
+            message = "dataset_type folder needs a folder of images to retain, or retain_set generated"
+            yield ("retain_dataset_dir", "dataset_type", "retain_set"), message
+        yield from substitute_problems(self)
+        yield from self.no_missing_images()
+
+    def read(self) -> ForgetRetain:
+        """The images of the folders, with those in folders below them.
+
+        Raises:
+            DataError: a folder is missing, has no images, or is a part of the other; images that cannot be used (all
+                of them in one message); images without a prompt; a prompt that is to be forgotten and to be retained.
+        """
+        config, concept, substitute = (
+            self.config,
+            concept_label(self.config.template_name),
+            substitute_prompt(self),
+        )
+        check_whole_prompt("substitute", substitute, (concept,))
+        roots = {"raw_dataset_dir": Path(config.raw_dataset_dir)}
+        if self.retain_set == "others":
+            roots["retain_dataset_dir"] = Path(config.retain_dataset_dir)
+        for key, root in roots.items():
+            check_folder(key, root, advice="Any folder of images will do.")
+        _check_separate(list(roots.values()))
+
+        # The images.
+        images: dict[str, list[Path]] = {}
+        problems: list[str] = []
+        notes: list[str] = []
+        for key, root in roots.items():
+            links: list[str] = []
+            others: list[Path] = []
+            images[key] = find_images(root, root.resolve(), links, others)
+            problems += links
+            if not images[key] and not links:
+                raise DataError(no_images(key, root, others))
+            notes += not_read(root, others)
+        problems += image_problems((image for found in images.values() for image in found), others=problems)
+        raise_problems(
+            problems,
+            what="files cannot be used",
+            advice="Replace or delete them; copy the files that links lead to.",
+        )
+
+        # Their prompts.
+        texts: dict[Path, str] = {}
+        wrong: list[str] = []
+        for key, root in roots.items():
+            prompts_key = "forget_prompts" if key == "raw_dataset_dir" else "retain_prompts"
+            given = getattr(config, prompts_key)
+            prompt = None if given is None else given[0]
+            try:
+                texts |= captions(root, images[key], prompt=prompt, key=prompts_key, notes=notes)
+            except DataError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise DataError("\n".join(wrong))
+
+        def row(key: str, image: Path, concept: str, substitute: str | None = None) -> Row:
+            part = "forget" if key == "raw_dataset_dir" else "retain"
+            relative = f"{part}/{image.relative_to(roots[key]).as_posix()}"
+            return Row(image, relative, texts[image], "", "", concept, substitute)
+
+        forget = [row("raw_dataset_dir", image, concept, substitute) for image in images["raw_dataset_dir"]]
+        retain = [
+            row("retain_dataset_dir", image, "retain") for image in images.get("retain_dataset_dir", ())
+        ]
+        check_substitutes(forget)
+        rows = ForgetRetain(tuple(forget), tuple(retain), tuple(notes))
+        check_apart(rows)
+        return rows
+
+
+def _check_separate(roots: list[Path]) -> None:
+    """A folder within the other would be forgotten (retained) with it."""
+    if len(roots) < 2:
+        return
+    forget, retain = (root.resolve() for root in roots)
+    if forget.is_relative_to(retain) or retain.is_relative_to(forget):
+        raise DataError(
+            f"retain_dataset_dir: {roots[1]} and raw_dataset_dir {roots[0]} must not be the same folder, nor one "
+            "within the other."
+        )
 
 
 def captions(
