@@ -79,11 +79,8 @@ def create_conda(
     """
     where = ["-p", str(prefix)] if prefix is not None else ["-n", name]
     activation = f"{backend} activate {shlex.quote(str(prefix)) if prefix is not None else name}"
-    if prefix is not None:
-        existing = prefix if _is_used(prefix) else None
-    else:
-        existing = _conda_environment(executable, name)
-    if existing is not None:
+    existing = _conda_environment(executable, name) if prefix is None else prefix
+    if existing is not None and _is_used(existing):
         if not force:
             raise EnvironmentProblem(
                 f"the environment {existing} exists already, and was not touched. --force makes it anew; "
