@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import gzip
 import lzma
 import re
@@ -194,7 +195,7 @@ def _zip_entries(path: Path, archive: zipfile.ZipFile) -> Iterator[_Entry]:
                 f"{path.name}: {info.filename!r} is encrypted; unpack it yourself, then pack it anew"
             )
         name, folder = proper_name(path.name, info.orig_filename), info.is_dir()
-        yield _Entry(name, 0 if folder else info.file_size, folder, lambda info=info: archive.open(info))
+        yield _Entry(name, 0 if folder else info.file_size, folder, functools.partial(archive.open, info))
 
 
 def _tar_entries(path: Path, archive: tarfile.TarFile, stream: IO[bytes]) -> Iterator[_Entry]:
@@ -205,7 +206,7 @@ def _tar_entries(path: Path, archive: tarfile.TarFile, stream: IO[bytes]) -> Ite
         if info.isdir() and info.name in (".", "./"):
             continue
         name, folder = proper_name(path.name, info.name), info.isdir()
-        yield _Entry(name, 0 if folder else info.size, folder, lambda info=info: archive.extractfile(info))
+        yield _Entry(name, 0 if folder else info.size, folder, functools.partial(archive.extractfile, info))
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a header that it cannot read for the end
         raise tarfile.ReadError("a header in the middle cannot be read")

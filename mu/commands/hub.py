@@ -27,7 +27,6 @@ def fetch_hub(
     HF_ENDPOINT names another host, HF_TOKEN a token, HF_HUB_OFFLINE=1 keeps it from asking. Raises DownloadError.
     """
     import huggingface_hub
-    from huggingface_hub.utils import build_hf_headers
 
     # 1. The commit, and its files.
     place: dict[str, Any] = {"repo_id": hub.repo, "repo_type": hub.repo_type}
@@ -49,16 +48,16 @@ def fetch_hub(
     # 2. Large files go on where they were cut; of the small ones, those that are whole already stay.
     local = folder / info.sha
     local.mkdir(exist_ok=True)
+    token = huggingface_hub.get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     large = [name for name in wanted if (listed[name].size or 0) >= LARGE_BYTES]
     for name in large:
         (local / name).parent.mkdir(parents=True, exist_ok=True)
         url = huggingface_hub.hf_hub_url(
             hub.repo, name, repo_type=hub.repo_type, revision=info.sha, endpoint=api.endpoint
         )
-        known = listed[name].lfs
-        fetch(
-            url, local / name, sha256=known.sha256 if known else None, headers=build_hf_headers(), progress=progress
-        )  # fmt: skip
+        sha256 = listed[name].lfs.sha256 if listed[name].lfs else None
+        fetch(url, local / name, sha256=sha256, headers=headers, progress=progress)
     if len(large) < len(wanted):
         with _errors_told(hub, revision, "the download stopped; run the command again to go on"):
             huggingface_hub.snapshot_download(
@@ -70,13 +69,14 @@ def fetch_hub(
     # 3. Every file's hash is compared with what the hub says of that commit.
     with _errors_told(hub, revision, "the hub cannot be asked"):
         verified = api.verify_repo_checksums(**place, local_dir=local)
-    for wrong in verified.mismatches:
-        if wrong["path"] in wanted:
-            forget(local / wrong["path"])
-            raise DownloadError(
-                f"{hub.text}: the {wrong['algorithm']} of {wrong['path']} is {wrong['actual']}, and should be "
-                f"{wrong['expected']}. It was not kept. Try again."
-            )
+    wrong = [file for file in verified.mismatches if file["path"] in wanted]
+    for file in wrong:
+        forget(local / file["path"])
+    if wrong:
+        raise DownloadError(
+            f"{hub.text}: the {wrong[0]['algorithm']} of {wrong[0]['path']} is {wrong[0]['actual']}, and should be "
+            f"{wrong[0]['expected']}. It was not kept. Try again."
+        )
     if missing := sorted(set(wanted) & set(verified.missing_paths)):
         raise DownloadError(
             f"{hub.text}: {len(missing)} files did not come, {missing[0]} among them. Try again."
@@ -86,7 +86,7 @@ def fetch_hub(
 
 def _silent_bar() -> Any:
     """A kind of the hub's progress bar that shows nothing."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     class Silent(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **more: Any) -> None:
@@ -100,9 +100,10 @@ def _errors_told(hub: Hub, revision: str | None, what: str) -> Iterator[None]:
     """The hub's errors become DownloadErrors."""
     from huggingface_hub import errors
 
-    # Xet, where the hub keeps large files, raises RuntimeError and kinds of OSError from its Rust library.
-    # Failed connections are errors of the HTTP library beneath, which is httpx in one release, another in the next.
+    # Xet, where the hub keeps large files, raises RuntimeError and kinds of OSError from its Rust library. Failed
+    # connections are errors of the HTTP library beneath, which is httpx in one release, another in the next.
     http = [base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)]
+    failures: tuple[type[Exception], ...] = (OSError, RuntimeError, *http)
     try:
         yield
     except errors.RevisionNotFoundError as error:
@@ -113,5 +114,5 @@ def _errors_told(hub: Hub, revision: str | None, what: str) -> Iterator[None]:
         raise DownloadError(f"{hub.text} is not there any more, or not public. {OTHER_SOURCE}") from error
     except errors.HFValidationError as error:
         raise DownloadError(f"{hub.text} at revision {revision!r}: {error}") from error
-    except (OSError, RuntimeError, *http) as error:
+    except failures as error:
         raise DownloadError(f"{hub.text}: {what} ({first_line(error)}). {OTHER_SOURCE}") from error
