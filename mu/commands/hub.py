@@ -88,7 +88,7 @@ def _silent_bar() -> Any:
     """A kind of the hub's progress bar that shows nothing."""
     from huggingface_hub.utils.tqdm import tqdm
 
-    class Silent(tqdm):  # type: ignore[misc]
+    class Silent(tqdm):
         def __init__(self, *args: Any, **more: Any) -> None:
             super().__init__(*args, **{**more, "disable": True})
 
