@@ -15,8 +15,8 @@ from mu.algorithms.saliency_unlearning.configs import (
     MaskConfig,
     TrainConfig,
 )
-from mu.commands.convert_config import ConvertConfig
-from mu.commands.patch_config import ApplyPatchConfig
+from mu.commands.apply_patch import ApplyPatchConfig
+from mu.commands.convert import ConvertConfig
 from mu.config import Config, keys_of
 from mu.config_values import Key
 from mu.evaluation.config import (

@@ -19,9 +19,9 @@ from mu.algorithms.saliency_unlearning.configs import (
 )
 from mu.cli import help_text, parse_cli
 from mu.commands import door
-from mu.commands.convert_config import ConvertConfig
+from mu.commands.apply_patch import ApplyPatchConfig
+from mu.commands.convert import ConvertConfig
 from mu.commands.origins import local_file
-from mu.commands.patch_config import ApplyPatchConfig
 from mu.config import (
     Config,
     ConfigError,

@@ -2,13 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from mu.algorithms.saliency_unlearning.configs import PACKAGED
 from mu.cli import run_door
-from mu.commands.patch_config import ApplyPatchConfig
+from mu.config import Config, resolve_path, setting
+from mu.run_folder import space_problem, writable_problem
+from mu.unlearning.config import SD_MODEL_CONFIG
+from mu.unlearning.find_checkpoint import (
+    PATCH_NAME,
+    Problem,
+    checkpoint_bytes,
+    checkpoint_file,
+    checkpoint_problems,
+    is_checkpoint,
+)
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.apply_patch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyPatchConfig(Config):
+    """Which patches, to or from which checkpoint."""
+
+    input_path: str | None = setting(
+        None,
+        "Checkpoint to read, a CompVis file or a diffusers folder: to apply, the one that the patches were made from. "
+        "The first argument, without its name.",
+        kind="path",
+    )
+    output_path: str | None = setting(
+        None, "File or folder to write, of the same form. The second argument, without its name.", kind="path"
+    )
+    patches: tuple[str, ...] | None = setting(
+        None,
+        "Patch files, or folders of training runs. Several must be of the same base; their order makes no difference.",
+        kind="path",
+    )
+    remove: bool = setting(False, "Take the patches off again, to the bit, instead of applying them.")
+    overlap: str = setting(
+        "refuse",
+        "What becomes of a weight that several of the patches change. refuse: an error that counts them. add: its "
+        "value in the base plus the sum of the changes; the patch that takes the result back is written beside it.",
+        choices=("refuse", "add"),
+    )
+    use_ema: bool = setting(
+        False,
+        "Put the EMA copy of the UNet in the place of its raw weights first: for patches of runs with use_ema.",
+    )
+    model_config_path: str = setting(
+        SD_MODEL_CONFIG,
+        "For a diffusers folder: CompVis YAML of its model; the default is SD v1's.",
+        kind="path",
+    )
+    overwrite: bool = setting(False, "Replace an output that is there already; it may be the input.")
+
+    def checkpoint(self) -> Path:
+        """The file or folder that `input_path` leads to."""
+        assert self.input_path is not None
+        return checkpoint_file(self.input_path)
+
+    def patch_files(self) -> list[Path]:
+        """The patch files that `patches` leads to."""
+        return [_patch_file(path) for path in self.patches or ()]
+
+    def conflicts(self) -> Iterator[Problem]:
+        for key in ("input_path", "output_path"):
+            if getattr(self, key) is None:
+                yield (key,), "is missing; write: apply_patch INPUT OUTPUT --patches PATCH"
+        if self.patches is None:
+            yield ("patches",), "is missing; write: apply_patch INPUT OUTPUT --patches PATCH"
+        if self.remove and self.overlap != "refuse":
+            yield (
+                ("overlap", "remove"),
+                "removing adds nothing up; to take back what overlap add made, remove the patch that it wrote",
+            )
+
+    def disk_problems(self) -> Iterator[Problem]:
+        if self.input_path is not None:
+            yield from checkpoint_problems("input_path", self.input_path)
+        for given, path in zip(self.patches or (), self.patch_files(), strict=True):
+            if not path.is_file():
+                yield ("patches",), f"there is no file {path if resolve_path(given).is_dir() else given}"
+        if not resolve_path(self.model_config_path).is_file():
+            yield (
+                ("model_config_path",),
+                f"there is no file {self.model_config_path}; for SD v1 leave the key out",
+            )
+        if self.output_path is None:
+            return
+        output = Path(self.output_path)
+        folder = str(output.parent)
+        if output.exists() and not self.overwrite:
+            yield ("output_path", "overwrite"), f"{output} is there already; --overwrite true replaces it"
+        elif (problem := writable_problem(folder)) is not None or (
+            self.input_path is not None
+            and is_checkpoint(checkpoint := self.checkpoint())
+            and (problem := space_problem(folder, checkpoint_bytes(checkpoint))) is not None
+        ):
+            yield ("output_path",), problem
+
+
+def _patch_file(path: str) -> Path:
+    resolved = resolve_path(path)
+    return resolved / PATCH_NAME if resolved.is_dir() else resolved
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: ApplyPatchConfig) -> object:
-    from mu.config import resolve_path
     from mu.ldm.patch import patch_checkpoint
 
     assert config.output_path is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import gzip
 import lzma
 import re
@@ -17,14 +18,12 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from tqdm import tqdm
-
-from mu.commands.files import require_disk
+from mu.commands.files import progress_bar, require_disk
 from mu.errors import MuError
 
 _RATIO_FLOOR_BYTES = 64 << 20
@@ -40,7 +39,9 @@ _DAMAGE = (
     UnicodeError,
     NotImplementedError,
 )
-_ZIP, _GZIP, _BZIP2, _XZ = (b"PK\x03\x04", b"PK\x05\x06"), b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00"
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+_COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\x00": lzma}
+"""How a compressed tar begins -> the library that reads it."""
 _JUNK = re.compile(r"(^|/)(__MACOSX(/|$)|\.DS_Store$|Thumbs\.db$|\._[^/]*$)")
 
 
@@ -62,8 +63,11 @@ class Limits:
 @dataclass(frozen=True)
 class _Entry:
     name: str
+    """Relative, with plain slashes."""
     size: int
     folder: bool
+    open: Callable[[], Any]
+    """Its content as a file; only while the archive is open, and for a tar, until the next entry."""
 
 
 def archive_kind(path: Path) -> str | None:
@@ -78,12 +82,7 @@ def archive_kind(path: Path) -> str | None:
             return "zip"  # cut off: whoever unpacks it says so
         pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         return None if pickles and f"{pickles[0].partition('/')[0]}/version" in names else "zip"
-    return "tar" if start.startswith((_GZIP, _BZIP2, _XZ)) or start[257:262] == b"ustar" else None
-
-
-def check(path: Path, limits: Limits) -> list[str]:
-    """Names of the files in an archive, all of them proper. Raises ArchiveError; writes nothing."""
-    return [entry.name for entry in _checked(path, limits) if not entry.folder]
+    return "tar" if start.startswith(tuple(_COMPRESSED)) or start[257:262] == b"ustar" else None
 
 
 def unpack(path: Path, folder: Path, *, limits: Limits, progress: bool = True) -> list[str]:
@@ -96,137 +95,125 @@ def unpack(path: Path, folder: Path, *, limits: Limits, progress: bool = True) -
             `limits` allow, encryption, damage. Nothing is left of `folder` then.
         DownloadError: the disk is too full.
     """
-    entries = _checked(path, limits)
-    total = sum(entry.size for entry in entries)
-    require_disk(folder.parent, total, what=f"the content of {path.name}")
-    folder.mkdir()
-    written = []
-    try:
-        with (
-            _opened(path) as members,
-            tqdm(
-                desc="unpacking",
-                total=total,
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                disable=not progress,
-            ) as bar,
-        ):
-            for entry, (_, content) in zip(entries, members, strict=True):
-                if _JUNK.search(entry.name):
-                    continue
-                target = folder / entry.name
-                (target if entry.folder else target.parent).mkdir(parents=True, exist_ok=True)
-                if not entry.folder:
-                    _write(content, target, entry)
-                    written.append(entry.name)
-                bar.update(entry.size)
-    except FileExistsError as error:
-        shutil.rmtree(folder)
-        raise ArchiveError(
-            f"{path.name}: {error.filename} would be written twice (does this disk tell capital letters apart?)"
-        ) from error
-    except _DAMAGE as error:
-        shutil.rmtree(folder)
-        raise ArchiveError(f"{path.name} is damaged or cut off ({error})") from error
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    with _damage_told(path):
+        # 1. Every entry is looked at before the first byte is written.
+        total = _check(path, limits)
+        require_disk(folder.parent, total, what=f"the content of {path.name}")
+
+        # 2. Unpack, entry by entry.
+        folder.mkdir()
+        written = []
+        try:
+            with _opened(path) as entries, progress_bar("unpacking", total, progress) as bar:
+                for entry in entries:
+                    if _JUNK.search(entry.name):
+                        continue
+                    target = folder / entry.name
+                    (target if entry.folder else target.parent).mkdir(parents=True, exist_ok=True)
+                    if not entry.folder:
+                        _write(entry, target)
+                        written.append(entry.name)
+                    bar.update(entry.size)
+        except FileExistsError as error:
+            shutil.rmtree(folder)
+            raise ArchiveError(
+                f"{path.name}: {error.filename} would be written twice (does this disk tell capital letters apart?)"
+            ) from error
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
     return written
 
 
-def _write(content: Any, target: Path, entry: _Entry) -> None:
-    with content() as source, open(target, "xb") as file:
+def _write(entry: _Entry, target: Path) -> None:
+    with entry.open() as source, open(target, "xb") as file:
         shutil.copyfileobj(source, file, 1 << 20)
         if file.tell() != entry.size:
             raise ArchiveError(f"{entry.name}: {entry.size:,} bytes were announced, {file.tell():,} came")
 
 
-def _checked(path: Path, limits: Limits) -> list[_Entry]:
-    """All entries. Raises ArchiveError for the first that is not proper."""
-    entries: list[_Entry] = []
+def _check(path: Path, limits: Limits) -> int:
+    """The bytes of all entries, unpacked. Raises ArchiveError for the first entry that is not proper."""
     files: set[str] = set()
     folders: set[str] = set()
     total, packed = 0, max(1, path.stat().st_size)
-    try:
-        with _opened(path) as members:
-            for entry, _ in members:
-                total += entry.size
-                _check_limits(path, limits, count=len(entries) + 1, total=total, packed=packed)
-                parents = {parent.as_posix() for parent in PurePosixPath(entry.name).parents} - {"."}
-                twice = entry.name in files or (not entry.folder and entry.name in folders)
-                if twice or parents & files:
-                    raise ArchiveError(f"{path.name}: {entry.name!r} stands in it twice")
-                folders |= parents
-                (folders if entry.folder else files).add(entry.name)
-                entries.append(entry)
-    except _DAMAGE as error:
-        raise ArchiveError(f"{path.name} is damaged or cut off ({error})") from error
+    with _opened(path) as entries:
+        for count, entry in enumerate(entries, 1):
+            total += entry.size
+            for found, allowed, what, option in (
+                (count, limits.max_files, "entries", "--max_files"),
+                (total, limits.max_bytes, "bytes unpacked", "--max_bytes"),
+            ):
+                if found > allowed:
+                    raise ArchiveError(
+                        f"{path.name} holds more than {allowed:,} {what}. If you trust it, raise {option}."
+                    )
+            if total > max(_RATIO_FLOOR_BYTES, limits.max_ratio * packed):
+                raise ArchiveError(
+                    f"{path.name}: {packed:,} bytes unpack to {total:,} or more, over {limits.max_ratio:g} times as "
+                    "many. If you trust it, raise --max_ratio."
+                )
+            parents = {parent.as_posix() for parent in PurePosixPath(entry.name).parents} - {"."}
+            twice = entry.name in files or (not entry.folder and entry.name in folders)
+            if twice or parents & files:
+                raise ArchiveError(f"{path.name}: {entry.name!r} stands in it twice")
+            folders |= parents
+            (folders if entry.folder else files).add(entry.name)
     if not files:
         raise ArchiveError(f"{path.name} is empty")
-    return entries
-
-
-def _check_limits(path: Path, limits: Limits, *, count: int, total: int, packed: int) -> None:
-    for found, allowed, what, option in (
-        (count, limits.max_files, "entries", "--max_files"),
-        (total, limits.max_bytes, "bytes unpacked", "--max_bytes"),
-    ):
-        if found > allowed:
-            raise ArchiveError(
-                f"{path.name} holds more than {allowed:,} {what}. If you trust it, raise {option}."
-            )
-    if total > _RATIO_FLOOR_BYTES and total > limits.max_ratio * packed:
-        raise ArchiveError(
-            f"{path.name}: {packed:,} bytes unpack to {total:,} or more, over {limits.max_ratio:g} times as many. "
-            "If you trust it, raise --max_ratio."
-        )
+    return total
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Iterator[tuple[_Entry, Any]]]:
-    """Entries in their order, each with a function that opens its content."""
+def _damage_told(path: Path) -> Iterator[None]:
+    """Errors of the libraries, for an archive that cannot be read, become ArchiveError."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise ArchiveError(f"{path.name} is damaged or cut off ({error})") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Iterator[_Entry]]:
+    """The entries in their order; a name, link or device that is not allowed raises ArchiveError."""
     with contextlib.ExitStack() as stack:
         if archive_kind(path) == "zip":
             yield _zip_entries(path, stack.enter_context(zipfile.ZipFile(path)))
         else:
+            # Not tarfile's own mode "r:*": a header that claims gigabytes would be read into memory.
             limited = cast("IO[bytes]", _Limited(stack.enter_context(_decompressed(path))))
             yield _tar_entries(path, stack.enter_context(tarfile.open(fileobj=limited, mode="r:")), limited)
 
 
-def _zip_entries(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[_Entry, Any]]:
+def _zip_entries(path: Path, archive: zipfile.ZipFile) -> Iterator[_Entry]:
     for info in archive.infolist():
         # Unix modes stand in the upper half; archives from elsewhere have none.
-        kind = stat.S_IFMT(info.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise ArchiveError(
-                f"{path.name}: {info.filename!r} is a link or device, not a file. Nothing was unpacked."
-            )
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise _not_a_file(path, info.filename)
         if info.flag_bits & 0x1:
             raise ArchiveError(
                 f"{path.name}: {info.filename!r} is encrypted; unpack it yourself, then pack it anew"
             )
-        entry = _Entry(
-            proper_name(path.name, info.orig_filename), 0 if info.is_dir() else info.file_size, info.is_dir()
-        )
-        yield entry, lambda info=info: archive.open(info)
+        name, folder = proper_name(path.name, info.orig_filename), info.is_dir()
+        yield _Entry(name, 0 if folder else info.file_size, folder, functools.partial(archive.open, info))
 
 
-def _tar_entries(path: Path, archive: tarfile.TarFile, stream: IO[bytes]) -> Iterator[tuple[_Entry, Any]]:
+def _tar_entries(path: Path, archive: tarfile.TarFile, stream: IO[bytes]) -> Iterator[_Entry]:
     while (info := archive.next()) is not None:
         cast(Any, archive).members.clear()  # else it keeps every header of a large archive
         if not (info.isreg() or info.isdir()) or info.issparse():
-            raise ArchiveError(
-                f"{path.name}: {info.name!r} is a link or device, not a file. Nothing was unpacked."
-            )
+            raise _not_a_file(path, info.name)
         if info.isdir() and info.name in (".", "./"):
             continue
-        entry = _Entry(proper_name(path.name, info.name), 0 if info.isdir() else info.size, info.isdir())
-        yield entry, lambda info=info: archive.extractfile(info)
+        name, folder = proper_name(path.name, info.name), info.isdir()
+        yield _Entry(name, 0 if folder else info.size, folder, functools.partial(archive.extractfile, info))
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a header that it cannot read for the end
         raise tarfile.ReadError("a header in the middle cannot be read")
+
+
+def _not_a_file(path: Path, name: str) -> ArchiveError:
+    return ArchiveError(f"{path.name}: {name!r} is a link or device, not a file. Nothing was unpacked.")
 
 
 def proper_name(archive: str, name: str) -> str:
@@ -244,13 +231,8 @@ def proper_name(archive: str, name: str) -> str:
 def _decompressed(path: Path) -> Any:
     with open(path, "rb") as file:
         start = file.read(6)
-    if start.startswith(_GZIP):
-        return gzip.open(path, "rb")
-    if start.startswith(_BZIP2):
-        return bz2.open(path, "rb")
-    if start.startswith(_XZ):
-        return lzma.open(path, "rb")
-    return open(path, "rb")
+    opener: Any = next((library for sign, library in _COMPRESSED.items() if start.startswith(sign)), None)
+    return opener.open(path, "rb") if opener is not None else open(path, "rb")
 
 
 class _Limited:

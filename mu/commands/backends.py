@@ -9,11 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mu.commands.environment_file import EnvironmentFile, EnvironmentProblem
+from mu.errors import MuError
 from mu.verbosity import console_level
 
 CONDAS = ("mamba", "micromamba", "conda")
@@ -21,6 +21,10 @@ CONDAS = ("mamba", "micromamba", "conda")
 VENV_OPTIONS: tuple[str, ...] = ()
 """Options of `python -m venv`."""
 _VARIABLES = {"conda": "CONDA_EXE", "mamba": "MAMBA_EXE", "micromamba": "MAMBA_EXE"}
+
+
+class EnvironmentProblem(MuError, ValueError):
+    """An environment that cannot be made: the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,31 +60,44 @@ def find_executable(backend: str) -> str | None:
 
 
 def create_conda(
-    executable: str, backend: str, wanted: EnvironmentFile, *, prefix: Path | None, source: Path | None,
-    force: bool, run: Runner,
-) -> str:  # fmt: skip
-    """Makes the environment; returns the line that activates it. Raises EnvironmentProblem."""
-    where = ["-p", str(prefix)] if prefix is not None else ["-n", wanted.name]
-    existing = _existing(executable, wanted.name, prefix)
-    if existing is not None:
+    executable: str,
+    backend: str,
+    name: str,
+    file: Path,
+    *,
+    prefix: Path | None,
+    source: Path | None,
+    force: bool,
+    run: Runner,
+) -> str:
+    """Makes the environment that `file` describes; returns the line that activates it. Raises EnvironmentProblem.
+
+    Args:
+        name: of the environment, where no `prefix` says in which folder it is to be.
+        source: the folder from which this package is installed there.
+        force: makes an existing one anew.
+    """
+    where = ["-p", str(prefix)] if prefix is not None else ["-n", name]
+    activation = f"{backend} activate {shlex.quote(str(prefix)) if prefix is not None else name}"
+    existing = _conda_environment(executable, name) if prefix is None else prefix
+    if existing is not None and _is_used(existing):
         if not force:
             raise EnvironmentProblem(
                 f"the environment {existing} exists already, and was not touched. --force makes it anew; "
-                f"to use it: {_activation(backend, wanted.name, prefix)}"
+                f"to use it: {activation}"
             )
         if not (existing / "conda-meta").is_dir():
             raise EnvironmentProblem(f"{existing} is no conda environment; --force does not delete it")
         run([executable, "env", "remove", "-y", *where])
     create = ["create", "-y"] if backend == "micromamba" else ["env", "create"]
-    run([executable, *create, *where, "-f", str(wanted.path)])
+    run([executable, *create, *where, "-f", str(file)])
     if source is not None:
         run([executable, "run", *where, "python", "-m", "pip", "install", str(source)])
-    return _activation(backend, wanted.name, prefix)
+    return activation
 
 
-def _existing(executable: str, name: str, prefix: Path | None) -> Path | None:
-    if prefix is not None:
-        return prefix if prefix.exists() and (not prefix.is_dir() or any(prefix.iterdir())) else None
+def _conda_environment(executable: str, name: str) -> Path | None:
+    """Where conda has an environment of that name."""
     command = [executable, "env", "list", "--json"]
     try:
         listed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
@@ -92,33 +109,33 @@ def _existing(executable: str, name: str, prefix: Path | None) -> Path | None:
     return next((path for path in paths if path.name == name), None)
 
 
-def _activation(backend: str, name: str, prefix: Path | None) -> str:
-    return f"{backend} activate {shlex.quote(str(prefix)) if prefix is not None else name}"
+def _is_used(folder: Path) -> bool:
+    """Whether something is there that is not an empty folder."""
+    return folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir())))
 
 
 def create_venv(
-    wanted: EnvironmentFile,
-    *,
     prefix: Path,
-    python: str | None,
+    interpreter: Callable[[], str],
+    requirements: Sequence[str],
+    folder: Path,
+    *,
     source: Path | None,
     force: bool,
     run: Runner,
 ) -> str:
     """Makes a virtual environment at `prefix`; returns the line that activates it. Raises EnvironmentProblem.
 
-    With `force` the old one is set aside, and comes back when the new one fails.
+    Args:
+        interpreter: gives the Python that makes it.
+        requirements: lines for pip; relative paths in them start from `folder`.
+        source: the folder from which this package is installed there.
+        force: makes an existing one anew; the old one comes back when that fails.
     """
-    if wanted.conda_only:
-        raise EnvironmentProblem(
-            f"{wanted.path} asks for {', '.join(wanted.conda_only)}, which only conda installs; take --backend conda"
-        )
-    prefix = prefix.absolute()
     scripts = prefix / ("Scripts" if os.name == "nt" else "bin")
-    activation = (
-        str(scripts / "activate") if os.name == "nt" else f"source {shlex.quote(str(scripts / 'activate'))}"
-    )
-    if prefix.is_symlink() or (prefix.exists() and (not prefix.is_dir() or any(prefix.iterdir()))):
+    activate = str(scripts / "activate")
+    activation = activate if os.name == "nt" else f"source {shlex.quote(activate)}"
+    if _is_used(prefix):
         if not force:
             raise EnvironmentProblem(
                 f"{prefix} exists already, and was not touched. --force makes it anew, --prefix another; "
@@ -126,21 +143,19 @@ def create_venv(
             )
         if prefix.is_symlink() or not (prefix / "pyvenv.cfg").is_file():
             raise EnvironmentProblem(f"{prefix} is no virtual environment; --force does not delete it")
-    interpreter = find_python(wanted, python)
+    python = interpreter()
     aside = prefix.with_name(f".{prefix.name}.old-{os.getpid()}")
     kept = not run.dry and prefix.exists()
     if kept:
         os.rename(prefix, aside)
-    own = str(scripts / "python")
-    pip = [own, "-m", "pip", "--disable-pip-version-check", "install"]
-    words = [word for line in wanted.pip for word in shlex.split(line)]
+    pip = [str(scripts / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
+    words = [word for line in requirements for word in shlex.split(line)]
     try:
-        run([interpreter, "-m", "venv", *VENV_OPTIONS, str(prefix)])
+        run([python, "-m", "venv", *VENV_OPTIONS, str(prefix)])
         if not run.dry:
             (prefix / ".gitignore").write_text("*\n", encoding="utf-8")
         if words:
-            # Relative paths in the file are meant from its folder.
-            run([*pip, *words], cwd=wanted.path.parent)
+            run([*pip, *words], cwd=folder)
         if source is not None:
             run([*pip, str(source)])
     except BaseException:
@@ -154,34 +169,38 @@ def create_venv(
     return activation
 
 
-def find_python(wanted: EnvironmentFile, python: str | None) -> str:
-    """The interpreter for a venv: `python`, whatever its version; else one of the version that is asked for."""
+def find_python(wanted: str, file: Path, python: str | None) -> str:
+    """The interpreter for a venv: `python`, whatever its version; else one of the version `wanted`, such as `3.11`.
+
+    Raises EnvironmentProblem, which names `file` as the one that wants it.
+    """
     if python is not None:
         found = shutil.which(python)
         if found is None:
             raise EnvironmentProblem(f"--python: {python} is no program")
-        version = python_version(found)
-        if not wanted.accepts(version):
-            print(
-                f"note: {wanted.path.name} asks for Python {wanted.python}; --python is {version}", flush=True
-            )
+        if not _is_version(version := _version(found), wanted):
+            print(f"note: {file.name} asks for Python {wanted}; --python is {version}", flush=True)
         return found
-    if wanted.accepts(python_version(sys.executable)):
+    own = ".".join(map(str, sys.version_info[:3]))
+    if _is_version(own, wanted):
         return sys.executable
-    for name in (f"python{wanted.python}", "python3", "python"):
+    for name in (f"python{wanted}", "python3", "python"):
         found = shutil.which(name)
-        if found is not None and wanted.accepts(python_version(found)):
+        if found is not None and _is_version(_version(found), wanted):
             return found
     raise EnvironmentProblem(
-        f"{wanted.path} asks for Python {wanted.python}; this one is {python_version(sys.executable)}, and no other is "
-        f"on PATH. Install python{wanted.python}, or give any Python from 3.10 on with --python."
+        f"{file} asks for Python {wanted}; this one is {own}, and no other is on PATH. Install python{wanted}, or "
+        "give any Python from 3.10 on with --python."
     )
 
 
-def python_version(executable: str) -> str:
+def _is_version(version: str, wanted: str) -> bool:
+    """Whether `version`, such as `3.11.7`, is the one wanted; an empty text is any."""
+    return not wanted or f"{version}.".startswith(f"{wanted}.")
+
+
+def _version(executable: str) -> str:
     """The version of an interpreter, such as `3.11.7`. Raises EnvironmentProblem when it does not say."""
-    if executable == sys.executable:
-        return ".".join(map(str, sys.version_info[:3]))
     program = "import sys; print('.'.join(map(str, sys.version_info[:3])))"
     try:
         done = subprocess.run(

@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import yaml
+
 import mu
 from mu.cli import ArgumentParser
-from mu.commands.backends import CONDAS, Runner, create_conda, create_venv, find_executable
-from mu.commands.door import add_verbosity, guarded, notes_as_asked, path
-from mu.commands.environment_file import (
-    ALGORITHMS,
+from mu.commands.backends import (
+    CONDAS,
     EnvironmentProblem,
-    environment_names,
-    find_environment,
-    read_environment,
+    Runner,
+    create_conda,
+    create_venv,
+    find_executable,
+    find_python,
 )
-from mu.verbosity import verbosity
+from mu.commands.door import add_verbosity, guarded, notes_as_asked, path
+
+ALGORITHMS = Path(mu.__file__).parent / "algorithms"
+FILE_NAME = "environment.yaml"
+
+
+@dataclass(frozen=True)
+class EnvironmentFile:
+    """What an environment.yaml asks for."""
+
+    path: Path
+    name: str
+    python: str
+    """Version as conda writes it, such as `3.11` (any 3.11.x); empty: any."""
+    pip: tuple[str, ...]
+    """Lines for pip: requirements and options."""
+    conda_only: tuple[str, ...]
+    """Packages that only conda can install."""
 
 
 def main(argv: Sequence[str] | None = None, *, root: Path = ALGORITHMS) -> int:
     """The command; returns its exit code. `root` holds the algorithms' folders."""
-    names = environment_names(root)
     parser = ArgumentParser(
         prog="create_env",
         description="Makes the environment that an algorithm's environment.yaml describes, installs this package "
@@ -36,7 +58,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ALGORITHMS) -> int:
         epilog="exit codes: 0 made, 1 an error with its message, 2 a mistake in the arguments, 130 interrupted",
         allow_abbrev=False,
     )
-    parser.add_argument("name", help=f"one of: {', '.join(names)}")
+    parser.add_argument("name", help=f"one of: {', '.join(algorithm_names(root))}")
     parser.add_argument(
         "--backend",
         choices=("auto", *CONDAS, "venv"),
@@ -61,47 +83,106 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ALGORITHMS) -> int:
     add_verbosity(parser)
     arguments = parser.parse_args(argv)
     try:
-        find_environment(arguments.name, root)
+        file = find_environment(arguments.name, root)
     except EnvironmentProblem as error:
         parser.error(str(error))
 
     def action() -> None:
         with notes_as_asked():
-            create(arguments, root)
+            create(arguments, file)
 
-    with verbosity(arguments.log_level, quiet=arguments.quiet):
-        return guarded(action, interrupted="interrupted")
+    return guarded(action, arguments)
 
 
-def create(arguments: argparse.Namespace, root: Path = ALGORITHMS) -> None:
-    """Makes the environment that the arguments ask for. Raises EnvironmentProblem."""
-    wanted = read_environment(find_environment(arguments.name, root))
-    run, source = Runner(arguments.dry_run), package_source()
+def create(arguments: argparse.Namespace, file: Path) -> None:
+    """Makes the environment that the arguments ask for, from `file`. Raises EnvironmentProblem."""
+    # 1. What, by whom, and from where?
+    wanted = read_environment(file, arguments.name)
     backend, executable = choose_backend(arguments.backend)
-    if executable is None:
-        activation = create_venv(
-            wanted,
-            prefix=arguments.prefix or Path(f".venv-{wanted.name}"),
-            python=arguments.python,
-            source=source,
-            force=arguments.force,
-            run=run,
+    source = package_source()
+    run, force, prefix = Runner(arguments.dry_run), arguments.force, arguments.prefix
+    if executable is not None and arguments.python is not None:
+        raise EnvironmentProblem(f"--python belongs to --backend venv; {backend} installs its own")
+    if executable is None and wanted.conda_only:
+        raise EnvironmentProblem(
+            f"{file} asks for {', '.join(wanted.conda_only)}, which only conda installs; take --backend conda"
+        )
+
+    # 2. Make it, with the package in it.
+    if executable is not None:
+        prefix = prefix.absolute() if prefix is not None else None
+        activation = create_conda(
+            executable, backend, wanted.name, file, prefix=prefix, source=source, force=force, run=run
         )
     else:
-        if arguments.python is not None:
-            raise EnvironmentProblem(f"--python belongs to --backend venv; {backend} installs its own")
-        prefix = arguments.prefix.absolute() if arguments.prefix is not None else None
-        activation = create_conda(
-            executable, backend, wanted, prefix=prefix, source=source, force=arguments.force, run=run
+        activation = create_venv(
+            (prefix or Path(f".venv-{wanted.name}")).absolute(),
+            lambda: find_python(wanted.python, file, arguments.python),
+            wanted.pip,
+            file.parent,
+            source=source,
+            force=force,
+            run=run,
         )
+
+    # 3. Say how it is used.
     if source is None:
         print(
-            "This package itself was not installed from a folder that is still there. After activating, install"
-        )
-        print(
+            "This package itself was not installed from a folder that is still there. After activating, install\n"
             "it from its source: pip install PATH (not by its name: the index holds another project under it)."
         )
     print(f"{'Would be made' if arguments.dry_run else 'Made'}. To use it:\n  {activation}")
+
+
+def algorithm_names(root: Path = ALGORITHMS) -> list[str]:
+    """The algorithms: folders with an environment.yaml, and packages, for which there is one for all."""
+    shared = (root / FILE_NAME).is_file()
+    return sorted(
+        folder.name
+        for folder in root.iterdir()
+        if (folder / FILE_NAME).is_file() or (shared and (folder / "__init__.py").is_file())
+    )
+
+
+def find_environment(name: str, root: Path = ALGORITHMS) -> Path:
+    """The algorithm's environment.yaml, or the one for all that bring none.
+
+    Raises EnvironmentProblem with all names, and the nearest, for a wrong one.
+    """
+    names = algorithm_names(root)
+    if name in names:
+        own = root / name / FILE_NAME
+        return own if own.is_file() else root / FILE_NAME
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise EnvironmentProblem(f"{name!r} is no algorithm; there are: {', '.join(names)}.{hint}")
+
+
+def read_environment(path: Path, algorithm: str) -> EnvironmentFile:
+    """Reads an environment.yaml. Raises EnvironmentProblem for one that is malformed.
+
+    An algorithm's own file names the environment; one for all is made under the algorithm's name.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise EnvironmentProblem(f"{path}: cannot be read ({error})") from error
+    dependencies = content.get("dependencies") if isinstance(content, dict) else None
+    name = content.get("name") if isinstance(content, dict) else None
+    if not isinstance(dependencies, list) or not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise EnvironmentProblem(f"{path}: needs a `name` and a list of `dependencies`, as conda writes them")
+    python, pip, conda_only = "", [], []
+    for entry in dependencies:
+        if isinstance(entry, dict) and set(entry) == {"pip"} and isinstance(entry["pip"], list):
+            pip += [str(line) for line in entry["pip"]]
+        elif not isinstance(entry, str):
+            raise EnvironmentProblem(f"{path}: {entry!r} is neither a package nor a list of pip's packages")
+        elif match := re.fullmatch(r"python(?:\s*={1,2}\s*([0-9.]+?)(?:\.\*)?)?", entry.strip()):
+            python = match[1] or ""
+        elif not re.fullmatch(r"(pip|setuptools|wheel)\b.*", entry.strip()):
+            conda_only.append(entry)
+    own = path.parent.name == algorithm
+    return EnvironmentFile(path, name if own else algorithm, python, tuple(pip), tuple(conda_only))
 
 
 def choose_backend(asked: str) -> tuple[str, str | None]:

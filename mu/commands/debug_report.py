@@ -21,7 +21,6 @@ from mu.commands.door import add_verbosity, guarded, path
 from mu.commands.redaction import redacted
 from mu.errors import MuError
 from mu.run_folder import environment
-from mu.verbosity import verbosity
 
 _NAMES = ("config.yaml", "environment.json", "metrics.json")
 _MOST_BYTES = 100_000
@@ -57,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             write_atomically(arguments.output, f"{text}\n".encode())
 
-    with verbosity(arguments.log_level, quiet=arguments.quiet):
-        return guarded(action, interrupted="interrupted")
+    return guarded(action, arguments)
 
 
 def report(run: Path | None = None, *, lines: int = 60) -> str:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from mu.cli import ArgumentParser
-from mu.commands.door import EPILOG, add_options, one_of, run
+from mu.commands.door import download_parser, one_of, run_download
 from mu.commands.sources import MODELS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    lines = [f"  {source.name:<14}{source.folder}" for source in MODELS.values()]
-    parser = ArgumentParser(
-        prog="download_model",
-        description="Downloads a model, or the classifiers, into its folder: resumed, checked, and only once.",
-        epilog="\n".join(["folders:", *lines, "", EPILOG]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = download_parser(
+        "download_model", "Downloads a model, or the classifiers, into its folder", list(MODELS.values())
     )
     parser.add_argument("model", type=one_of(list(MODELS)), help=", ".join(MODELS))
-    add_options(parser)
     arguments = parser.parse_args(argv)
-    return run(MODELS[arguments.model], arguments)
+    return run_download(MODELS[arguments.model], arguments)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,21 @@ from __future__ import annotations
 import os
 import re
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mu.commands.archive import proper_name
-from mu.commands.files import DownloadError, DownloadQuotaError
-from mu.commands.hub import first_line
-from mu.commands.pages import QUOTA_ADVICE, looks_like_page, page_error, says_quota
+from mu.commands.files import (
+    QUOTA_ADVICE,
+    DownloadError,
+    DownloadQuotaError,
+    first_line,
+    looks_like_page,
+    page_error,
+    says_quota,
+)
 from mu.commands.sources import OTHER_SOURCE, Drive
 
 
@@ -31,32 +39,20 @@ def drive_link(url: str) -> tuple[str, bool] | None:
 
 def fetch_drive_file(file_id: str, folder: Path, *, progress: bool) -> tuple[Path, str]:
     """Fetches one file into `folder`, under the name that Drive gives it. Raises DownloadError."""
-    import gdown
-
     own = folder / file_id
     own.mkdir(exist_ok=True)
-    what = f"drive:{file_id}"
-    try:
-        path = gdown.download(
-            id=file_id, output=f"{own}{os.sep}", quiet=not progress, use_cookies=False, resume=True
-        )
-    except _failures() as error:
-        raise _drive_error(what, error) from error
-    found = Path(str(path))
-    _refuse_page(found, what)
-    return found, proper_name(what, found.name)
+    found = _fetch(file_id, f"{own}{os.sep}", f"drive:{file_id}", progress=progress)
+    return found, proper_name(f"drive:{file_id}", found.name)
 
 
 def fetch_drive(drive: Drive, folder: Path, *, progress: bool) -> list[tuple[Path, str]]:
     """Fetches the files of a public folder: [(path, name in the folder)]. Raises DownloadError."""
     import gdown
 
-    try:
+    with _errors_told(drive.text):
         listed: Any = gdown.download_folder(
             id=drive.folder, quiet=True, use_cookies=False, skip_download=True
         )
-    except _failures() as error:
-        raise _drive_error(drive.text, error) from error
     if not listed:
         raise DownloadError(f"{drive.text}: the folder is empty or not public. {OTHER_SOURCE}")
     files = []
@@ -65,31 +61,37 @@ def fetch_drive(drive: Drive, folder: Path, *, progress: bool) -> list[tuple[Pat
         target = folder / drive.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         print(f"{what} ({number} of {len(listed)})", flush=True)
-        try:
-            gdown.download(id=file.id, output=str(target), quiet=not progress, use_cookies=False, resume=True)
-        except _failures() as error:
-            raise _drive_error(what, error) from error
-        _refuse_page(target, what)
-        files.append((target, name))
+        files.append((_fetch(file.id, str(target), what, progress=progress), name))
     return files
 
 
-def _refuse_page(path: Path, what: str) -> None:
+def _fetch(file_id: str, output: str, what: str, *, progress: bool) -> Path:
+    """One file, to the path or into the folder `output`; a web page in its place is removed."""
+    import gdown
+
+    with _errors_told(what):
+        path = Path(
+            str(gdown.download(id=file_id, output=output, quiet=not progress, use_cookies=False, resume=True))
+        )
     with open(path, "rb") as file:
         start = file.read(1 << 16)
     if looks_like_page(start):
         path.unlink()
-        raise _drive_error(what, page_error(start))
+        raise page_error(start, what)
+    return path
 
 
-def _failures() -> tuple[type[Exception], ...]:
+@contextmanager
+def _errors_told(what: str) -> Iterator[None]:
+    """Errors of gdown and of the connection become DownloadErrors; a used-up quota is named."""
     import gdown
     import requests
 
-    return gdown.exceptions.DownloadError, requests.RequestException, OSError
-
-
-def _drive_error(what: str, error: Exception) -> DownloadError:
-    if says_quota(str(error)):
-        return DownloadQuotaError(f"{what}: {QUOTA_ADVICE}")
-    return DownloadError(f"{what}: Google Drive does not give it ({first_line(error)}). {OTHER_SOURCE}")
+    try:
+        yield
+    except (gdown.exceptions.DownloadError, requests.RequestException, OSError) as error:
+        if says_quota(str(error)):
+            raise DownloadQuotaError(f"{what}: {QUOTA_ADVICE}") from error
+        raise DownloadError(
+            f"{what}: Google Drive does not give it ({first_line(error)}). {OTHER_SOURCE}"
+        ) from error

@@ -43,16 +43,15 @@ class Payload:
     """The file is the user's own: it is copied, and stays when it is damaged."""
 
 
-def mirrored(source: Source) -> str | None:
+def place_of(source: Source, url: str | None) -> tuple[str | None, str]:
+    """(URL or path that replaces the source's own origin, what the record calls the place). Raises DownloadError."""
     mirror = os.environ.get(MIRROR_VARIABLE, "").strip()
-    return f"{mirror.rstrip('/')}/{source.mirror_name}" if mirror else None
-
-
-def source_text(source: Source, url: str | None) -> str:
+    if url is None and mirror:
+        url = f"{mirror.rstrip('/')}/{source.mirror_name}"
     if url is None:
-        return source.origin.text
+        return None, source.origin.text
     path = local_file(url)
-    return shown_url(url) if path is None else f"file:{path.absolute()}"
+    return url, shown_url(url) if path is None else f"file:{path.absolute()}"
 
 
 def local_file(url: str) -> Path | None:
@@ -77,18 +76,45 @@ def local_file(url: str) -> Path | None:
 
 
 def fetch_payload(wish: Wish, staging: Path, url: str | None, pin: Pin) -> Payload:
-    """Gets the files, from wherever they are to come, and holds them against their pin."""
-    if url is not None:
-        return _fetch_url(wish, staging, url, pin)
+    """Gets the files, from wherever they are to come, and holds them to the hashes that were asked for or seen before.
+
+    Args:
+        staging: the folder that receives them.
+        url: replaces the source's own origin.
+        pin: what this origin was the first time.
+
+    Raises:
+        DownloadError: nothing came, or something else than the first time.
+    """
     origin = wish.source.origin
-    if isinstance(origin, Hub):
+    if url is None and isinstance(origin, Hub):
         commit, files = fetch_hub(origin, wish.revision or pin.revision, staging, progress=wish.progress)
-        payload = Payload(files, Pin(commit, _hashes(files) if origin.file else {}), listing=not origin.file)
-        return _held_against(wish, payload, Pin())  # the hub's own hashes have been compared
-    return _held_against(wish, _listing(fetch_drive(origin, staging, progress=wish.progress)), pin)
+        hashes = _hashes(files) if origin.file else {}  # of a whole repository, the commit says enough
+        payload = Payload(files, Pin(commit, hashes), listing=not origin.file)
+        pin = Pin()  # the hub's own hashes have been compared
+    elif url is None and isinstance(origin, Drive):
+        payload = _from_drive(origin, wish, staging)
+    else:
+        assert url is not None
+        payload = _from_url(wish, staging, url)
+
+    found, expected = payload.pin.sha256, pin.sha256
+    seen, advice = "seen the first time", "If the new one is meant, give it with --sha256."
+    if payload.listing:
+        advice = "If the new files are meant, delete the record (.download.json) beside the folder."
+    if wish.sha256 is not None:
+        if len(found) != 1 or payload.listing:
+            raise DownloadError(f"--sha256 belongs to one file; {wish.source.name} comes as several there")
+        expected, seen, advice = {name: wish.sha256.lower() for name in found}, "asked for", ""
+    for name, sha256 in expected.items():
+        if found.get(name, sha256) != sha256:
+            raise DownloadError(
+                f"{name}: its SHA-256 is {found[name]}; {seen} was {sha256}. Nothing was changed. {advice}".rstrip()
+            )
+    return payload
 
 
-def _fetch_url(wish: Wish, staging: Path, url: str, pin: Pin) -> Payload:
+def _from_url(wish: Wish, staging: Path, url: str) -> Payload:
     if wish.revision is not None:
         raise DownloadError(
             "--revision belongs to sources on the Hugging Face hub; with --url, give --sha256"
@@ -99,46 +125,25 @@ def _fetch_url(wish: Wish, staging: Path, url: str, pin: Pin) -> Payload:
             raise DownloadError(
                 f"--url: {path} is not a file on this machine; give an archive, or an http(s) URL"
             )
-        payload = Payload([(path, path.name)], Pin(None, _hashes([(path, path.name)])), keep=True)
+        files = [(path, path.name)]
     elif link is not None and link[1]:
-        payload = _listing(fetch_drive(Drive(link[0]), staging, progress=wish.progress))
+        return _from_drive(Drive(link[0]), wish, staging)
     elif link is not None:
         files = [fetch_drive_file(link[0], staging, progress=wish.progress)]
-        payload = Payload(files, Pin(None, _hashes(files)))
     else:
-        name = _file_name(url, wish.source)
-        fetched = fetch(url, staging / name, sha256=wish.sha256, progress=wish.progress)
-        payload = Payload([(fetched.path, name)], Pin(None, {name: fetched.sha256}))
-    return _held_against(wish, payload, pin)
+        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+        if not name or name.startswith("."):
+            name = f"{wish.source.folder.name}.download"
+        sha256 = wish.sha256.lower() if wish.sha256 is not None else None
+        fetched = fetch(url, staging / name, sha256=sha256, progress=wish.progress)
+        return Payload([(staging / name, name)], Pin(None, {name: fetched}))
+    return Payload(files, Pin(None, _hashes(files)), keep=path is not None)
 
 
-def _listing(files: list[tuple[Path, str]]) -> Payload:
+def _from_drive(drive: Drive, wish: Wish, staging: Path) -> Payload:
+    files = fetch_drive(drive, staging, progress=wish.progress)
     return Payload(files, Pin(None, _hashes(files)), listing=True)
 
 
 def _hashes(files: list[tuple[Path, str]]) -> dict[str, str]:
     return {name: sha256_of(path) for path, name in files}
-
-
-def _held_against(wish: Wish, payload: Payload, pin: Pin) -> Payload:
-    """The payload, if its hashes are those asked for, or else those of the first time. Raises DownloadError."""
-    found, expected = payload.pin.sha256, pin.sha256
-    advice = "If the new one is meant, give it with --sha256."
-    if payload.listing:
-        advice = "If the new files are meant, delete the record (.download.json) beside the folder."
-    if wish.sha256 is not None:
-        if len(found) != 1 or payload.listing:
-            raise DownloadError(f"--sha256 belongs to one file; {wish.source.name} comes as several there")
-        expected, advice = {name: wish.sha256.lower() for name in found}, ""
-    for name, sha256 in expected.items():
-        if name in found and found[name] != sha256:
-            seen = "asked for" if wish.sha256 else "seen the first time"
-            raise DownloadError(
-                f"{name}: its SHA-256 is {found[name]}; {seen} was {sha256}. Nothing was changed. {advice}".rstrip()
-            )
-    return payload
-
-
-def _file_name(url: str, source: Source) -> str:
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
-    return name if name and not name.startswith(".") else f"{source.folder.name}.download"

@@ -8,9 +8,8 @@ from pathlib import Path
 
 MIRROR_VARIABLE = "UNLEARN_DIFF_MIRROR"
 """Environment variable: a URL or folder that holds `<default folder>.zip` of every source."""
-
-
 OTHER_SOURCE = "Another source can be given with --url, a link or a file on this machine."
+CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ class Source:
     """
 
     name: str
-    command: str
     folder: Path
     origin: Hub | Drive
     layout: str
@@ -66,72 +64,51 @@ class Source:
 SIZES = ("sample", "full")
 DATA_ALIASES = {"unlearn_canvas": "quick_canvas"}
 """Other names of data sets."""
-
-_IMAGE = r"\.(jpe?g|png|webp)"
-_CANVAS = rf"[^/]+/[^/]+/[^/]+{_IMAGE}"
-_I2P = rf"images/[^/]+/[^/]+{_IMAGE}|prompts/[^/]+\.csv"
-CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
-_WEIGHTS = r"\.(ckpt|pth|pt|safetensors)"
+_CANVAS = r"[^/]+/[^/]+/[^/]+\.(jpe?g|png|webp)"
+_I2P = r"images/[^/]+/[^/]+\.(jpe?g|png|webp)|prompts/[^/]+\.csv"
+_WEIGHTS = r"[^/]+\.(ckpt|pth|pt|safetensors)"
 _MODELS = "nebulaanish/unlearn_models"
 
-
-def _data(size: str, name: str, origin: Hub, *, folder: str, layout: str) -> Source:
-    return Source(
-        f"{size} {name}", f"download_data {size} {name}", Path("data", folder, size), origin, layout
-    )
-
-
-DATA: dict[tuple[str, str], Source] = {
-    ("sample", "quick_canvas"): _data(
-        "sample",
-        "quick_canvas",
+_DATA = (
+    Source(
+        "sample quick_canvas",
+        Path("data/quick-canvas-dataset/sample"),
         Hub("dipeshlav/sample-quick-unlearn-canvas", "dataset", "sample-quick-unlearn-canvas.zip"),
-        folder="quick-canvas-dataset",
-        layout=_CANVAS,
+        _CANVAS,
     ),
-    ("full", "quick_canvas"): _data(
-        "full",
-        "quick_canvas",
+    Source(
+        "full quick_canvas",
+        Path("data/quick-canvas-dataset/full"),
         Hub("nebulaanish/quick-canvas-benchmark", "dataset"),
-        folder="quick-canvas-dataset",
-        layout=_CANVAS,
+        _CANVAS,
     ),
-    ("sample", "i2p"): _data(
-        "sample",
-        "i2p",
+    Source(
+        "sample i2p",
+        Path("data/i2p-dataset/sample"),
         Hub("dipeshlav/sample_i2p_dataset", "dataset", "sample.zip"),
-        folder="i2p-dataset",
-        layout=_I2P,
+        _I2P,
     ),
-    ("full", "i2p"): _data(
-        "full", "i2p", Hub("nebulaanish/i2p-dataset", "dataset"), folder="i2p-dataset", layout=_I2P
-    ),
-}
+    Source("full i2p", Path("data/i2p-dataset/full"), Hub("nebulaanish/i2p-dataset", "dataset"), _I2P),
+)
+DATA = {tuple(source.name.split()): source for source in _DATA}
 """(size, data set) -> source."""
 
-MODELS: dict[str, Source] = {
-    "compvis": Source(
+_ALL_MODELS = (
+    Source(
         "compvis",
-        "download_model compvis",
         Path("models/compvis"),
         Hub(_MODELS, "model", "compvis.zip"),
-        rf"style50/[^/]+{_WEIGHTS}",
+        rf"style50/{_WEIGHTS}",
         single="style50/compvis{suffix}",
     ),
-    "diffuser": Source(
-        "diffuser",
-        "download_model diffuser",
-        Path("models/diffuser"),
-        Hub(_MODELS, "model", "diffuser.zip"),
-        r"style50/.+",
-    ),
-    "classifier": Source(
+    Source("diffuser", Path("models/diffuser"), Hub(_MODELS, "model", "diffuser.zip"), r"style50/.+"),
+    Source(
         "classifier",
-        "download_model classifier",
         Path("models/classifier_ckpt_path"),
         Drive("1AoazlvDgWgc3bAyHDpqlafqltmn4vm61"),
-        rf"[^/]+{_WEIGHTS}",
+        _WEIGHTS,
         single="{stem}{suffix}",
     ),
-}
+)
+MODELS = {source.name: source for source in _ALL_MODELS}
 """Model -> source."""

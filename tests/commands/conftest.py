@@ -31,19 +31,24 @@ class Faults:
 
 
 class Server:
-    """`files` maps paths to bytes; `requests` holds (path, Range header) of what was asked."""
+    """`files` maps paths to bytes; `requests` holds (path, Range header) of what was asked by GET."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.faults = Faults()
         self.requests: list[tuple[str, str | None]] = []
         self.headers: list[dict[str, str]] = []
+        self.heads: list[tuple[str, dict[str, str]]] = []
         self.redirects: dict[str, str] = {}
+        self.hub_headers: dict[str, dict[str, str]] = {}
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 server.answer(self)
+
+            def do_HEAD(self) -> None:
+                server.answer_head(self)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -64,22 +69,48 @@ class Server:
         self, repo: str, kind: str, files: dict[str, bytes], *, commit: str, large: bool = True
     ) -> None:
         """The hub's answers about one repository at one commit."""
-        siblings = []
+        siblings, tree = [], []
         for name, body in files.items():
             blob = hashlib.sha1(f"blob {len(body)}\0".encode() + body).hexdigest()
             entry: dict[str, Any] = {"rfilename": name, "size": len(body), "blobId": blob}
+            node: dict[str, Any] = {"type": "file", "path": name, "size": len(body), "oid": blob}
+            etag = blob
             if large:
                 sha = hashlib.sha256(body).hexdigest()
                 entry["lfs"] = {"size": len(body), "sha256": sha, "pointerSize": 134}
+                node["lfs"] = {"size": len(body), "oid": sha, "pointerSize": 134}
+                etag = sha
             siblings.append(entry)
+            tree.append(node)
             prefix = "datasets/" if kind == "dataset" else ""
-            self.files[f"/{prefix}{repo}/resolve/{commit}/{name}"] = body
+            path = f"/{prefix}{repo}/resolve/{commit}/{name}"
+            self.files[path] = body
+            self.hub_headers[path] = {
+                "X-Repo-Commit": commit,
+                "X-Linked-Etag": f'"{etag}"',
+                "X-Linked-Size": str(len(body)),
+            }
         info = json.dumps(
             {"id": repo, "sha": commit, "siblings": siblings, "tags": [], "downloads": 0}
         ).encode()
         for revision in ("main", commit):
             self.files[f"/api/{kind}s/{repo}/revision/{revision}"] = info
         self.files[f"/api/{kind}s/{repo}"] = info
+        self.files[f"/api/{kind}s/{repo}/tree/{commit}"] = json.dumps(tree).encode()
+
+    def answer_head(self, request: BaseHTTPRequestHandler) -> None:
+        """The hub's answer about one of its files, which never goes wrong; `heads` holds (path, headers) of these."""
+        path = request.path.partition("?")[0]
+        self.heads.append((path, dict(request.headers)))
+        if path in self.redirects:
+            request.send_response(302)
+            request.send_header("Location", self.redirects[path])
+        else:
+            request.send_response(200 if path in self.files else 404)
+            request.send_header("Content-Length", str(len(self.files.get(path, b""))))
+        for name, value in self.hub_headers.get(path, {}).items():
+            request.send_header(name, value)
+        request.end_headers()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path, wanted = request.path.partition("?")[0], request.headers.get("Range")

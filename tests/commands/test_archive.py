@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mu.commands.archive import ArchiveError, Limits, archive_kind, check, unpack
+from mu.commands.archive import ArchiveError, Limits, archive_kind, unpack
 
 FILES = {"a/1.jpg": b"one", "a/2.jpg": b"two" * 1000, "b/3.txt": b""}
 
@@ -103,10 +103,10 @@ def test_promise_13_a_bomb_is_rejected_before_writing(tmp_path: Path, make: obje
     path = make(tmp_path / "x", [("zeros", bytes(70 << 20))])  # type: ignore[operator]
     refused(path, r"over 200 times as many.*--max_ratio")
     refused(path, r"more than 1,000 bytes unpacked.*--max_bytes", Limits(max_bytes=1000))
-    assert check(path, Limits(max_ratio=5000)) == ["zeros"]
+    assert unpack(path, tmp_path / "ratio", limits=Limits(max_ratio=5000), progress=False) == ["zeros"]
     path = make(tmp_path / "x", [(str(number), b"") for number in range(30)])  # type: ignore[operator]
     refused(path, r"more than 29 entries.*--max_files", Limits(max_files=29))
-    assert len(check(path, Limits(max_files=30))) == 30
+    assert len(unpack(path, tmp_path / "count", limits=Limits(max_files=30), progress=False)) == 30
 
 
 def test_promise_13_a_zip_that_lies_about_its_size_writes_no_more_than_it_says(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mu.commands.create_env import main, package_source
-from mu.commands.environment_file import (
+from mu.commands.backends import EnvironmentProblem
+from mu.commands.create_env import (
     ALGORITHMS,
-    EnvironmentProblem,
-    environment_names,
+    algorithm_names,
     find_environment,
+    main,
+    package_source,
     read_environment,
 )
 
@@ -63,25 +64,60 @@ FILE = ALGORITHMS / NAME / "environment.yaml"
 
 
 def test_the_algorithms_file_is_read() -> None:
-    environment = read_environment(FILE)
-    assert NAME in environment_names()
+    environment = read_environment(FILE, NAME)
+    assert NAME in algorithm_names()
     assert (environment.name, environment.python, environment.conda_only) == (NAME, "3.11", ())
     assert any(line.startswith("torch>=") for line in environment.pip)
-    assert [environment.accepts(version) for version in ("3.11.7", "3.1.1", "3.12.0")] == [True, False, False]
 
 
 def test_a_wrong_name_lists_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["saliency-unlearn"])
     assert ended.value.code == 2
-    known = ", ".join(environment_names())
-    assert f"there are: {known}. Did you mean {NAME}?" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"there are: {', '.join(algorithm_names())}. Did you mean {NAME}?" in said
 
 
 @pytest.mark.parametrize("name", ["../saliency_unlearning", "", "configs", "."])
 def test_only_the_folder_of_an_algorithm_is_a_name(name: str) -> None:
     with pytest.raises(EnvironmentProblem, match="no algorithm"):
         find_environment(name)
+
+
+@pytest.mark.parametrize("name", algorithm_names())
+def test_every_method_has_an_environment_under_its_own_name(
+    condas: Condas, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    condas.add("conda")
+    assert main([name]) == 0
+    file = find_environment(name)
+    assert condas.calls == [
+        f"conda env create -n {name} -f {file}",
+        f"conda run -n {name} python -m pip install {SOURCE}",
+    ]
+    assert main([name, "--backend", "venv", "--python", sys.executable, "--dry_run"]) == 0
+    assert f"/.venv-{name}" in capsys.readouterr().out
+
+
+def test_a_new_method_needs_no_environment_of_its_own(
+    condas: Condas, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is hard-coded: a folder that is a package is a method, and the file for all is taken."""
+    root = algorithm(tmp_path / "root", "name: other\ndependencies: [python]\n", "with_own")
+    for name in ("erase", "no_package"):
+        (root / name).mkdir()
+    (root / "erase/__init__.py").write_text("")
+    assert algorithm_names(root) == ["with_own"]
+    (root / "environment.yaml").write_text((ALGORITHMS / "environment.yaml").read_text())
+    assert algorithm_names(root) == ["erase", "with_own"]
+    condas.add("mamba")
+    assert main(["erase", "--dry_run"], root=root) == 0
+    assert f"mamba env create -n erase -f {root}/environment.yaml" in capsys.readouterr().out
+    assert main(["with_own", "--dry_run"], root=root) == 0
+    assert f"mamba env create -n other -f {root}/with_own/environment.yaml" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["eraze"], root=root)
+    assert "Did you mean erase?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -236,7 +272,7 @@ def test_a_package_that_only_conda_has_is_named(tmp_path: Path, capsys: pytest.C
 def test_a_malformed_file_is_an_error(tmp_path: Path, text: str) -> None:
     root = algorithm(tmp_path, text)
     with pytest.raises(EnvironmentProblem, match=r"environment\.yaml"):
-        read_environment(root / "tiny/environment.yaml")
+        read_environment(root / "tiny/environment.yaml", "tiny")
 
 
 def test_the_package_is_installed_from_this_checkout() -> None:

@@ -20,12 +20,14 @@ from typing import Any
 import pytest
 
 from mu.commands import download_data
+from mu.commands import fetch as fetch_module
 from mu.commands.archive import ArchiveError, Limits
 from mu.commands.download import download
 from mu.commands.files import DownloadError, DownloadQuotaError
 from mu.commands.origins import Wish
 from mu.commands.record import exclusive
 from mu.commands.sources import DATA, DATA_ALIASES, MIRROR_VARIABLE, MODELS, Hub
+from tests.commands.conftest import noise
 
 SOURCE = DATA["sample", "quick_canvas"]
 COMMITS = ("1" * 40, "2" * 40)
@@ -323,15 +325,58 @@ def test_the_hub_is_pinned_to_the_commit_of_the_first_time(
     )
 
 
+def test_promise_08_a_large_file_of_the_hub_goes_on_where_it_was_cut(
+    server: Any, canvas_zip: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own library would begin it anew in the next run."""
+    monkeypatch.setenv("HF_ENDPOINT", server.root)
+    monkeypatch.setattr("mu.commands.hub.LARGE_BYTES", 1)
+    put_sample(server, canvas_zip, COMMITS[0])
+    real = fetch_module.fetch
+    monkeypatch.setattr("mu.commands.hub.fetch", lambda *given, **more: real(*given, **more, attempts=1))
+    server.faults.cut_after = [10**6, 5_000]  # the answer about the repository comes whole
+    with pytest.raises(DownloadError, match=r"closed after 5,000.*kept"):
+        download(wish())
+    monkeypatch.setattr("mu.commands.hub.fetch", real)
+    assert len(download(wish()).files) == 12
+    assert [span for path, span in server.requests if "/resolve/" in path] == [None, "bytes=5000-"]
+
+
+def test_of_a_repository_only_what_is_missing_is_fetched_after_a_cut(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = DATA["full", "i2p"]
+    assert isinstance(source.origin, Hub)
+    monkeypatch.setenv("HF_ENDPOINT", server.root)
+    files = {f"images/hate/{number}.jpg": noise(400, number) for number in range(6)}
+    server.put_hub(source.origin.repo, "dataset", files, commit=COMMITS[0])
+    broken = next(path for path in server.files if path.endswith("/3.jpg"))
+    body = server.files.pop(broken)
+    with pytest.raises(DownloadError, match="the download stopped; run the command again"):
+        download(wish(source=source))
+    assert not Path("data/sample").exists()
+    server.files[broken] = body
+    came = [path for path, _ in server.requests if "/resolve/" in path]
+    result = download(wish(source=source))
+    assert {name: (result.folder / name).read_bytes() for name in result.files} == files
+    fetched = [path for path, _ in server.requests if "/resolve/" in path]
+    assert sorted(fetched) == sorted({path for path in server.files if "/resolve/" in path})
+    assert len(came) < len(fetched)
+
+
+@pytest.mark.parametrize("large_bytes", [1, 1 << 30])
 @pytest.mark.parametrize("large", [True, False])
 def test_a_file_that_is_not_what_the_hub_says_is_refused(
-    server: Any, canvas_zip: bytes, monkeypatch: pytest.MonkeyPatch, large: bool
+    server: Any, canvas_zip: bytes, monkeypatch: pytest.MonkeyPatch, large: bool, large_bytes: int
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", server.root)
+    monkeypatch.setattr("mu.commands.hub.LARGE_BYTES", large_bytes)
     put_sample(server, canvas_zip, COMMITS[0], large=large)
     name = next(path for path in server.files if path.endswith(".zip"))
     server.files[name] = canvas_zip[:-1] + b"\xff"
-    with pytest.raises(DownloadError, match=r"should be|git hash differs"):
+    with pytest.raises(
+        DownloadError, match=r"SHA-256 is|(sha256|git-sha1) of sample-quick-unlearn-canvas.zip is"
+    ):
         download(wish())
     assert not Path("data/sample").exists()
 
@@ -346,20 +391,23 @@ def test_a_whole_repository_keeps_its_folders(server: Any, monkeypatch: pytest.M
     assert content(result.folder) == {"prompts/i2p.csv", "images/hate/0.jpg"}
 
 
-def test_a_token_stays_with_its_host(server: Any, canvas_zip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large_bytes", [1, 1 << 30])
+def test_a_token_stays_with_its_host(
+    server: Any, canvas_zip: bytes, monkeypatch: pytest.MonkeyPatch, large_bytes: int
+) -> None:
     """The hub sends large files from another host, which must not get the token."""
     monkeypatch.setenv("HF_ENDPOINT", server.root)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("mu.commands.hub.LARGE_BYTES", large_bytes)
     put_sample(server, canvas_zip, COMMITS[0])
     name = next(path for path in server.files if path.endswith(".zip"))
     server.redirects[name] = server.put("elsewhere/x.zip", canvas_zip).replace("127.0.0.1", "localhost")
     download(wish())
-    tokens = {
-        path: headers.get("Authorization")
-        for (path, _), headers in zip(server.requests, server.headers, strict=True)
-    }
-    assert tokens[name] == "Bearer hf_secret"
-    assert tokens["/elsewhere/x.zip"] is None
+    asked = [path for path, _ in server.requests]
+    tokens = [*zip(asked, server.headers, strict=True), *server.heads]
+    sent = {path: {name.lower(): value for name, value in headers.items()} for path, headers in tokens}
+    assert sent[name]["authorization"] == "Bearer hf_secret"
+    assert "authorization" not in sent["/elsewhere/x.zip"]
     assert all("secret" not in path.read_text() for path in Path("data").glob("*.json"))
 
 

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.mask_file import save_mask
-from mu.commands.convert_config import ConvertConfig
+from mu.commands.convert import ConvertConfig
 from mu.config import check_paths
 from mu.ldm import CheckpointError, LatentDiffusion, describe_checkpoint, load_model, save_checkpoint
 from mu.ldm.convert import convert_checkpoint

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mu.algorithms.saliency_unlearning import configs
 from mu.cli import HelpAsked, command_line, parse_cli
-from mu.commands.patch_config import ApplyPatchConfig
+from mu.commands.apply_patch import ApplyPatchConfig
 from mu.config import Config, ConfigError, as_dict, assemble, dump, keys_of, load_config, override
 from mu.config_values import Key
 from mu.evaluation.config import EvaluateConfig, SampleConfig

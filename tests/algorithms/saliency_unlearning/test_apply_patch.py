@@ -15,7 +15,7 @@ from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgori
 from mu.algorithms.saliency_unlearning.scripts.apply_patch import main
 from mu.algorithms.saliency_unlearning.scripts.convert import main as convert
 from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, unet_fingerprint
-from mu.commands.patch_config import ApplyPatchConfig
+from mu.commands.apply_patch import ApplyPatchConfig
 from mu.config import ConfigError
 from mu.ldm import load_model
 from mu.ldm.ema import ema_name, with_ema_weights

@@ -13,7 +13,7 @@ import torch
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.scripts.convert import main
 from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX
-from mu.commands.convert_config import ConvertConfig
+from mu.commands.convert import ConvertConfig
 from mu.config import ConfigError, check_paths
 from mu.ldm import load_model
 from mu.ldm.ema import ema_name
