@@ -166,6 +166,7 @@ def in_the_callers_group(place: tuple[int, int]) -> list[int]:
         return on_ranks(ranks.gathered, rank, "cpu,cpu")
     finally:
         assert dist.is_initialized(), "the caller's group is his to end"
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys(), "the environment is what it was"
         dist.destroy_process_group()
 
 
