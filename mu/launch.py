@@ -1,10 +1,8 @@
 """Run a function in several processes of this machine, one for each device, and give back what it returned.
 
 Each is a Python of its own, with the environment that torchrun would give it; Lightning Fabric makes them a group
-(`mu.ranks`). Fabric's own ways to start them do not do: its scripts are started anew with the arguments of the
-caller's, who may be at a Python prompt; its spawned processes run the caller's script again, are refused in a notebook,
-start CUDA in the caller's process, and hang with a result of more than 64 KiB; forked ones cannot use CUDA where the
-caller has. None hands a signal on, or brings an error back as it was (docs/devices.md).
+(`mu.ranks`). Fabric's own launchers run the caller's script again or are refused in a notebook, hang with a result
+that a pipe does not hold, and hand no signal on: tried in docs/architecture.md, "Several processes".
 """
 
 from __future__ import annotations

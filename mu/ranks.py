@@ -308,8 +308,8 @@ def _group_of(place: _Place, devices: Sequence[str]) -> Fabric:
     import torch
     import torch.distributed as dist
     from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import TorchElasticEnvironment
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     if len(devices) not in (1, place.local_world_size):
         raise RankError(
@@ -321,8 +321,9 @@ def _group_of(place: _Place, devices: Sequence[str]) -> Fabric:
         torch.device("cuda", int(name.removeprefix("cuda:"))) if is_cuda else torch.device("cpu")
         for name in devices
     ]
-    # What is announced there is not for the user's console; our own log says the device.
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    # What Fabric announces is not for the console. Where pytorch_lightning has been imported, it speaks for both.
+    for name in ("lightning_fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator="cuda" if is_cuda else "cpu",
         num_nodes=place.world_size // place.local_world_size,
@@ -336,6 +337,7 @@ def _group_of(place: _Place, devices: Sequence[str]) -> Fabric:
     )
     try:
         fabric.launch()
+        fabric.all_reduce(torch.zeros(1, device=fabric.device))  # NCCL connects, and looks at the GPUs
     except dist.DistBackendError as error:
         if "Duplicate GPU" in str(error):  # NCCL's words
             raise RankError(
@@ -350,7 +352,7 @@ def _described(place: _Place) -> Iterator[None]:
     """While it lasts, the environment says this process' place as torchrun does: that is where Fabric reads it."""
     said = dict(zip(_TORCHRUN, map(str, place), strict=True))
     if "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_JOB_ID" in os.environ:
-        from lightning_fabric.plugins.environments import SLURMEnvironment
+        from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
         # Where the processes meet follows from the step's nodes and from the job and step, unless it is set.
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))

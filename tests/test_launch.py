@@ -43,14 +43,23 @@ def test_two_processes_exchange_what_they_have_and_share_the_cores(monkeypatch):
 
 SCRIPT = """
 import os, sys
+from beside import large
 from mu.launch import on_ranks
 
 print("the script runs")
 before = dict(os.environ)
 for _ in range(2):
-    print(len(on_ranks(bytes, 1_000_000, "cpu,cpu")), "bytes")
+    print(len(on_ranks(large, 1_000_000, "cpu,cpu")), "bytes")
 assert os.environ == before
 assert "torch" not in sys.modules
+"""
+BESIDE = """
+import os
+if "RANK" in os.environ:
+    import pytorch_lightning  # as what a run imports does; it has a word to say of the processes
+
+def large(size):
+    return bytes(size)
 """
 
 
@@ -59,15 +68,17 @@ def test_a_script_without_a_guard_and_a_python_prompt_start_processes(tmp_path, 
     """The caller's code is run once, its environment is what it was, and torch (and so CUDA) is left to the others."""
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text(BESIDE)
     arguments, typed = (
         ([str(path)], "") if how == "script" else (["-i"], f"exec(open({str(path)!r}).read())\n")
     )
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run(
         [sys.executable, *arguments], env=environ, input=typed, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.splitlines() == ["the script runs", "1000000 bytes", "1000000 bytes"], done.stderr
     assert "Error" not in done.stderr
+    assert "distributed" not in done.stderr, "Lightning's announcements"
 
 
 def test_one_device_is_this_process_alone():
@@ -134,6 +145,34 @@ def test_a_signal_before_the_processes_have_begun_is_no_failure(tmp_path, number
     with pytest.raises(raised):
         on_ranks(rank_work.wait_for_signal, str(tmp_path / "ready"), "cpu,cpu")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_nobody_else_is_given_the_port_where_the_processes_meet(monkeypatch):
+    started = subprocess.Popen
+
+    def start(*args, env, **kwargs):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", int(env["MASTER_PORT"])))
+        return started(*args, env=env, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert on_ranks(rank_work.exchanges, None, "cpu,cpu")["from_main"] == 1
+
+
+def test_two_steps_of_a_slurm_job_meet_at_two_ports(monkeypatch):
+    names = ("MASTER_ADDR", "MASTER_PORT", *ranks._TORCHRUN)
+    for name in (*names, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "first,second")
+    ports = set()
+    for step in ("0", "1"):
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        with ranks._described(ranks._Place(1, 2, 0, 1)):
+            assert [os.environ[name] for name in ("MASTER_ADDR", "RANK")] == ["first", "1"]
+            ports.add(os.environ["MASTER_PORT"])
+    assert len(ports) == 2
+    assert not os.environ.keys() & set(names), "the environment is what it was"
 
 
 def test_in_a_group_of_the_callers_the_run_is_one_of_it():
