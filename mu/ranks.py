@@ -276,11 +276,12 @@ def joined(devices: Sequence[str]) -> Iterator[None]:
         devices: of the processes of one machine, in their order; or a single one that each of them finds for itself.
 
     Raises:
-        RankError: there are not as many devices as processes on this machine, or two processes share a GPU.
+        RankError: there are not as many devices as processes on this machine, machines have different numbers of
+            processes, or two processes share a GPU.
     """
     global _place, _fabric, _made_group
     theirs = _callers_group()
-    place = theirs or _started()
+    place = _started() if started_world_size() > 1 else theirs or _ALONE
     if _fabric is not None or place == _ALONE:
         yield
         return
@@ -315,6 +316,10 @@ def _group_of(place: _Place, devices: Sequence[str]) -> Fabric:
         raise RankError(
             f"devices: {','.join(devices)} names {len(devices)} devices for {place.local_world_size} processes on this "
             "machine; name one for each process, or a single one where each process sees only its own"
+        )
+    if place.world_size % place.local_world_size:
+        raise RankError(
+            f"{place.world_size} processes, {place.local_world_size} of them on this machine: start as many on each"
         )
     is_cuda = "cpu" not in devices and torch.cuda.is_available()
     each = [

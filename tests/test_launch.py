@@ -120,12 +120,35 @@ def test_a_process_that_waits_for_a_failed_one_is_ended_and_not_blamed(tmp_path,
     assert not _alive(int(path.read_text()))
 
 
-def test_under_torchrun_one_run_comes_after_the_other():
+def torchrun_on_one_node(rank, port):
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    return {name: str(value) for name, value in (places | meeting).items()}
+
+
+def srun_on_two_nodes(rank, port):
+    step = {
+        "JOB_ID": 12,
+        "STEP_ID": 0,
+        "STEP_NUM_TASKS": 2,
+        "STEP_TASKS_PER_NODE": "1(x2)",
+        "PROCID": rank,
+        "LOCALID": 0,
+    }
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {f"SLURM_{name}": str(value) for name, value in step.items()} | meeting
+
+
+@pytest.mark.parametrize(
+    ("start", "devices", "local_ranks"),
+    [(torchrun_on_one_node, "cpu,cpu", (0, 1)), (srun_on_two_nodes, "cpu", (0, 0))],
+)
+def test_where_others_start_the_processes_one_run_comes_after_the_other(start, devices, local_ranks):
     port = _free_port()
-    places = [(rank, port) for rank in (0, 1)]
+    tasks = [(devices, start(rank, port)) for rank in (0, 1)]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(rank_work.again_and_again, places))
-    assert found == [[[10 * turn, 10 * turn + 1] for turn in range(10)]] * 2
+        found = list(pool.map(rank_work.again_and_again, tasks))
+    assert found == [[[(10 * turn + rank, local_ranks[rank]) for rank in (0, 1)] for turn in range(10)]] * 2
 
 
 @pytest.mark.parametrize(
