@@ -238,9 +238,12 @@ def _started(environ: Mapping[str, str] = os.environ) -> _Place:
         return _ALONE
     if (tasks := int(environ.get("SLURM_STEP_NUM_TASKS", 1))) == 1:
         return _ALONE
-    # Tasks on each node, such as 4, or 4(x2) for two nodes; the first number is this node's where they are equal.
-    here = environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0]
-    return _Place(int(environ["SLURM_PROCID"]), tasks, int(environ["SLURM_LOCALID"]), int(here))
+    each = environ["SLURM_STEP_TASKS_PER_NODE"]  # such as 4, or 4(x2) for two nodes
+    if "," in each:  # as in 2,1: every process is taken for one of a node of its own
+        return _Place(int(environ["SLURM_PROCID"]), tasks, 0, 1)
+    return _Place(
+        int(environ["SLURM_PROCID"]), tasks, int(environ["SLURM_LOCALID"]), int(each.partition("(")[0])
+    )
 
 
 def is_grouped() -> bool:

@@ -252,6 +252,8 @@ def test_a_rank_is_read_from_the_environment_of_torchrun_and_slurm():
     slurm |= {"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
     assert (started_rank(slurm), started_world_size(slurm)) == (5, 8)
     assert started_local_rank(slurm) == 1
+    uneven = {**slurm, "SLURM_STEP_TASKS_PER_NODE": "5,3"}
+    assert (started_rank(uneven), started_local_rank(uneven), started_world_size(uneven)) == (5, 0, 8)
     batch_script = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "unlearn"}
     assert (started_rank(batch_script), started_world_size(batch_script)) == (0, 1)
     srun_in_salloc = {**slurm, "SLURM_JOB_NAME": "interactive"}
