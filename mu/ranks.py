@@ -1,23 +1,26 @@
-"""The processes of one run, one for each device: which of them this is, and what they tell each other.
+"""The processes of one run, one for each device: which of them this is, and what they exchange.
 
-A run of one process is alone: there is one rank, 0, and every exchange gives back what went in. `mu.launch`, torchrun
-and SLURM start several; between `joined` and its end they are a group. All of them then have to come to each exchange,
-in the same order: what one alone may meet, an error too, is told to the others (`on_main`, `in_step`).
+A run of one process is alone: there is one rank, 0, and every exchange gives back what went in. Of several, each is
+started by `mu.launch`, torchrun or srun, and between `joined` and its end they are a group, which Lightning Fabric
+makes. All of them then have to come to each exchange, in the same order: what one alone may meet, an error too, is told
+to the others (`on_main`, `in_step`). torch and Fabric are imported only where there are several.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mu.errors import MuError
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
     from torch import Tensor
 
 T = TypeVar("T")
@@ -25,8 +28,6 @@ _BUCKET_BYTES = 64 << 20
 """Tensors that are summed together: few exchanges, bounded extra memory."""
 _TIMEOUT = timedelta(hours=24)
 """For one exchange: while one process measures, the others wait. Who started them sees to it if one has died."""
-
-
 _SLURM_SPECIAL_STEPS = 0xFFFFFFF0
 """From this number on, a step is no `srun`: the batch script, an interactive prompt."""
 
@@ -35,9 +36,8 @@ class RankError(MuError, RuntimeError):
     """The processes of a run cannot work together, or one of them has failed."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where this process stands in its group."""
+class _Place(NamedTuple):
+    """Where this process stands among those of its run, in all and on this machine."""
 
     rank: int
     world_size: int
@@ -49,8 +49,12 @@ _ALONE = _Place(0, 1, 0, 1)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """Environment variables of torchrun, in the order of `_Place`."""
 _place = _ALONE
-_made = False
-"""Whether the group of torch.distributed is of `joined`."""
+_fabric: Fabric | None = None
+"""While this process is `joined` with others."""
+_made_group = False
+
+
+# Which process this is
 
 
 def rank() -> int:
@@ -66,11 +70,6 @@ def world_size() -> int:
 def local_rank() -> int:
     """Which of the processes of this machine this is."""
     return _place.local_rank
-
-
-def local_world_size() -> int:
-    """How many processes of the run are on this machine."""
-    return _place.local_world_size
 
 
 def is_main() -> bool:
@@ -94,35 +93,55 @@ def largest_share(count: int) -> int:
     return -(-count // _place.world_size)
 
 
+# What the processes exchange
+
+
 def sum_(tensors: Iterable[Tensor]) -> None:
-    """Add up tensors over all processes, in place; afterwards all have the same bits.
+    """All-reduce: add up tensors over all processes, in place; afterwards all have the same bits.
 
     Args:
         tensors: dense, on one device; of the same shapes and dtypes, in the same order, in every process.
     """
-    if _place.world_size == 1:
+    if _fabric is None:
         return
     import torch
-    import torch.distributed as dist
 
     for bucket in _buckets(tensors):
         if len(bucket) == 1 and bucket[0].is_contiguous():
-            dist.all_reduce(bucket[0])
+            bucket[0].copy_(_summed(_fabric, bucket[0]))
             continue
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])  # (n,)
-        dist.all_reduce(flat)
+        flat = _summed(_fabric, torch.cat([tensor.reshape(-1) for tensor in bucket]))  # (n,)
         for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
 
+def _summed(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """The sum, in the tensor itself where that is on the group's device."""
+    summed = fabric.all_reduce(tensor, reduce_op="sum")
+    return summed  # type: ignore[return-value]  # a tensor for a tensor
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and (filled + tensor.nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
 def gathered(value: T) -> list[T]:
-    """The values of all processes, by rank. They have to be small, and of kinds that pickle."""
-    if _place.world_size == 1:
+    """All-gather: the values of all processes, by rank. They have to be small, and of kinds that pickle."""
+    if _fabric is None:
         return [value]
     import torch.distributed as dist
 
     values: list[Any] = [None] * _place.world_size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value)  # Fabric gathers tensors of one shape alone
     return values
 
 
@@ -133,14 +152,8 @@ def together(mine: Sequence[T]) -> list[T]:
 
 
 def from_main(value: T) -> T:
-    """The main process' value. It has to be small, and of a kind that pickles."""
-    if _place.world_size == 1:
-        return value
-    import torch.distributed as dist
-
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+    """Broadcast: the main process' value. It has to be small, and of a kind that pickles."""
+    return value if _fabric is None else _fabric.broadcast(value)
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -149,7 +162,7 @@ def on_main(work: Callable[[], T]) -> T:
     Raises:
         MuError: `work` raised it.
     """
-    if _place.world_size == 1:
+    if _fabric is None:
         return work()
     outcome: tuple[T | None, MuError | None] = (None, None)
     if is_main():
@@ -170,7 +183,7 @@ def in_step() -> Iterator[None]:
     Raises:
         MuError: the first one of them, by rank.
     """
-    if _place.world_size == 1:
+    if _fabric is None:
         yield
         return
     failed: MuError | None = None
@@ -190,8 +203,6 @@ def _of_all(error: MuError) -> MuError:
 
 def sendable(error: MuError) -> MuError:
     """An error that survives the way between processes: itself, or its text in a RankError."""
-    import pickle
-
     try:
         pickle.loads(pickle.dumps(error))
     except (TypeError, AttributeError, pickle.PicklingError):
@@ -199,39 +210,61 @@ def sendable(error: MuError) -> MuError:
     return error
 
 
-def started_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The rank that torchrun, SLURM or `mu.launch` gave to this process; 0 for one that stands alone.
+# What was started together, by the environment alone: also what comes before `joined` can tell
 
-    Reads the environment alone, so that also what comes before `joined` can tell.
-    """
-    if "TORCHELASTIC_RUN_ID" in environ:
-        return int(environ["RANK"])
-    return int(environ.get("SLURM_PROCID", 0)) if _slurm_tasks(environ) > 1 else 0
+
+def started_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """The rank that torchrun, srun or `mu.launch` gave to this process; 0 for one that stands alone."""
+    return _started(environ).rank
 
 
 def started_local_rank(environ: Mapping[str, str] = os.environ) -> int:
     """Which of the processes that were started together on this machine this is."""
-    if "TORCHELASTIC_RUN_ID" in environ:
-        return int(environ["LOCAL_RANK"])
-    return int(environ.get("SLURM_LOCALID", 0)) if _slurm_tasks(environ) > 1 else 0
+    return _started(environ).local_rank
 
 
 def started_world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """How many processes torchrun, SLURM or `mu.launch` started together with this one, itself included.
+    """How many processes torchrun, srun or `mu.launch` started together with this one, itself included."""
+    return _started(environ).world_size
 
-    Reads the environment alone.
-    """
+
+def _started(environ: Mapping[str, str] = os.environ) -> _Place:
     if "TORCHELASTIC_RUN_ID" in environ:
-        return int(environ["WORLD_SIZE"])
-    return _slurm_tasks(environ)
-
-
-def _slurm_tasks(environ: Mapping[str, str]) -> int:
-    """The tasks of this `srun`; 1 outside of one, as in the script of sbatch or at an interactive prompt."""
+        return _Place(*(int(environ[name]) for name in _TORCHRUN))
+    # Outside of a step of srun, SLURM tells of tasks too: of those that the script of sbatch may yet start. Fabric's
+    # own SLURMEnvironment takes them for started, and refuses steps that were not told --ntasks-per-node.
     step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID"))
     if step is None or int(step) >= _SLURM_SPECIAL_STEPS or "SLURM_PTY_PORT" in environ:
-        return 1
-    return int(environ.get("SLURM_STEP_NUM_TASKS", 1))
+        return _ALONE
+    if (tasks := int(environ.get("SLURM_STEP_NUM_TASKS", 1))) == 1:
+        return _ALONE
+    each = environ["SLURM_STEP_TASKS_PER_NODE"]  # such as 4, or 4(x2) for two nodes
+    if "," in each:  # as in 2,1: every process is taken for one of a node of its own
+        return _Place(int(environ["SLURM_PROCID"]), tasks, 0, 1)
+    return _Place(
+        int(environ["SLURM_PROCID"]), tasks, int(environ["SLURM_LOCALID"]), int(each.partition("(")[0])
+    )
+
+
+def is_grouped() -> bool:
+    """Whether this process is one of several that run together, in `joined` or before it."""
+    return _fabric is not None or started_world_size() > 1 or _callers_group() is not None
+
+
+def _callers_group() -> _Place | None:
+    """The group of torch.distributed that is there already, if it is one of several processes."""
+    if "torch.distributed" not in sys.modules:
+        return None
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    return _Place(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+# The group
 
 
 @contextmanager
@@ -246,118 +279,102 @@ def joined(devices: Sequence[str]) -> Iterator[None]:
         devices: of the processes of one machine, in their order; or a single one that each of them finds for itself.
 
     Raises:
-        RankError: there are not as many devices as processes on this machine, or two processes share a GPU.
+        RankError: there are not as many devices as processes on this machine, machines have different numbers of
+            processes, or two processes share a GPU.
     """
-    global _place
+    global _place, _fabric, _made_group
     theirs = _callers_group()
-    if _place is not _ALONE or (theirs is None and started_world_size() == 1):
+    place = _started() if started_world_size() > 1 else theirs or _ALONE
+    if _fabric is not None or place == _ALONE:
         yield
         return
-    place = theirs or (_place_in_torchrun() if "TORCHELASTIC_RUN_ID" in os.environ else _place_in_slurm())
-    _start_group(place, devices, init=theirs is None)
-    _place = place
-    try:
-        yield
-    finally:
-        _place = _ALONE
+    with _described(place):
+        _fabric, _place = _group_of(place, devices), place
+        _made_group = _made_group or theirs is None
+        try:
+            yield
+        finally:
+            _fabric, _place = None, _ALONE
 
 
 def leave() -> None:
     """Part from the group, if `joined` has made one; at the end of a process, when all have done their work."""
-    global _made
-    if _made:
+    global _made_group
+    if _made_group:
         import torch.distributed as dist
 
-        _made = False
+        _made_group = False
         dist.destroy_process_group()
 
 
-def is_grouped() -> bool:
-    """Whether this process is one of several that run together, in `joined` or before it."""
-    return _place is not _ALONE or started_world_size() > 1 or _callers_group() is not None
-
-
-def _callers_group() -> _Place | None:
-    """The group that the caller has set up, if there is one of several processes."""
-    if "torch.distributed" not in sys.modules:
-        return None
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return None
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    return _Place(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-
-
-def _start_group(place: _Place, devices: Sequence[str], *, init: bool) -> None:
-    global _made
+def _group_of(place: _Place, devices: Sequence[str]) -> Fabric:
+    """Fabric sets this process' device and number of threads, and makes the group if there is none."""
     import torch
     import torch.distributed as dist
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     if len(devices) not in (1, place.local_world_size):
         raise RankError(
             f"devices: {','.join(devices)} names {len(devices)} devices for {place.local_world_size} processes on this "
             "machine; name one for each process, or a single one where each process sees only its own"
         )
-    os.environ |= {
-        name: str(value) for name, value in zip(_TORCHRUN, astuple(place), strict=True)
-    }  # for Lightning
-    device = devices[place.local_rank if len(devices) > 1 else 0]
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(device.removeprefix("cuda:")))
-    elif (
-        "OMP_NUM_THREADS" not in os.environ
-    ):  # each would take all cores, and they would be in each other's way
-        torch.set_num_threads(max(1, _cores() // place.local_world_size))
-    if init:
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(
-            backend, rank=place.rank, world_size=place.world_size, timeout=_TIMEOUT
-        )  # finds the others through MASTER_ADDR and MASTER_PORT
-        _made = True
-    elif "cpu" not in str(dist.get_backend_config()):
+    if place.world_size % place.local_world_size:
         raise RankError(
-            "the group that is there exchanges tensors of GPUs alone; set it up with "
-            'init_process_group("cpu:gloo,cuda:nccl")'
+            f"{place.world_size} processes, {place.local_world_size} of them on this machine: start as many on each"
         )
-    if cuda:
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        uuids: list[Any] = [None] * place.world_size
-        dist.all_gather_object(uuids, uuid)
-        if uuids.count(uuid) > 1:
-            raise RankError("devices: two processes have the same GPU; name one for each, as in devices: 0,1")
+    is_cuda = "cpu" not in devices and torch.cuda.is_available()
+    each = [
+        torch.device("cuda", int(name.removeprefix("cuda:"))) if is_cuda else torch.device("cpu")
+        for name in devices
+    ]
+    # What Fabric announces is not for the console. Where pytorch_lightning has been imported, it speaks for both.
+    for name in ("lightning_fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    fabric = Fabric(
+        accelerator="cuda" if is_cuda else "cpu",
+        num_nodes=place.world_size // place.local_world_size,
+        strategy=DDPStrategy(
+            parallel_devices=each * (place.local_world_size // len(each)),
+            cluster_environment=TorchElasticEnvironment(),  # reads what `_described` has set
+            # Objects go over the CPU: who waits for another process keeps no GPU busy.
+            process_group_backend="cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+            timeout=_TIMEOUT,
+        ),
+    )
+    try:
+        fabric.launch()
+        fabric.all_reduce(torch.zeros(1, device=fabric.device))  # NCCL connects, and looks at the GPUs
+    except dist.DistBackendError as error:
+        if "Duplicate GPU" in str(error):  # NCCL's words
+            raise RankError(
+                "devices: two processes have the same GPU; name one for each, as in devices: 0,1"
+            ) from error
+        raise
+    return fabric
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@contextmanager
+def _described(place: _Place) -> Iterator[None]:
+    """While it lasts, the environment says this process' place as torchrun does: that is where Fabric reads it."""
+    said = dict(zip(_TORCHRUN, map(str, place), strict=True))
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_JOB_ID" in os.environ:
+        from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
-
-def _place_in_torchrun() -> _Place:
-    return _Place(*(int(os.environ[name]) for name in _TORCHRUN))
-
-
-def _place_in_slurm() -> _Place:
-    """As `srun` tells it. Where the processes meet follows from the step's nodes and the job, unless it is set."""
-    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-
-    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
-    os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
-    os.environ.setdefault("MASTER_PORT", str(15_000 + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])))
-    # Tasks on each node, such as 4, or 4(x2) for two nodes; the first number is this node's where they are equal.
-    here = os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0]
-    return _Place(started_rank(), started_world_size(), started_local_rank(), int(here))
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    filled = 0
-    for tensor in tensors:
-        if bucket and (filled + tensor.nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(tensor)
-        filled += tensor.nbytes
-    if bucket:
-        yield bucket
+        # Where the processes meet follows from the step's nodes and from the job and step, unless it is set.
+        nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+        number = int(os.environ["SLURM_JOB_ID"]) + 1000 * int(os.environ.get("SLURM_STEP_ID", "0"))
+        said["MASTER_ADDR"] = SLURMEnvironment.resolve_root_node_address(nodes)
+        said["MASTER_PORT"] = str(15_000 + number % 10_000)
+        said |= {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    before = {name: os.environ.get(name) for name in said}
+    os.environ |= said
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import rank_work
 from mu import launch, ranks
 from mu.errors import MuError, Terminated
 from mu.launch import on_ranks
-from mu.ranks import RankError, started_rank, started_world_size
+from mu.ranks import RankError, started_local_rank, started_rank, started_world_size
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,46 @@ def test_two_processes_exchange_what_they_have_and_share_the_cores(monkeypatch):
     assert found["shares"] == [[0, 2, 4], [1, 3]]
     assert found["devices"] == ["cpu", "cpu"]
     assert found["threads"] == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
+
+
+SCRIPT = """
+import os, sys
+from beside import large
+from mu.launch import on_ranks
+
+print("the script runs")
+before = dict(os.environ)
+for _ in range(2):
+    print(len(on_ranks(large, 1_000_000, "cpu,cpu")), "bytes")
+assert os.environ == before
+assert "torch" not in sys.modules
+"""
+BESIDE = """
+import os
+if "RANK" in os.environ:
+    import pytorch_lightning  # as what a run imports does; it has a word to say of the processes
+
+def large(size):
+    return bytes(size)
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "prompt"])
+def test_a_script_without_a_guard_and_a_python_prompt_start_processes(tmp_path, how):
+    """The caller's code is run once, its environment is what it was, and torch (and so CUDA) is left to the others."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text(BESIDE)
+    arguments, typed = (
+        ([str(path)], "") if how == "script" else (["-i"], f"exec(open({str(path)!r}).read())\n")
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environ, input=typed, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.splitlines() == ["the script runs", "1000000 bytes", "1000000 bytes"], done.stderr
+    assert "Error" not in done.stderr
+    assert "distributed" not in done.stderr, "Lightning's announcements"
 
 
 def test_one_device_is_this_process_alone():
@@ -79,12 +120,35 @@ def test_a_process_that_waits_for_a_failed_one_is_ended_and_not_blamed(tmp_path,
     assert not _alive(int(path.read_text()))
 
 
-def test_under_torchrun_one_run_comes_after_the_other():
-    places = [(rank, launch._free_port()) for rank in (0, 1)]
-    places[1] = (1, places[0][1])
+def torchrun_on_one_node(rank, port):
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    return {name: str(value) for name, value in (places | meeting).items()}
+
+
+def srun_on_two_nodes(rank, port):
+    step = {
+        "JOB_ID": 12,
+        "STEP_ID": 0,
+        "STEP_NUM_TASKS": 2,
+        "STEP_TASKS_PER_NODE": "1(x2)",
+        "PROCID": rank,
+        "LOCALID": 0,
+    }
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {f"SLURM_{name}": str(value) for name, value in step.items()} | meeting
+
+
+@pytest.mark.parametrize(
+    ("start", "devices", "local_ranks"),
+    [(torchrun_on_one_node, "cpu,cpu", (0, 1)), (srun_on_two_nodes, "cpu", (0, 0))],
+)
+def test_where_others_start_the_processes_one_run_comes_after_the_other(start, devices, local_ranks):
+    port = _free_port()
+    tasks = [(devices, start(rank, port)) for rank in (0, 1)]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(rank_work.again_and_again, places))
-    assert found == [[[10 * turn, 10 * turn + 1] for turn in range(10)]] * 2
+        found = list(pool.map(rank_work.again_and_again, tasks))
+    assert found == [[[(10 * turn + rank, local_ranks[rank]) for rank in (0, 1)] for turn in range(10)]] * 2
 
 
 @pytest.mark.parametrize(
@@ -106,8 +170,36 @@ def test_a_signal_before_the_processes_have_begun_is_no_failure(tmp_path, number
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_nobody_else_is_given_the_port_where_the_processes_meet(monkeypatch):
+    started = subprocess.Popen
+
+    def start(*args, env, **kwargs):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", int(env["MASTER_PORT"])))
+        return started(*args, env=env, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert on_ranks(rank_work.exchanges, None, "cpu,cpu")["from_main"] == 1
+
+
+def test_two_steps_of_a_slurm_job_meet_at_two_ports(monkeypatch):
+    names = ("MASTER_ADDR", "MASTER_PORT", *ranks._TORCHRUN)
+    for name in (*names, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "first,second")
+    ports = set()
+    for step in ("0", "1"):
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        with ranks._described(ranks._Place(1, 2, 0, 1)):
+            assert [os.environ[name] for name in ("MASTER_ADDR", "RANK")] == ["first", "1"]
+            ports.add(os.environ["MASTER_PORT"])
+    assert len(ports) == 2
+    assert not os.environ.keys() & set(names), "the environment is what it was"
+
+
 def test_in_a_group_of_the_callers_the_run_is_one_of_it():
-    port = launch._free_port()
+    port = _free_port()
     places = [(rank, port) for rank in (0, 1)]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert list(pool.map(rank_work.in_the_callers_group, places)) == [[0, 1], [0, 1]]
@@ -151,10 +243,17 @@ def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path):
 
 
 def test_a_rank_is_read_from_the_environment_of_torchrun_and_slurm():
-    torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4"}
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert (started_rank(torchrun), started_world_size(torchrun)) == (0, 1)
+    torchrun["TORCHELASTIC_RUN_ID"] = "none"
     assert (started_rank(torchrun), started_world_size(torchrun)) == (3, 4)
+    assert started_local_rank(torchrun) == 1
     slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}
+    slurm |= {"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
     assert (started_rank(slurm), started_world_size(slurm)) == (5, 8)
+    assert started_local_rank(slurm) == 1
+    uneven = {**slurm, "SLURM_STEP_TASKS_PER_NODE": "5,3"}
+    assert (started_rank(uneven), started_local_rank(uneven), started_world_size(uneven)) == (5, 0, 8)
     batch_script = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "unlearn"}
     assert (started_rank(batch_script), started_world_size(batch_script)) == (0, 1)
     srun_in_salloc = {**slurm, "SLURM_JOB_NAME": "interactive"}
@@ -179,6 +278,12 @@ def _ready(path: Path) -> list[int]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return [int(file.read_text()) for file in files]
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 def _alive(pid: int) -> bool:

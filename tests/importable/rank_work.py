@@ -139,18 +139,20 @@ def one_hangs(path: str) -> None:
     time.sleep(120)
 
 
-def again_and_again(place: tuple[int, int]) -> list[list[int]]:
-    """In a process that torchrun has started: many runs, one after the other."""
+def again_and_again(task: tuple[str, dict[str, str]]) -> list[list[tuple[int, int]]]:
+    """In a process that torchrun or srun has started: many runs, one after the other; who takes part in each."""
     from mu.launch import on_ranks
 
-    rank, port = place
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in own.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
-    found = [on_ranks(ranks.gathered, 10 * turn + rank, "cpu,cpu") for turn in range(10)]
+    devices, environ = task
+    os.environ |= environ
+    found = [on_ranks(place_in_turn, 10 * turn, devices) for turn in range(10)]
     assert ranks.world_size() == 1
     ranks.leave()
     return found
+
+
+def place_in_turn(turn: int) -> list[tuple[int, int]]:
+    return ranks.gathered((turn + ranks.rank(), ranks.local_rank()))
 
 
 def in_the_callers_group(place: tuple[int, int]) -> list[int]:
@@ -166,6 +168,7 @@ def in_the_callers_group(place: tuple[int, int]) -> list[int]:
         return on_ranks(ranks.gathered, rank, "cpu,cpu")
     finally:
         assert dist.is_initialized(), "the caller's group is his to end"
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys(), "the environment is what it was"
         dist.destroy_process_group()
 
 
