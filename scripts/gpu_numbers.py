@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from benchmark_setup import is_out_of_memory, timed
+from benchmarks.stopwatch_setup import is_out_of_memory, timed
 from gpu_model import checkpoint_path, image_size, model_path
 from gpu_parts import Record, Spec
 from torch import Tensor

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import benchmark as stopwatch
+from benchmarks import stopwatch
 import torch
-from benchmark_setup import Result, build_model, make_arm, read_examples, repeated, timed
-from benchmark_setup import Spec as BenchmarkSpec
+from benchmarks.stopwatch_setup import Result, build_model, make_arm, read_examples, repeated, timed
+from benchmarks.stopwatch_setup import Spec as BenchmarkSpec
 from gpu_model import benchmark_fields
 from gpu_parts import Record, Spec
 

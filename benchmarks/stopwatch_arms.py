@@ -1,4 +1,4 @@
-"""Two other ways to unlearn, which scripts/benchmark.py compares with this library (`benchmark_ours.py`).
+"""Two other ways to unlearn, which the stopwatch compares with this library (`stopwatch_ours.py`).
 
 - `Plain`: written after the public description of the SalUn authors' procedure. fp32; the autoencoder and the text
   encoder run for each batch; attention written out; each batch's gradients are copied to the CPU and summed there; two

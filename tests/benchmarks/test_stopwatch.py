@@ -44,7 +44,7 @@ def parts() -> ModuleType:
 @pytest.fixture(scope="module")
 def spec(benchmark: ModuleType, parts: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tiny scale in fp32, its model and images prepared."""
-    given = benchmark._parser().parse_args(["--scale", "tiny", "--precision", "fp32"])
+    given = benchmark.parser().parse_args(["--scale", "tiny", "--precision", "fp32"])
     fields = benchmark.spec_of(given, tmp_path_factory.mktemp("benchmark"))
     spec = parts.Spec(**fields, part="prepare", arm=None)
     parts.prepare(spec)
@@ -183,7 +183,7 @@ def test_summary_adds_up_and_compares(made: Any) -> None:
 def test_tables_show_what_was_measured_and_why_the_rest_was_not(
     made: Any, benchmark: ModuleType, speed: ModuleType
 ) -> None:
-    given = benchmark._parser().parse_args(["--scale", "tiny"])
+    given = benchmark.parser().parse_args(["--scale", "tiny"])
     settings = benchmark.spec_of(given, Path("folder"))
     page = speed.table({"scale": "tiny", "settings": settings, **benchmark.machine(), **made[0]})
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
@@ -236,7 +236,7 @@ def test_a_part_that_takes_too_long_or_fails_is_recorded(
 def test_each_scale_gives_all_of_a_spec(benchmark: ModuleType, parts: ModuleType) -> None:
     for scale, devices in benchmark.SCALES.items():
         for device in devices:
-            given = benchmark._parser().parse_args(["--scale", scale, "--device", device, "--width", "64"])
+            given = benchmark.parser().parse_args(["--scale", scale, "--device", device, "--width", "64"])
             made = parts.Spec(**benchmark.spec_of(given, Path("folder")), part="mask", arm="ours")
             assert made.overrides["model_channels"] == 64
             assert benchmark.SCALES[scale][device]["overrides"].get("model_channels") != 64
@@ -244,5 +244,5 @@ def test_each_scale_gives_all_of_a_spec(benchmark: ModuleType, parts: ModuleType
 
 def test_an_unknown_arm_is_refused(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark._parser().parse_args(["--scale", "tiny", "--arms", "ours,best"])
+        benchmark.parser().parse_args(["--scale", "tiny", "--arms", "ours,best"])
     assert "'best' is not one of plain, careful, ours" in capsys.readouterr().err

@@ -1,8 +1,8 @@
-"""The results table: every style and every object forgotten in turn by one recipe each, and measured.
+"""The results table: every style and every object forgotten in turn by each method, and measured.
 
-A row is a concept, a method (the recipe, or a control of it) and a threshold. Goes on where it stopped: a finished row
-is noted in a `made.json` below `<output_dir>/runs/<concept>`, and images that exist are not sampled again, those of the
-base model once for all rows. Nothing is chosen by what comes out: each row is unlearned once, and counted.
+A row is a concept, a method with its recipe, and the size of its mask where it has one. Goes on where it stopped: a
+finished row is noted in a `made.json` below `<output_dir>/runs/<concept>`, and images that exist are not sampled again,
+those of the base model once for all rows. Nothing is chosen by what comes out: each row is unlearned once, and counted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,38 +18,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.configs import BenchmarkConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.results_table import (
-    SCORES,
-    Row,
-    by_method,
-    label,
-    markdown,
-    mean_of,
-    reading,
-    scores_of,
-)
-from mu.algorithms.saliency_unlearning.variants import Variant, concept_folder, variants
-from mu.algorithms.saliency_unlearning.workers import at_work, claimed
+from benchmarks.table_config import CONCEPTS, TableConfig
+from benchmarks.table_rows import PlannedRow, concept_folder, planned_rows
+from benchmarks.table_text import SCORES, Row, by_method, label, markdown, mean_of, reading, scores_of
+from benchmarks.workers import at_work, claimed
 from mu.arithmetic import CUBLAS_WORKSPACE, run_arithmetic
 from mu.atomic import write_atomically
 from mu.config import override, require_paths, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.generated import SampleSettings
 from mu.devices import resolve_devices
-from mu.evaluation.classifier import EmojiClassifier, load_classifier
 from mu.evaluation.distances import fid
-from mu.evaluation.evaluate import Grid, MeasuredModel, measure
+from mu.evaluation.emoji_classifier import EmojiClassifier, load_classifier
 from mu.evaluation.features import ClassifierFeatures, features_of
+from mu.evaluation.grid import Grid, MeasuredModel, measure
 from mu.evaluation.metrics import table_csv, unlearning_scores
 from mu.ldm import load_model
 from mu.run_folder import environment
 
 _log = logging.getLogger(__name__)
+_COUNTS = ("steps", "weights_selected", "weights_changed", "weights_total")
+"""What a row keeps of an algorithm's result, where it has it."""
 
 
-def run(config: BenchmarkConfig) -> dict[str, Any]:
+def run(config: TableConfig) -> dict[str, Any]:
     """Make the rows that are missing, and the table.
 
     Returns:
@@ -61,13 +54,13 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         MuError: a run failed; the rows made before it stay.
     """
     require_paths(config)
-    return Benchmark(config).run()
+    return ResultsTable(config).run()
 
 
-class Benchmark:
-    """One table: its recipes, its grid of images, and the folder it is made in."""
+class ResultsTable:
+    """One table: its grid of images, and the folder it is made in."""
 
-    def __init__(self, config: BenchmarkConfig) -> None:
+    def __init__(self, config: TableConfig) -> None:
         self.config = config
         self.folder = Path(config.output_dir)
         self.grid = Grid(STYLES, OBJECTS, config.seeds)
@@ -79,8 +72,9 @@ class Benchmark:
         self._features = features_of(ClassifierFeatures(self.classifier, Path(config.classifier_path).name))
 
     def run(self) -> dict[str, Any]:
+        """See `run`."""
         config = self.config
-        wanted = config.concepts or (*STYLES, *OBJECTS)
+        wanted = config.concepts or CONCEPTS
         rows: dict[str, list[Row]] = {}
         with self._workers(wanted) as wait_for:
             for wait in (False, True):  # concepts that another command is at come last
@@ -89,13 +83,12 @@ class Benchmark:
                         continue
                     wait_for(name)
                     _log.info("concept %d of %d: %s", number + 1, len(wanted), name)
-                    with claimed(concept_folder(self.config, name), wait=wait) as mine:
+                    with claimed(concept_folder(config, name), wait=wait) as mine:
                         if mine:
                             rows[name] = self.rows(name)
                             self.write([row for name in wanted for row in rows.get(name, ())])
-        every = [row for name in wanted for row in rows[name]]
         return {
-            **_summary(every),
+            **_summary([row for name in wanted for row in rows[name]]),
             "cra_prompts": config.cra_prompts,
             "left_out": ", ".join(config.left_out) or "none",
             "table": self.folder / f"{config.table_name}.md",
@@ -117,32 +110,70 @@ class Benchmark:
             yield wait_for
 
     @run_arithmetic()
-    def rows(self, name: str) -> list[Row]:
+    def rows(self, concept: str) -> list[Row]:
         """The rows of one concept: each unlearned once, its images sampled once, scored now."""
-        found = variants(self.config, name)
-        base = self.base(found[0].train)
-        masked = [v for v in found if v.train.masking == "saliency" and self._kept(v, base) is None]
-        thresholds = tuple(dict.fromkeys(t for variant in masked for t in variant.mask.thresholds))
-        seconds = {}
-        if masked:  # one pass of gradients for all masks that are missing
-            made = MaskingAlgorithm(override(masked[0].mask, threshold=thresholds)).run()
-            seconds["mask"] = round(made["seconds"], 1)
-        return [self.row(variant, base, seconds if variant in masked else {}) for variant in found]
+        # 1. What there is, and what an earlier call has made of it
+        planned = planned_rows(self.config, concept)
+        bases = [self.base(row.train) for row in planned]
+        kept = [self._kept(row, base) for row, base in zip(planned, bases, strict=True)]
 
-    def row(self, variant: Variant, base: MeasuredModel, seconds: Mapping[str, float]) -> Row:
-        """One row; what an earlier call made with the same settings is kept. `seconds` are those of its mask."""
-        train = variant.train
-        made = self._kept(variant, base) or self._unlearn(variant, base, seconds)
+        # 2. Masks: one pass of gradients for all that are missing
+        missing = [row for row, made in zip(planned, kept, strict=True) if made is None and row.mask is not None]
+        seconds = self._make_masks(missing) if missing else {}
+
+        # 3. Each row: unlearn, sample, count
+        return [
+            self.row(row, base, made or self._unlearn(row, base, seconds if row in missing else {}))
+            for row, base, made in zip(planned, bases, kept, strict=True)
+        ]
+
+    def _make_masks(self, rows: Sequence[PlannedRow]) -> dict[str, float]:
+        """The masks of all sizes, for the method that has them; the seconds of the pass."""
+        first, stage = rows[0].mask, rows[0].method.mask
+        assert first is not None
+        assert stage is not None
+        thresholds = tuple(dict.fromkeys(row.threshold for row in rows))
+        started = time.monotonic()
+        stage.run(override(first, threshold=thresholds))
+        return {"mask": round(time.monotonic() - started, 1)}
+
+    def _kept(self, row: PlannedRow, base: MeasuredModel) -> Row | None:
+        """What an earlier call made with the same settings."""
+        path = row.folder / "made.json"
+        if not self.config.resume or not path.exists():
+            return None
+        kept: Row = json.loads(path.read_text(encoding="utf-8"))
+        same = kept["settings_sha256"] == row.settings(base.manifest["model"])
+        return kept if same and (self.folder / kept["checkpoint"]).exists() else None
+
+    def _unlearn(self, row: PlannedRow, base: MeasuredModel, seconds: Mapping[str, float]) -> Row:
+        """Make the checkpoint of a row; `seconds` are those of its mask."""
+        started = time.monotonic()
+        made = row.method.train.run(row.train)
+        took = round(time.monotonic() - started, 1)
+        found: Row = {
+            "settings_sha256": row.settings(base.manifest["model"]),
+            "checkpoint": str(Path(made["checkpoint"]).relative_to(self.folder)),
+            "seconds": {**seconds, "train": took},
+            **{key: made[key] for key in _COUNTS if key in made},
+        }
+        write_atomically(row.folder / "made.json", json.dumps(found, indent=2).encode())
+        return found
+
+    def row(self, planned: PlannedRow, base: MeasuredModel, made: Row) -> Row:
+        """One row of the table, of a checkpoint that is there."""
+        train = planned.train
         after = self._measure(train, self.folder / made["checkpoint"])
         row: Row = {
             "template": train.template,
             "template_name": train.template_name,
-            "method": variant.method,
-            "threshold": variant.threshold,
+            "method": planned.name,
+            "recipe": planned.recipe,
+            "threshold": planned.threshold,
         }
-        reference = (
-            self.base(train, self.config.fid_reference_seeds) if self.config.fid_reference_seeds else None
-        )
+        reference = None
+        if self.config.fid_reference_seeds:
+            reference = self.base(train, self.config.fid_reference_seeds)
         for moment, measured in (("before", base), ("after", after)):
             counted = unlearning_scores(
                 measured.predictions,
@@ -156,43 +187,21 @@ class Benchmark:
                 row[moment]["FID"] = self._fid(train, measured, reference)
         return {**row, **made}
 
-    def _kept(self, variant: Variant, base: MeasuredModel) -> Row | None:
-        """What an earlier call made with the same settings."""
-        path = variant.folder / "made.json"
-        if not self.config.resume or not path.exists():
-            return None
-        kept: Row = json.loads(path.read_text(encoding="utf-8"))
-        same = kept["settings_sha256"] == variant.settings(base.manifest["model"])
-        return kept if same and (self.folder / kept["checkpoint"]).is_file() else None
-
-    def _unlearn(self, variant: Variant, base: MeasuredModel, seconds: Mapping[str, float]) -> Row:
-        made = SaliencyUnlearningAlgorithm(variant.train).run()
-        row: Row = {
-            "settings_sha256": variant.settings(base.manifest["model"]),
-            "checkpoint": str(made["checkpoint"].relative_to(self.folder)),
-            "steps": made["steps"],
-            "seconds": {**seconds, "train": round(made["seconds"], 1)},
-            "weights_selected": made["weights_selected"],
-            "weights_changed": made["weights_changed"],
-            "weights_total": made["weights_total"],
-        }
-        write_atomically(variant.folder / "made.json", json.dumps(row, indent=2).encode())
-        return row
-
-    def _fid(self, train: TrainConfig, measured: MeasuredModel, reference: MeasuredModel) -> dict[str, Any]:
+    def _fid(self, train: Any, measured: MeasuredModel, reference: MeasuredModel) -> dict[str, Any]:
         """FID of the images of retained prompts, which are of other seeds than the reference's."""
+        left_out = set(self.config.left_out)
         sets = (
             [
                 image
                 for image in images
                 if image.asked(train.template) != train.template_name
-                and not {image.style, image.object} & set(self.config.left_out)
+                and not {image.style, image.object} & left_out
             ]
             for images in (measured.asked, reference.asked)
         )
         return asdict(fid(*map(self._features, sets), paired=False, resamples=0))
 
-    def base(self, train: TrainConfig, seeds: tuple[int, ...] | None = None) -> MeasuredModel:
+    def base(self, train: Any, seeds: tuple[int, ...] | None = None) -> MeasuredModel:
         """The recipe's model before unlearning, measured once, with the table's seeds or others."""
         key = train.checkpoint(), seeds or self.config.seeds
         if key not in self._bases:
@@ -202,40 +211,36 @@ class Benchmark:
         return self._bases[key]
 
     def _measure(
-        self,
-        train: TrainConfig,
-        checkpoint: Path,
-        *,
-        seeds: tuple[int, ...] | None = None,
-        use_ema: bool = False,
+        self, train: Any, checkpoint: Path, *, seeds: tuple[int, ...] | None = None, use_ema: bool = False
     ) -> MeasuredModel:
-        model = load_model(
-            resolve_path(train.model_config_path), checkpoint, device=self.device, use_ema=use_ema
-        )
-        settings = SampleSettings(
-            self.config.sample_steps, self.config.guidance_scale, model.image_size, self.config.precision
-        )
+        """The images of a checkpoint, sampled where they are missing, and what the classifier sees in them."""
+        config = self.config
+        yaml = resolve_path(train.model_config_path)
+        model = load_model(yaml, checkpoint, device=self.device, use_ema=use_ema)
         return measure(
             model,
             self.classifier,
             self.grid if seeds is None else replace(self.grid, seeds=seeds),
-            settings=settings,
-            batch_size=self.config.batch_size,
+            settings=SampleSettings(
+                config.sample_steps, config.guidance_scale, model.image_size, config.precision
+            ),
+            batch_size=config.batch_size,
             folder=self.folder,
         )
 
     def write(self, rows: Sequence[Row]) -> None:
         """`<table_name>`.json, .csv and .md."""
+        config, path = self.config, self.folder / self.config.table_name
         groups = by_method(rows)
         means = [{kind: mean_of(own, kind) for kind in ("style", "object")} for own in groups.values()]
         content = {
             "seeds": list(self.grid.seeds),
-            "sample_steps": self.config.sample_steps,
-            "guidance_scale": self.config.guidance_scale,
-            "classifier": Path(self.config.classifier_path).name,
-            "cra_prompts": self.config.cra_prompts,
-            "left_out": list(self.config.left_out),
-            "fid_reference_seeds": list(self.config.fid_reference_seeds),
+            "sample_steps": config.sample_steps,
+            "guidance_scale": config.guidance_scale,
+            "classifier": Path(config.classifier_path).name,
+            "cra_prompts": config.cra_prompts,
+            "left_out": list(config.left_out),
+            "fid_reference_seeds": list(config.fid_reference_seeds),
             "environment": environment(),
             "means_percent": means[0],
             "methods": [
@@ -244,9 +249,8 @@ class Benchmark:
             ],
             "rows": list(rows),
         }
-        path = self.folder / self.config.table_name
         write_atomically(f"{path}.json", f"{json.dumps(content, indent=2)}\n".encode())
-        identity = ("template", "template_name", "method", "threshold")
+        identity = ("template", "template_name", "method", "recipe", "threshold")
         scores = scores_of(rows)
         columns = [*identity, *scores, *(f"base_{key}" for key in scores), "seconds"]
         cells = [
@@ -258,17 +262,17 @@ class Benchmark:
             for row in rows
         ]
         write_atomically(f"{path}.csv", table_csv(columns, cells))
-        text = markdown(rows) + reading(self.config.cra_prompts, self.config.left_out)
+        text = markdown(rows) + reading(config.cra_prompts, config.left_out)
         write_atomically(f"{path}.md", text.encode())
 
 
-_worker: Benchmark | None = None
+_worker: ResultsTable | None = None
 """The table, in a process of `at_work`."""
 
 
-def _start(config: BenchmarkConfig, device: str) -> None:
+def _start(config: TableConfig, device: str) -> None:
     global _worker
-    _worker = Benchmark(override(config, devices=(device,)))
+    _worker = ResultsTable(override(config, devices=(device,)))
 
 
 def _make(name: str) -> None:

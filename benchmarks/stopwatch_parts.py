@@ -1,6 +1,6 @@
-"""One measurement of scripts/benchmark.py, in a process of its own so that its peak memory is its own.
+"""One measurement of the stopwatch, in a process of its own so that its peak memory is its own.
 
-python scripts/benchmark_parts.py spec.json result.json     # what benchmark.py runs; `Spec` says what is in the first
+python benchmarks/stopwatch_parts.py spec.json result.json     # what stopwatch.py runs; see `Spec`
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_arms import ALPHA, C_GUIDANCE, LR, attention_written_out
-from benchmark_ours import ARMS
-from benchmark_setup import (
+from benchmarks.stopwatch_arms import ALPHA, C_GUIDANCE, LR, attention_written_out
+from benchmarks.stopwatch_ours import ARMS
+from benchmarks.stopwatch_setup import (
     PROMPTS,
     SUBSTITUTE,
     Result,

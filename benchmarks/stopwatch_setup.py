@@ -1,4 +1,4 @@
-"""What the parts of scripts/benchmark.py share: what is measured, the clock, the memory, the model, the images."""
+"""What the parts of the stopwatch share: what is measured, the clock, the memory, the model, the images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import yaml
-from benchmark_arms import Arm, Examples
-from benchmark_ours import ARMS
+from benchmarks.stopwatch_arms import Arm, Examples
+from benchmarks.stopwatch_ours import ARMS
 
 from mu.config import resolve_path
 from mu.datasets.images import load_image, save_png
@@ -155,19 +155,24 @@ def checkpoint_path(spec: Spec) -> Path:
 
 
 def build_model(spec: Spec) -> LatentDiffusion:
-    """The model with its checkpoint's weights, or random ones; of these, layers that start at zero do not stay so.
+    """The model with its checkpoint's weights, or random ones."""
+    if spec.checkpoint:
+        return load_model(model_yaml(spec), checkpoint_path(spec), device=spec.device)
+    return random_model(spec, "cpu").to(spec.device)
+
+
+@torch.no_grad()
+def random_model(spec: Spec, device: str) -> LatentDiffusion:
+    """Random weights, drawn on a device; layers that start at zero do not stay so.
 
     Else no gradient would pass them, and most saliencies were equal.
     """
-    if spec.checkpoint:
-        return load_model(model_yaml(spec), checkpoint_path(spec), device=spec.device)
     torch.manual_seed(0)
-    model = load_model(model_yaml(spec))
-    with torch.no_grad():
-        for parameter in model.unet.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-    return model.to(spec.device)
+    model = LatentDiffusion(load_model_config(model_yaml(spec)), device=device)
+    for parameter in model.unet.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return model.eval()
 
 
 def prepare(spec: Spec) -> Result:

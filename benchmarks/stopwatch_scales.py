@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py measures at each scale, where no flag says otherwise."""
+"""What the stopwatch measures at each scale, where no flag says otherwise."""
 
 from __future__ import annotations
 
@@ -63,4 +63,4 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tiny": {"cpu": _TINY, "cuda": _TINY},  # for the tests: a model of a moment
 }
-"""Scale -> device -> the fields of `benchmark_setup.Spec` that are its own."""
+"""Scale -> device -> the fields of `stopwatch_setup.Spec` that are its own."""

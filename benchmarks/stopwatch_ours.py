@@ -1,7 +1,7 @@
-"""This library as it is, as an arm of scripts/benchmark.py: its functions in the order of its two commands.
+"""This library as it is, as an arm of the stopwatch: its functions in the order of its two commands.
 
 The parts *mask*, *threshold* and *step* are measured here; the whole job runs the library's two algorithms themselves
-(`benchmark_parts.py`).
+(`stopwatch_parts.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmark_arms import ALPHA, C_GUIDANCE, LR, Arm, Careful, EncodedOnce, Examples, Plain, Values
+from benchmarks.stopwatch_arms import ALPHA, C_GUIDANCE, LR, Arm, Careful, EncodedOnce, Examples, Plain, Values
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency, save_mask, threshold_masks

@@ -1,19 +1,9 @@
-"""Write the tables of speed and memory in README.md, between their markers, from what benchmark.py measured.
-
-python scripts/readme_speed.py            # writes
-python scripts/readme_speed.py --check    # exit code 1 when README.md says something else
-"""
+"""What the stopwatch has measured, as Markdown: a table for each JSON that it wrote."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import readme_section
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 ARMS = ("plain", "careful", "ours")
 Report = dict[str, Any]
 
@@ -38,12 +28,6 @@ _BYTES = {
     "patch_bytes": "patch",
 }
 _STAGE_OF = {"mask_and_threshold": ("mask", "threshold"), "job": ("job_mask", "job_train")}
-
-
-def tables() -> str:
-    """The Markdown of all measurements that are kept; empty where there are none."""
-    files = sorted(BENCHMARKS.glob("speed_*.json"))
-    return "\n\n".join(table(json.loads(file.read_text(encoding="utf-8"))) for file in files)
 
 
 def table(report: Report) -> str:
@@ -116,17 +100,3 @@ def _ratio(value: float | None) -> str:
 
 def _rate(achieved: Report | None) -> str:
     return "-" if achieved is None else f"{achieved['tflops']:.3g} TFLOP/s, {achieved['of_bf16']:.0%} of bf16"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return readme_section.run(
-        "speed",
-        tables,
-        description=__doc__,
-        advice=f"what {BENCHMARKS}/speed_*.json say; run: python scripts/readme_speed.py",
-        arguments=arguments,
-    )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,92 @@
+"""The methods of the results table: for each, how a checkpoint is made that has forgotten one concept.
+
+A method is an entry of `METHODS`. Its algorithm is a class whose `run()` returns a mapping with `checkpoint`, the path of
+the unlearned model; its recipe is a YAML for each kind of concept, among the packaged configs of its algorithm.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mu.config import Config, load_config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a method.
+
+    Attributes:
+        package: such as mu.algorithms.saliency_unlearning.
+        config: name of the config class in `<package>.configs`.
+        algorithm: name of the class in `<package>.algorithm`.
+        recipe: YAML in the folder of `<package>.configs`, with {kind} for "style" or "object".
+    """
+
+    package: str
+    config: str
+    algorithm: str
+    recipe: str
+
+    def config_class(self) -> type[Config]:
+        cls: type[Config] = getattr(importlib.import_module(f"{self.package}.configs"), self.config)
+        return cls
+
+    def run(self, config: Config) -> Mapping[str, Any]:
+        """What the algorithm returns."""
+        algorithm = getattr(importlib.import_module(f"{self.package}.algorithm"), self.algorithm)
+        result: Mapping[str, Any] = algorithm(config).run()
+        return result
+
+    def recipe_path(self, kind: str, recipes: str | None = None) -> Path:
+        """The recipe of a kind; of the folder `recipes`, with a folder for each package, where it has one."""
+        name = self.recipe.format(kind=kind)
+        if recipes is not None:
+            own = Path(recipes) / self.package.rpartition(".")[2] / name
+            if own.is_file():
+                return own
+        configs = importlib.import_module(f"{self.package}.configs").__file__
+        assert configs is not None
+        return Path(configs).parent / name
+
+    def load(self, kind: str, recipes: str | None = None) -> Config:
+        """The recipe of a kind. Raises ConfigError with all mistakes in it."""
+        return load_config(self.config_class(), config_path=self.recipe_path(kind, recipes))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to forget a concept.
+
+    Attributes:
+        train: makes the unlearned checkpoint.
+        mask: makes the mask that `train` finds at `mask_path`, for methods with one.
+        changes: keys of `train` that have other values than the recipe's.
+        seed_key: key of `train` to which the number of the concept is added, so that no two share the luck of one draw.
+    """
+
+    train: Stage
+    mask: Stage | None = None
+    changes: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    seed_key: str | None = None
+
+
+_SALUN = "mu.algorithms.saliency_unlearning"
+_MASK = Stage(_SALUN, "MaskConfig", "MaskingAlgorithm", "emoji_canvas/mask_{kind}.yaml")
+_TRAIN = Stage(_SALUN, "TrainConfig", "SaliencyUnlearningAlgorithm", "emoji_canvas/train_{kind}.yaml")
+
+METHODS: Mapping[str, Method] = {
+    "salun": Method(_TRAIN, mask=_MASK),
+    # Controls: SalUn's recipe but for one thing.
+    "none": Method(_TRAIN, changes={"masking": "none"}),
+    "random": Method(
+        _TRAIN, changes={"masking": "random", "mask_pool": "train_method"}, seed_key="mask_seed"
+    ),
+    "ascent": Method(_TRAIN, changes={"masking": "none", "objective": "ascent"}),
+    "retain": Method(_TRAIN, changes={"masking": "none", "objective": "retain"}),
+}
+"""Name in the table -> method."""
