@@ -26,12 +26,9 @@ from mu.ldm.patch_file import save_patch
 from mu.ldm.tensor_file import open_state_dict
 from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet
 from mu.unlearning.config import ConceptKeys, ModelKeys
-from mu.unlearning.find_checkpoint import DIFFUSERS_NAME
+from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
 from mu.unlearning.moving import TrainingError
 from mu.unlearning.training_config import TrainingKeys
-
-PATCH_NAME = "model.patch.safetensors"
-"""Name of the patch in the folder of a training run."""
 
 _log = logging.getLogger(__name__)
 

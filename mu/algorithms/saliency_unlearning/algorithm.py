@@ -43,10 +43,10 @@ from mu.unlearning.compute import (
     choose,
     computing,
 )
+from mu.unlearning.find_checkpoint import PATCH_NAME
 from mu.unlearning.fit import fit
 from mu.unlearning.moving import names_of
 from mu.unlearning.output import (
-    PATCH_NAME,
     check_save_dtype,
     count_moved,
     load_written_,

@@ -34,6 +34,7 @@ from mu.evaluation.config import (
     EvaluateConfig,
     SampleConfig,
 )
+from mu.unlearning.config import DataKeys
 from mu.unlearning.find_checkpoint import checkpoint_file
 from tests.datasets.drawing import draw_i2p
 
@@ -143,7 +144,7 @@ def test_a_recipe_of_training_looks_where_its_mask_is_put(world_name, kind):
     mask = load_config(MaskConfig, config_path=f"{world_name}/mask_{kind}.yaml", packaged=PACKAGED)
     train = load_config(TrainConfig, config_path=f"{world_name}/train_{kind}.yaml", packaged=PACKAGED)
     assert train.mask_path == mask.output_dir
-    shared = [key.name for key in keys_of(configs.DataKeys)]
+    shared = [key.name for key in keys_of(DataKeys)]
     assert {key: getattr(mask, key) for key in shared} == {key: getattr(train, key) for key in shared}
     assert mask.template == kind
 
@@ -372,7 +373,7 @@ def test_the_command_for_a_missing_mask_makes_the_mask_of_this_concept():
     words = shlex.split(mask_command(config))
     assert words[:3] == ["python", "-m", "mu.algorithms.saliency_unlearning.scripts.generate_mask"]
     mask = parse_cli(MaskConfig, words[3:])
-    for key in keys_of(configs.DataKeys):
+    for key in keys_of(DataKeys):
         assert getattr(mask, key.name) == getattr(config, key.name)
     assert (mask.output_dir, mask.threshold) == ("my masks", 0.3)
 

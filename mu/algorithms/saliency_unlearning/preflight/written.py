@@ -31,8 +31,8 @@ from mu.ldm.patch import INTEGERS, Patch, TensorPatch, places_kind
 from mu.ldm.patch_file import stored_form
 from mu.ldm.tensor_file import FINGERPRINT_KEY
 from mu.ldm.unet_dtype import SAVE_DTYPES
-from mu.unlearning.find_checkpoint import DIFFUSERS_NAME
-from mu.unlearning.output import PATCH_NAME, described_concept
+from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
+from mu.unlearning.output import described_concept
 
 _TEXT_BYTES = 20_000
 _TEXT = "config.yaml, log.txt, metrics and environment"
