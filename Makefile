@@ -40,7 +40,7 @@ demo: $(VENV)/.installed             ## mask, unlearn, sample and evaluate one s
 	$(DOOR).evaluate --config_path emoji_canvas/evaluate_style.yaml
 
 table: $(VENV)/.installed            ## the results table of README.md: every style and object; goes on where it stopped
-	$(DOOR).benchmark_unlearning --config_path emoji_canvas/benchmark.yaml
+	$(BIN)/python -m benchmarks.table --config_path benchmarks/emoji_canvas_table.yaml
 
 test: $(VENV)/.installed-dev         ## the tests; ARGS="-k mask -x" is handed to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)

@@ -1,7 +1,7 @@
 """The methods of the results table: for each, how a checkpoint is made that has forgotten one concept.
 
-A method is an entry of `METHODS`. Its algorithm is a class whose `run()` returns a mapping with `checkpoint`, the path of
-the unlearned model; its recipe is a YAML for each kind of concept, among the packaged configs of its algorithm.
+A method is an entry of `METHODS`. Its algorithm is a class whose `run()` returns a mapping with `checkpoint`, the path
+of the unlearned model; its recipe is a packaged YAML for each kind of concept.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mu.config import Config, load_config
+from mu.algorithms.saliency_unlearning.configs import PACKAGED
+from mu.config import Config, load_config, resolve_path
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Stage:
         package: such as mu.algorithms.saliency_unlearning.
         config: name of the config class in `<package>.configs`.
         algorithm: name of the class in `<package>.algorithm`.
-        recipe: YAML in the folder of `<package>.configs`, with {kind} for "style" or "object".
+        recipe: name of a YAML as `--config_path` takes it, with {kind} for "style" or "object".
     """
 
     package: str
@@ -42,20 +42,17 @@ class Stage:
         result: Mapping[str, Any] = algorithm(config).run()
         return result
 
-    def recipe_path(self, kind: str, recipes: str | None = None) -> Path:
-        """The recipe of a kind; of the folder `recipes`, with a folder for each package, where it has one."""
+    def recipe_path(self, kind: str, recipes: str | None = None) -> str:
+        """The recipe of a kind: that in the folder `recipes`, where it has one, else the packaged one's name."""
         name = self.recipe.format(kind=kind)
-        if recipes is not None:
-            own = Path(recipes) / self.package.rpartition(".")[2] / name
-            if own.is_file():
-                return own
-        configs = importlib.import_module(f"{self.package}.configs").__file__
-        assert configs is not None
-        return Path(configs).parent / name
+        own = None if recipes is None else resolve_path(recipes) / name
+        return name if own is None or not own.is_file() else str(own)
 
     def load(self, kind: str, recipes: str | None = None) -> Config:
         """The recipe of a kind. Raises ConfigError with all mistakes in it."""
-        return load_config(self.config_class(), config_path=self.recipe_path(kind, recipes))
+        return load_config(
+            self.config_class(), config_path=self.recipe_path(kind, recipes), packaged=PACKAGED
+        )
 
 
 @dataclass(frozen=True)

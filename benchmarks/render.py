@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--check", action="store_true", help="write nothing, tell whether the pages are right")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, tell whether the pages are right"
+    )
     check = parser.parse_args(arguments).check
     wrong = 0
     for page, name, make in SECTIONS:

@@ -118,7 +118,9 @@ class ResultsTable:
         kept = [self._kept(row, base) for row, base in zip(planned, bases, strict=True)]
 
         # 2. Masks: one pass of gradients for all that are missing
-        missing = [row for row, made in zip(planned, kept, strict=True) if made is None and row.mask is not None]
+        missing = [
+            row for row, made in zip(planned, kept, strict=True) if made is None and row.mask is not None
+        ]
         seconds = self._make_masks(missing) if missing else {}
 
         # 3. Each row: unlearn, sample, count

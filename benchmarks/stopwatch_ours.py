@@ -10,9 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.stopwatch_arms import ALPHA, C_GUIDANCE, LR, Arm, Careful, EncodedOnce, Examples, Plain, Values
 from torch import Tensor
 
+from benchmarks.stopwatch_arms import (
+    ALPHA,
+    C_GUIDANCE,
+    LR,
+    Arm,
+    Careful,
+    EncodedOnce,
+    Examples,
+    Plain,
+    Values,
+)
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency, save_mask, threshold_masks
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer, salun_loss

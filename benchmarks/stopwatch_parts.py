@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from benchmarks.stopwatch_arms import ALPHA, C_GUIDANCE, LR, attention_written_out
 from benchmarks.stopwatch_ours import ARMS
 from benchmarks.stopwatch_setup import (
@@ -34,8 +36,6 @@ from benchmarks.stopwatch_setup import (
     synchronise,
     timed,
 )
-from torch import Tensor
-
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.ldm import LatentDiffusion, load_model_config

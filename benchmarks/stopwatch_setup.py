@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import yaml
+
 from benchmarks.stopwatch_arms import Arm, Examples
 from benchmarks.stopwatch_ours import ARMS
-
 from mu.config import resolve_path
 from mu.datasets.images import load_image, save_png
 from mu.datasets.streams import draw, generator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.table_config import TableConfig
 from mu.cli import run_door
@@ -11,14 +10,7 @@ from mu.cli import run_door
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(
-        TableConfig,
-        _run,
-        module="benchmarks.table",
-        summary=str(__doc__),
-        packaged=Path(__file__).parent,
-        argv=argv,
-    )
+    return run_door(TableConfig, _run, module="benchmarks.table", summary=str(__doc__), argv=argv)
 
 
 def _run(config: TableConfig) -> object:

@@ -39,8 +39,8 @@ class TableConfig(ScoringKeys):
     )
     recipes: str | None = setting(
         None,
-        "Folder with recipes that replace packaged ones, laid out as <recipes>/<package of the algorithm>/"
-        "emoji_canvas/train_style.yaml; those that it lacks are the packaged ones.",
+        "Folder with recipes that replace packaged ones of the same name, such as "
+        "<recipes>/emoji_canvas/train_style.yaml; those that it lacks are the packaged ones.",
         kind="path",
     )
     fid_reference_seeds: tuple[int, ...] = setting(
@@ -87,7 +87,10 @@ class TableConfig(ScoringKeys):
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
         if self.recipes is not None and not resolve_path(self.recipes).is_dir():
-            yield ("recipes",), f"there is no folder {self.recipes}; give one of recipes, or leave the key out"
+            yield (
+                ("recipes",),
+                f"there is no folder {self.recipes}; give one of recipes, or leave the key out",
+            )
         for kind in ("style", "object"):
             for name in self.methods:
                 yield from self._recipe_problems(name, kind)

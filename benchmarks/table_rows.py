@@ -92,7 +92,7 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
             changes["mask_path"] = str(folder / "masks")
         train: Any = override(recipe, **changes)
         masked = getattr(train, "masking", "none") != "none"
-        for threshold in ((config.thresholds or (train.threshold,)) if masked else (None,)):
+        for threshold in (config.thresholds or (train.threshold,)) if masked else (None,):
             size = {} if threshold is None else {"threshold": threshold}
             own = folder / (name if threshold is None else f"{name}-{threshold:g}")
             mask = None

@@ -125,7 +125,9 @@ def differences_markdown(rows: Sequence[Row]) -> str:
             found = [difference for score in SCORES if (difference := compare(own, others, score))]
             if found:
                 cells = " | ".join(map(_difference, found))
-                lines.append(f"| {label(method, threshold)} | {label(other, size)} | {found[0].n} | {cells} |")
+                lines.append(
+                    f"| {label(method, threshold)} | {label(other, size)} | {found[0].n} | {cells} |"
+                )
     return "\n".join(lines) + "\n"
 
 

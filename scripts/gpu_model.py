@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_parts import Record, Spec
+
 from benchmarks.stopwatch import parser, spec_of
 from benchmarks.stopwatch_parts import measure_device
 from benchmarks.stopwatch_setup import PROMPTS, SUBSTITUTE, model_yaml, prepare, random_model, timed
 from benchmarks.stopwatch_setup import Spec as BenchmarkSpec
-from gpu_parts import Record, Spec
-
 from mu.ldm import save_checkpoint
 from mu.run_folder import environment
 

@@ -22,8 +22,8 @@ from mu.datasets.index import DataError, Row, check_choice, check_folder_names
 from mu.datasets.prompts import canvas_prompt
 from mu.datasets.reading import read_ahead
 from mu.errors import MuError
+from mu.evaluation.asked_images import AskedImage, of_rows
 from mu.evaluation.classifiers import Classifier
-from mu.evaluation.images import AskedImage, of_rows
 from mu.evaluation.metrics import Prediction
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.memory import SCORING_ADVICE, AtOnce

@@ -7,36 +7,40 @@ import csv
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from mu.algorithms.saliency_unlearning import benchmark
-from mu.algorithms.saliency_unlearning.benchmark import SCORES, Benchmark, markdown, mean_of
-from mu.algorithms.saliency_unlearning.configs import BenchmarkConfig
+from benchmarks import results_table
+from benchmarks.methods import METHODS, Method, Stage
+from benchmarks.results_table import ResultsTable
+from benchmarks.table_config import TableConfig
+from benchmarks.table_rows import deciding, planned_rows
+from benchmarks.table_text import SCORES, markdown
+from benchmarks.workers import claimed
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import load_mask
-from mu.algorithms.saliency_unlearning.results_table import means_markdown, reading
-from mu.algorithms.saliency_unlearning.variants import deciding, recipes, variants
-from mu.algorithms.saliency_unlearning.workers import claimed
-from mu.config import check_paths, dump
+from mu.config import ConfigError, check_paths, dump
 from mu.datasets import emoji_canvas
 from mu.datasets.generated import GeneratedImages, SampleSettings
 from mu.datasets.images import load_pixels
-from mu.evaluation.classifier import EmojiClassifier, load_classifier, save_classifier
-from mu.evaluation.evaluate import Grid, measure
+from mu.evaluation.emoji_classifier import EmojiClassifier, load_classifier, save_classifier
 from mu.evaluation.features import ClassifierFeatures
+from mu.evaluation.grid import Grid, measure
 from mu.evaluation.metrics import unlearning_scores
-from mu.ldm import load_model
+from mu.ldm import load_model, save_checkpoint
 
 STYLES, OBJECTS = ("Noto", "Blob"), ("Cats", "Dogs")
 GRID = Grid(STYLES, OBJECTS, (188, 288))
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_runs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchmarkConfig, Any]:
+def finished(tiny_runs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[TableConfig, Any]:
     """A table of the style Noto and the object Dogs, and what its run returned."""
     folder = tmp_path_factory.mktemp("benchmark")
     torch.manual_seed(3)
@@ -50,15 +54,13 @@ def finished(tiny_runs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         recipe = {"template": kind, "template_name": name}
         mask = tiny_runs.mask_config(**recipe, output_dir="elsewhere")
         train = tiny_runs.train_config(**recipe, epochs=1, lr=1e-2, output_dir="elsewhere")
-        (folder / f"mask_{kind}.yaml").write_text(dump(mask))
-        (folder / f"train_{kind}.yaml").write_text(dump(train))
-    config = BenchmarkConfig(
+        for stage, recipe_of in (("mask", mask), ("train", train)):
+            path = folder / "recipes" / "emoji_canvas" / f"{stage}_{kind}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(dump(recipe_of))
+    config = TableConfig(
         concepts=("Noto", "Dogs"),
-        **{
-            f"{kind}_{stage}": str(folder / f"{stage}_{kind}.yaml")
-            for kind in ("style", "object")
-            for stage in ("mask", "train")
-        },
+        recipes=str(folder / "recipes"),
         seeds=(188, 288),
         sample_steps=2,
         guidance_scale=3.0,
@@ -67,15 +69,15 @@ def finished(tiny_runs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         output_dir=str(folder / "table"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "STYLES", STYLES)
-        patch.setattr(benchmark, "OBJECTS", OBJECTS)
-        return config, benchmark.run(config)
+        patch.setattr(results_table, "STYLES", STYLES)
+        patch.setattr(results_table, "OBJECTS", OBJECTS)
+        return config, results_table.run(config)
 
 
 @pytest.fixture(autouse=True)
 def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "STYLES", STYLES)
-    monkeypatch.setattr(benchmark, "OBJECTS", OBJECTS)
+    monkeypatch.setattr(results_table, "STYLES", STYLES)
+    monkeypatch.setattr(results_table, "OBJECTS", OBJECTS)
 
 
 class Begun(Exception):
@@ -87,25 +89,36 @@ def unlearned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the concepts that a table begins to unlearn; it gets no further."""
     begun: list[str] = []
 
-    class Refused:
-        def __init__(self, config: Any) -> None:
-            begun.append(config.template_name)
-            raise Begun
+    def refused(_: Stage, config: Any) -> Any:
+        begun.append(config.template_name)
+        raise Begun
 
-    monkeypatch.setattr(benchmark, "MaskingAlgorithm", Refused)
-    monkeypatch.setattr(benchmark, "SaliencyUnlearningAlgorithm", Refused)
+    monkeypatch.setattr(Stage, "run", refused)
     return begun
 
 
-def try_each(config: BenchmarkConfig) -> None:
+def with_recipe(config: TableConfig, folder: Path, stage: str, kind: str, **lines: str) -> TableConfig:
+    """The same table, with some keys of one recipe changed."""
+    name = f"emoji_canvas/{stage}_{kind}.yaml"
+    shutil.copytree(str(config.recipes), folder, dirs_exist_ok=True)
+    recipe = (folder / name).read_text().splitlines()
+    changed = [
+        f"{key}: {lines[key]}" if (key := line.partition(":")[0]) in lines else line for line in recipe
+    ]
+    assert changed != recipe
+    (folder / name).write_text("\n".join(changed))
+    return replace(config, recipes=str(folder))
+
+
+def try_each(config: TableConfig) -> None:
     """Make the row of each concept, as far as that goes without unlearning."""
-    table = Benchmark(config)
+    table = ResultsTable(config)
     for name in config.concepts or ():
         with contextlib.suppress(Begun):
             table.rows(name)
 
 
-def table_of(config: BenchmarkConfig) -> dict[str, Any]:
+def table_of(config: TableConfig) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((Path(config.output_dir) / "table.json").read_text())
     return content
 
@@ -181,9 +194,9 @@ def test_all_that_a_table_makes_lies_in_its_folder(finished: Any) -> None:
         *("table.csv", "table.json", "table.md"),
     }
     for concept in ("style-Noto", "object-Dogs"):
-        assert {path.name for path in (folder / "runs" / concept).iterdir()} == {
-            *(".lock", "finetuned_models", "made.json", "masks")
-        }
+        made = folder / "runs" / concept
+        assert {path.name for path in made.iterdir()} == {".lock", "masks", "salun-0.5"}
+        assert {path.name for path in (made / "salun-0.5").iterdir()} == {"made.json", "runs"}
     assert result["table"] == folder / "table.md"
     assert not Path("elsewhere").exists()
 
@@ -196,7 +209,7 @@ def test_the_three_tables_say_the_same(finished: Any) -> None:
     with open(Path(config.output_dir) / "table.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     for row, line in zip(content["rows"], lines, strict=True):
-        for key in ("template", "template_name", "method", "threshold"):
+        for key in ("template", "template_name", "method", "recipe", "threshold"):
             assert line[key] == str(row[key])
         for key in (*SCORES, "FID"):
             assert float(line[key]) == row["after"][key]["value"]
@@ -208,20 +221,20 @@ def test_the_three_tables_say_the_same(finished: Any) -> None:
 
 
 @pytest.fixture
-def moved(finished: Any, tmp_path: Path) -> BenchmarkConfig:
+def moved(finished: Any, tmp_path: Path) -> TableConfig:
     """The same table in another folder, which a test may change."""
     config, _ = finished
     shutil.copytree(config.output_dir, tmp_path / "table", copy_function=os.link)
     return replace(config, output_dir=str(tmp_path / "table"))
 
 
-def test_what_is_made_is_kept(moved: BenchmarkConfig, unlearned: list[str]) -> None:
+def test_what_is_made_is_kept(moved: TableConfig, unlearned: list[str]) -> None:
     """Also where the folder has been moved, and by a call for one concept."""
     rows = table_of(moved)["rows"]
     images = {path: path.stat().st_mtime_ns for path in Path(moved.output_dir, "grids").rglob("*.png")}
-    Benchmark(replace(moved, concepts=("Dogs",))).run()
+    ResultsTable(replace(moved, concepts=("Dogs",))).run()
     assert table_of(moved)["rows"] == rows[1:]
-    Benchmark(moved).run()
+    ResultsTable(moved).run()
     assert table_of(moved)["rows"] == rows
     assert unlearned == []
     assert images == {
@@ -230,39 +243,28 @@ def test_what_is_made_is_kept(moved: BenchmarkConfig, unlearned: list[str]) -> N
 
 
 def test_only_a_changed_recipe_unlearns_anew(
-    moved: BenchmarkConfig, unlearned: list[str], tmp_path: Path
+    moved: TableConfig, unlearned: list[str], tmp_path: Path
 ) -> None:
-    for stage, line in (("train", "alpha: 0.75"), ("mask", "c_guidance: 3.0")):
-        recipe = Path(getattr(moved, f"style_{stage}")).read_text()
-        key = line.partition(":")[0]
-        changed = [line if old.startswith(f"{key}:") else old for old in recipe.splitlines()]
-        (tmp_path / "changed.yaml").write_text("\n".join(changed))
-        try_each(replace(moved, **{f"style_{stage}": str(tmp_path / "changed.yaml")}))
+    for stage, changed in (("train", {"alpha": "0.75"}), ("mask", {"c_guidance": "3.0"})):
+        try_each(with_recipe(moved, tmp_path / stage, stage, "style", **changed))
         assert unlearned == ["Noto"], stage
         unlearned.clear()
 
 
-def test_a_key_that_came_later_counts_where_it_is_set(
-    moved: BenchmarkConfig, unlearned: list[str], tmp_path: Path
+def test_a_key_at_its_default_does_not_count(
+    moved: TableConfig, unlearned: list[str], tmp_path: Path
 ) -> None:
-    """`sample_precision` is such a key: rows that were made before it was there have been made with its default."""
-    mask, train = recipes(moved, "Noto")
-    assert mask.sample_precision == "auto"
-    assert "sample_precision" not in deciding(mask)
-    assert {"threshold", "c_guidance", "template_name", "seed"} <= deciding(mask).keys()
-    assert deciding(train)["alpha"] == 0.5  # also at its default
-    assert not {"objective", "mask_pool", "logger"} & deciding(train).keys()
-    assert deciding(train)["wandb"] == "off"  # the default has another name since
-    recipe = Path(moved.style_mask).read_text().replace("sample_precision: auto", "sample_precision: bf16")
-    (tmp_path / "half.yaml").write_text(recipe)
-    try_each(replace(moved, style_mask=str(tmp_path / "half.yaml")))
+    """So rows stay when a key is added: they have been made with its default."""
+    (row,) = planned_rows(moved, "Noto")
+    assert row.mask is not None
+    assert not {"sample_precision", "output_dir"} & deciding(row.mask).keys()
+    assert deciding(row.train)["lr"] == 1e-2
+    try_each(with_recipe(moved, tmp_path / "half", "mask", "style", sample_precision="bf16"))
     assert unlearned == ["Noto"]
 
 
-def test_another_reading_counts_again_and_unlearns_nothing(
-    moved: BenchmarkConfig, unlearned: list[str]
-) -> None:
-    result = Benchmark(replace(moved, cra_prompts="all")).run()
+def test_another_reading_counts_again_and_unlearns_nothing(moved: TableConfig, unlearned: list[str]) -> None:
+    result = ResultsTable(replace(moved, cra_prompts="all")).run()
     assert unlearned == []
     assert (result["cra_prompts"], result["left_out"]) == ("all", "none")
     content = table_of(moved)
@@ -273,19 +275,14 @@ def test_another_reading_counts_again_and_unlearns_nothing(
 
 
 def test_other_weights_unlearn_anew(
-    moved: BenchmarkConfig, unlearned: list[str], tiny_runs: Any, tmp_path: Path
+    moved: TableConfig, unlearned: list[str], tiny_runs: Any, tmp_path: Path
 ) -> None:
-    recipe = Path(moved.object_train).read_text()
-    other = recipe.replace(str(tiny_runs.checkpoint()), str(tiny_runs.checkpoint("other")))
-    assert other != recipe
-    (tmp_path / "other.yaml").write_text(other)
-    try_each(replace(moved, object_train=str(tmp_path / "other.yaml")))
+    other = str(tiny_runs.checkpoint("other"))
+    try_each(with_recipe(moved, tmp_path / "other", "train", "object", ckpt_path=other))
     assert unlearned == ["Dogs"]
 
 
-def test_a_lost_checkpoint_or_resume_false_unlearns_anew(
-    moved: BenchmarkConfig, unlearned: list[str]
-) -> None:
+def test_a_lost_checkpoint_or_resume_false_unlearns_anew(moved: TableConfig, unlearned: list[str]) -> None:
     Path(moved.output_dir, table_of(moved)["rows"][1]["checkpoint"]).unlink()
     try_each(moved)
     assert unlearned == ["Dogs"]
@@ -298,9 +295,7 @@ def test_a_lost_checkpoint_or_resume_false_unlearns_anew(
 
 
 @pytest.fixture(scope="module")
-def compared(
-    finished: Any, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[BenchmarkConfig, dict[str, Any]]:
+def compared(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[TableConfig, dict[str, Any]]:
     """The finished table gone on with: every method for Noto, two thresholds, one of which is the recipe's."""
     config, _ = finished
     folder = tmp_path_factory.mktemp("compared") / "table"
@@ -315,9 +310,9 @@ def compared(
         output_dir=str(folder),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "STYLES", STYLES)
-        patch.setattr(benchmark, "OBJECTS", OBJECTS)
-        benchmark.run(config)
+        patch.setattr(results_table, "STYLES", STYLES)
+        patch.setattr(results_table, "OBJECTS", OBJECTS)
+        results_table.run(config)
     return config, json.loads((folder / "controls.json").read_text())
 
 
@@ -352,23 +347,22 @@ def test_only_missing_masks_are_made_in_one_pass(compared: Any) -> None:
     assert ["mask" in row["seconds"] for row in content["rows"]] == [True, True, *[False] * 5]
 
 
-def test_several_missing_masks_share_a_pass(moved: BenchmarkConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_missing_masks_share_a_pass(moved: TableConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    class Noted:
-        def __init__(self, config: Any) -> None:
-            asked.append(config.thresholds)
-            raise Begun
+    def noted(_: Stage, config: Any) -> Any:
+        asked.append(config.thresholds)
+        raise Begun
 
-    monkeypatch.setattr(benchmark, "MaskingAlgorithm", Noted)
+    monkeypatch.setattr(Stage, "run", noted)
     with pytest.raises(Begun):
-        Benchmark(replace(moved, thresholds=(0.3, 0.5, 0.7))).rows("Noto")
+        ResultsTable(replace(moved, thresholds=(0.3, 0.5, 0.7))).rows("Noto")
     assert asked == [(0.3, 0.7)]
 
 
 def test_the_controls_are_the_recipe_but_for_one_thing(compared: Any) -> None:
     config, _ = compared
-    found = {(v.method, v.threshold): v.train for v in variants(config, "Noto")}
+    found = {(row.name, row.threshold): row.train for row in planned_rows(config, "Noto")}
     recipe = found["salun", 0.5]
     differs = {
         which: {
@@ -390,53 +384,120 @@ def test_the_controls_are_the_recipe_but_for_one_thing(compared: Any) -> None:
     assert differs == {
         ("salun", 0.1): {"threshold"},
         ("salun", 0.5): set(),
-        ("random", 0.1): {"threshold", "masking"},
-        ("random", 0.5): {"masking"},
+        ("random", 0.1): {"threshold", "masking", "mask_pool"},
+        ("random", 0.5): {"masking", "mask_pool"},
         ("none", None): {"masking"},
         ("ascent", None): {"masking", "objective"},
         ("retain", None): {"masking", "objective"},
     }
-    (other,) = (v.train for v in variants(replace(config, methods=("random",), thresholds=None), "Blob"))
-    assert other.mask_seed == recipe.mask_seed + 1  # each concept has a draw of its own
+    (other,) = planned_rows(replace(config, methods=("random",), thresholds=None), "Blob")
+    assert other.train.mask_seed == recipe.mask_seed + 1  # each concept has a draw of its own
 
 
-def test_a_random_mask_of_another_size_is_refused(moved: BenchmarkConfig, tmp_path: Path) -> None:
-    recipe = Path(moved.style_train).read_text().replace("train_method: full", "train_method: xattn")
-    (tmp_path / "narrow.yaml").write_text(recipe)
-    narrow = replace(moved, style_train=str(tmp_path / "narrow.yaml"))
+def test_a_random_mask_of_another_size_is_refused(moved: TableConfig, tmp_path: Path) -> None:
+    narrow = with_recipe(moved, tmp_path / "narrow", "train", "style", train_method="xattn")
     assert check_paths(narrow) == []
     (problem,) = check_paths(replace(narrow, methods=("salun", "random")))
     assert problem.startswith("methods: of xattn, which moves, a random mask would select another number")
 
 
-def test_thresholds_without_a_mask_are_refused(moved: BenchmarkConfig, tmp_path: Path) -> None:
-    recipe = Path(moved.object_train).read_text().replace("masking: saliency", "masking: none")
-    (tmp_path / "unmasked.yaml").write_text(recipe)
-    unmasked = replace(moved, object_train=str(tmp_path / "unmasked.yaml"), thresholds=(0.1,))
-    (problem,) = check_paths(unmasked)
+def test_thresholds_without_a_mask_are_refused(moved: TableConfig, tmp_path: Path) -> None:
+    unmasked = with_recipe(moved, tmp_path / "unmasked", "train", "object", masking="none")
+    (problem,) = check_paths(replace(unmasked, thresholds=(0.1,)))
     assert problem.startswith("thresholds: ")
     assert "has masking none" in problem
+
+
+def test_recipes_are_checked_before_the_table_starts(moved: TableConfig, tmp_path: Path) -> None:
+    wrong = with_recipe(moved, tmp_path / "wrong", "train", "style", alpha="-1", lr="-1")
+    problems = check_paths(wrong)
+    assert len(problems) == 2
+    for key, limit in (("alpha", ">= 0"), ("lr", "> 0")):
+        path = tmp_path / "wrong" / "emoji_canvas" / "train_style.yaml"
+        assert any(f"{path}: {key}: must be {limit}" in problem for problem in problems)
+    (problem,) = check_paths(replace(moved, recipes=str(tmp_path / "absent")))
+    assert problem.startswith("recipes: there is no folder")
+    # A folder without a recipe leaves the packaged one.
+    (row,) = planned_rows(replace(moved, recipes=str(tmp_path)), "Noto")
+    assert row.train.train_method == "xattn"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"concepts": ["Nto"]}, "Did you mean 'Noto'?"),
+        ({"left_out": ["Blob"]}, "'Blob' is forgotten and must be counted"),
+        ({"methods": ["saln"]}, "Did you mean 'salun'?"),
+        ({"fid_reference_seeds": [188]}, "both have 188"),
+    ],
+)
+def test_mistakes_in_the_keys_are_told(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TableConfig(**values)
+    assert expected in "\n".join(caught.value.mistakes)
+
+
+# ---- another method
+
+
+class Halved:
+    """A method without mask, steps or pictures: every weight of the UNet times 0.9."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def run(self) -> dict[str, Any]:
+        model = load_model(self.config.model_config_path, self.config.checkpoint())
+        with torch.no_grad():
+            for parameter in model.unet.parameters():
+                parameter.mul_(0.9)
+        path = Path(self.config.output_dir) / "one" / "model.safetensors"
+        path.parent.mkdir(parents=True)
+        save_checkpoint(model, path)
+        return {"checkpoint": path, "run": path.parent}
+
+
+def test_a_method_is_one_entry(moved: TableConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("a_method")
+    configs, algorithm = ModuleType("a_method.configs"), ModuleType("a_method.algorithm")
+    configs.OwnConfig, algorithm.Halved = TrainConfig, Halved  # type: ignore[attr-defined]
+    for module in (package, configs, algorithm):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    stage = Stage("a_method", "OwnConfig", "Halved", "emoji_canvas/train_{kind}.yaml")
+    entry = Method(stage, changes={"masking": "none"})
+    monkeypatch.setattr("benchmarks.table_rows.METHODS", {**METHODS, "halved": entry})
+    config = replace(moved, concepts=("Noto",), table_name="two")
+    object.__setattr__(config, "methods", ("salun", "halved"))  # its choices were made before the entry
+    rows = ResultsTable(config).rows("Noto")
+    assert [(row["method"], row["threshold"]) for row in rows] == [("salun", 0.5), ("halved", None)]
+    assert rows[1]["recipe"] == "emoji_canvas/train_style.yaml"
+    assert set(rows[1]["seconds"]) == {"train"}
+    assert rows[1]["before"] == rows[0]["before"]
+    assert "steps" not in rows[1]
+    assert rows[1]["after"]["FID"] != rows[0]["after"]["FID"]
+    again = ResultsTable(config).rows("Noto")
+    assert again == rows
 
 
 # ---- several processes
 
 
 def test_a_concept_that_another_command_is_at_comes_last(
-    moved: BenchmarkConfig, unlearned: list[str], monkeypatch: pytest.MonkeyPatch
+    moved: TableConfig, unlearned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And when it is done there, it is only counted here."""
     order: list[str] = []
     other = contextlib.ExitStack()
-    rows = Benchmark.rows
+    rows = ResultsTable.rows
 
-    def noted(self: Benchmark, name: str) -> Any:
+    def noted(self: ResultsTable, name: str) -> Any:
         order.append(name)
         other.close()  # the other command lets go while this one is at the next concept
         return rows(self, name)
 
-    monkeypatch.setattr(Benchmark, "rows", noted)
+    monkeypatch.setattr(ResultsTable, "rows", noted)
     assert other.enter_context(claimed(Path(moved.output_dir, "runs", "style-Noto"), wait=False))
-    Benchmark(moved).run()
+    ResultsTable(moved).run()
     assert order == ["Dogs", "Noto"]
     assert [row["template_name"] for row in table_of(moved)["rows"]] == ["Noto", "Dogs"]
     assert unlearned == []
@@ -446,8 +507,8 @@ def test_a_concept_that_another_command_is_at_comes_last(
 def test_workers_make_each_row_once_and_the_same(finished: Any, tmp_path: Path) -> None:
     """On the whole grid, as patches do not reach the processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "STYLES", emoji_canvas.STYLES)
-        patch.setattr(benchmark, "OBJECTS", emoji_canvas.OBJECTS)
+        patch.setattr(results_table, "STYLES", emoji_canvas.STYLES)
+        patch.setattr(results_table, "OBJECTS", emoji_canvas.OBJECTS)
         config, _ = finished
         classifier = EmojiClassifier(
             "conv", emoji_canvas.STYLES, emoji_canvas.OBJECTS, width=8, input_size=16
@@ -457,82 +518,10 @@ def test_workers_make_each_row_once_and_the_same(finished: Any, tmp_path: Path) 
         both = replace(
             config, seeds=(188,), classifier_path=str(path), workers=2, output_dir=str(tmp_path / "two")
         )
-        benchmark.run(both)
+        results_table.run(both)
         one = replace(both, workers=None, output_dir=str(tmp_path / "one"))
-        benchmark.run(one)
+        results_table.run(one)
     for row, alone in zip(table_of(both)["rows"], table_of(one)["rows"], strict=True):
         assert {**row, "checkpoint": "", "seconds": ""} == {**alone, "checkpoint": "", "seconds": ""}
         models = Path(both.output_dir, row["checkpoint"]).parent.parent
         assert len(list(models.iterdir())) == 1
-
-
-# ---- counting
-
-
-def row(template: str, name: str, seconds: float, **percents: tuple[float, float]) -> dict[str, Any]:
-    """A row whose scores are (before, after) in percent."""
-    return {
-        "template": template,
-        "template_name": name,
-        "before": {key: {"value": before / 100} for key, (before, _) in percents.items()},
-        "after": {key: {"value": after / 100} for key, (_, after) in percents.items()},
-        "seconds": {"mask": seconds, "train": 2 * seconds},
-    }
-
-
-ROWS = [
-    row("style", "Noto", 10.0, UA=(1, 100), IRA=(99, 90), CRA=(98, 94), own=(97, 80)),
-    row("style", "High_Contrast", 20.0, UA=(2, 91), IRA=(97, 95), CRA=(96, 95), own=(95, 70)),
-    row("object", "Cats", 30.0, UA=(0, 50), IRA=(100, 99), CRA=(98, 97.06), own=(99, 12.5)),
-]
-
-
-def test_means_are_of_the_rows_of_their_kind() -> None:
-    assert mean_of(ROWS, "style") == {
-        "UA": 95.5,
-        "IRA": 92.5,
-        "CRA": 94.5,
-        "own": 75.0,
-        "base_UA": 1.5,
-        "base_IRA": 98.0,
-        "base_CRA": 97.0,
-        "base_own": 96.0,
-        "seconds": 45.0,
-    }
-    assert mean_of(ROWS, "object")["CRA"] == 97.06
-    assert mean_of(ROWS[:2], "object") == {}
-
-
-def test_the_usual_reading_is_not_mentioned() -> None:
-    assert reading("retained", ()) == ""
-    assert reading("retained", ["Blob"]) == "\nNot counted: Blob.\n"
-
-
-def test_the_markdown_table_is_the_hand_written_one() -> None:
-    assert markdown(ROWS).splitlines() == [
-        "| kind | forgotten | UA | IRA | base | CRA | base | own | base | seconds |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-        "| style | Noto | 100.0 | 90.0 | 99.0 | 94.0 | 98.0 | 80.0 | 97.0 | 30 |",
-        "| style | High Contrast | 91.0 | 95.0 | 97.0 | 95.0 | 96.0 | 70.0 | 95.0 | 60 |",
-        "| **styles** | **mean** | 95.5 | 92.5 | 98.0 | 94.5 | 97.0 | 75.0 | 96.0 | 45 |",
-        "| object | Cats | 50.0 | 99.0 | 100.0 | 97.1 | 98.0 | 12.5 | 99.0 | 90 |",
-        "| **objects** | **mean** | 50.0 | 99.0 | 100.0 | 97.1 | 98.0 | 12.5 | 99.0 | 90 |",
-    ]
-
-
-def test_several_methods_have_a_table_each_below_their_means() -> None:
-    rows = [
-        *({**row, "method": "salun", "threshold": 0.5} for row in ROWS),
-        {**ROWS[0], "method": "random", "threshold": 0.5},
-        {**ROWS[2], "method": "ascent", "threshold": None},
-    ]
-    means, *tables = markdown(rows).split("\n### ")
-    assert means == means_markdown(rows)
-    assert means.splitlines()[2:] == [
-        "| styles | salun 0.5 | 2 | 95.5 | 92.5 | 98.0 | 94.5 | 97.0 | 75.0 | 96.0 | 45 |",
-        "| styles | random 0.5 | 1 | 100.0 | 90.0 | 99.0 | 94.0 | 98.0 | 80.0 | 97.0 | 30 |",
-        "| objects | salun 0.5 | 1 | 50.0 | 99.0 | 100.0 | 97.1 | 98.0 | 12.5 | 99.0 | 90 |",
-        "| objects | ascent | 1 | 50.0 | 99.0 | 100.0 | 97.1 | 98.0 | 12.5 | 99.0 | 90 |",
-    ]
-    assert [table.partition("\n\n")[0] for table in tables] == ["salun 0.5", "random 0.5", "ascent"]
-    assert tables[0].partition("\n\n")[2].strip() == markdown(ROWS).strip()

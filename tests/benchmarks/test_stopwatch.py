@@ -4,54 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_path() -> Iterator[None]:
-    """These scripts import each other, as Python lets them when they are run."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield
-    sys.path.remove(str(ROOT / "scripts"))
+from benchmarks import speed_text, stopwatch
+from benchmarks import stopwatch_parts as parts
 
 
 @pytest.fixture(scope="module")
-def benchmark(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("benchmark")
-
-
-@pytest.fixture(scope="module")
-def speed(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("readme_speed")
-
-
-@pytest.fixture(scope="module")
-def parts() -> ModuleType:
-    import benchmark_parts
-
-    return benchmark_parts
-
-
-@pytest.fixture(scope="module")
-def spec(benchmark: ModuleType, parts: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tiny scale in fp32, its model and images prepared."""
-    given = benchmark.parser().parse_args(["--scale", "tiny", "--precision", "fp32"])
-    fields = benchmark.spec_of(given, tmp_path_factory.mktemp("benchmark"))
+    given = stopwatch.parser().parse_args(["--scale", "tiny", "--precision", "fp32"])
+    fields = stopwatch.spec_of(given, tmp_path_factory.mktemp("benchmark"))
     spec = parts.Spec(**fields, part="prepare", arm=None)
     parts.prepare(spec)
     return spec
 
 
-def arm_of(parts: ModuleType, spec: Any, name: str) -> tuple[Any, Any, Any]:
+def arm_of(spec: Any, name: str) -> tuple[Any, Any, Any]:
     one = replace(spec, arm=name)
     model = parts.build_model(one)
     arm = parts.make_arm(one, model)
@@ -61,10 +35,10 @@ def arm_of(parts: ModuleType, spec: Any, name: str) -> tuple[Any, Any, Any]:
     return arm, forget, retain
 
 
-def test_arms_compute_the_same_saliency_mask_and_first_update(parts: ModuleType, spec: Any) -> None:
+def test_arms_compute_the_same_saliency_mask_and_first_update(spec: Any) -> None:
     masks, updates, marked = {}, {}, {}
     for name in ("plain", "careful", "ours"):
-        arm, forget, retain = arm_of(parts, spec, name)
+        arm, forget, retain = arm_of(spec, name)
         saliency = arm.saliency(forget.batches(spec.mask_batch_size))
         mask = arm.mask(saliency, spec.threshold)
         masks[name] = torch.cat([values.flatten().bool() for values in mask.values()])
@@ -87,7 +61,7 @@ def test_arms_compute_the_same_saliency_mask_and_first_update(parts: ModuleType,
         assert differ.float().mean() < 1e-3
 
 
-def test_masks_of_one_saliency_are_those_of_a_sort(parts: ModuleType) -> None:
+def test_masks_of_one_saliency_are_those_of_a_sort() -> None:
     stream = torch.Generator().manual_seed(0)
     saliency = {"a": torch.rand((3, 5), generator=stream), "b": torch.rand((7,), generator=stream)}
     every = torch.cat([values.flatten() for values in saliency.values()])
@@ -98,7 +72,7 @@ def test_masks_of_one_saliency_are_those_of_a_sort(parts: ModuleType) -> None:
             assert torch.equal(mask[name].bool(), values >= edge)
 
 
-def test_counts_floating_point_operations(parts: ModuleType, spec: Any) -> None:
+def test_counts_floating_point_operations(spec: Any) -> None:
     counts = parts.count_flops(spec)
     forward = counts["unet_forward"]
     # A backward pass takes twice a forward one, less the gradient of the first layer's input.
@@ -121,7 +95,7 @@ def results(seconds: float, gigabytes: float, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def made(benchmark: ModuleType) -> tuple[dict[str, Any], list[tuple[str, str | None]], list[Any]]:
+def made() -> tuple[dict[str, Any], list[tuple[str, str | None]], list[Any]]:
     """A report from made-up measurements, what was asked for, and what was saved."""
     asked, saved = [], []
     rates = {"side": 64, "fp32_tflops": 1.0, "bf16_tflops": 2.0}
@@ -153,10 +127,10 @@ def made(benchmark: ModuleType) -> tuple[dict[str, Any], list[tuple[str, str | N
             return {"status": "measured", "peak": {"host_bytes": 1}, "weights": {"unet": 1000}, **device}
         return by_arm[arm][part]
 
-    report = benchmark.benchmark(
+    report = stopwatch.benchmark(
         run,
         arms=("plain", "ours"),
-        parts=benchmark.PARTS,
+        parts=stopwatch.PARTS,
         save=lambda report: saved.append(json.loads(json.dumps(report))),
     )
     return report, asked, saved
@@ -180,12 +154,10 @@ def test_summary_adds_up_and_compares(made: Any) -> None:
     assert report["achieved"]["plain"]["mask"]["tflops"] == 0.5
 
 
-def test_tables_show_what_was_measured_and_why_the_rest_was_not(
-    made: Any, benchmark: ModuleType, speed: ModuleType
-) -> None:
-    given = benchmark.parser().parse_args(["--scale", "tiny"])
-    settings = benchmark.spec_of(given, Path("folder"))
-    page = speed.table({"scale": "tiny", "settings": settings, **benchmark.machine(), **made[0]})
+def test_tables_show_what_was_measured_and_why_the_rest_was_not(made: Any) -> None:
+    given = stopwatch.parser().parse_args(["--scale", "tiny"])
+    settings = stopwatch.spec_of(given, Path("folder"))
+    page = speed_text.table({"scale": "tiny", "settings": settings, **stopwatch.machine(), **made[0]})
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
     assert rows[""] == "| | plain | ours | plain / ours |"
     assert rows["**gradients and threshold**"] == "| **gradients and threshold** | 30 s | 3 s | 10 |"
@@ -200,13 +172,9 @@ def test_tables_show_what_was_measured_and_why_the_rest_was_not(
     assert "1,000 weights" in page
 
 
-def test_readme_shows_the_measurements_that_are_kept(speed: ModuleType) -> None:
-    assert speed.main(["--check"]) == 0
-
-
-def test_a_part_runs_in_a_process_of_its_own(benchmark: ModuleType, spec: Any) -> None:
+def test_a_part_runs_in_a_process_of_its_own(spec: Any) -> None:
     fields = {**vars(spec), "part": "threshold", "arm": "ours"}
-    result = benchmark.run_part(fields, Path(spec.folder), timeout_s=300, memory_limit=None)
+    result = stopwatch.run_part(fields, Path(spec.folder), timeout_s=300, memory_limit=None)
     assert result["status"] == "measured"
     assert result["weights"] == 1066308
     assert result["repeats"] == spec.repeats
@@ -215,34 +183,34 @@ def test_a_part_runs_in_a_process_of_its_own(benchmark: ModuleType, spec: Any) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory another process has")
-def test_a_part_that_takes_too_much_memory_is_stopped_and_recorded(benchmark: ModuleType, spec: Any) -> None:
+def test_a_part_that_takes_too_much_memory_is_stopped_and_recorded(spec: Any) -> None:
     fields = {**vars(spec), "part": "threshold", "arm": "ours"}
-    result = benchmark.run_part(fields, Path(spec.folder), timeout_s=300, memory_limit=10_000_000)
+    result = stopwatch.run_part(fields, Path(spec.folder), timeout_s=300, memory_limit=10_000_000)
     assert result == {"status": "out of memory", "message": "more than 0.0 GB"}
 
 
 def test_a_part_that_takes_too_long_or_fails_is_recorded(
-    benchmark: ModuleType, spec: Any, capsys: pytest.CaptureFixture[str]
+    spec: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = {**vars(spec), "part": "threshold", "arm": "ours"}
-    slow = benchmark.run_part(fields, Path(spec.folder), timeout_s=0.1, memory_limit=None)
+    slow = stopwatch.run_part(fields, Path(spec.folder), timeout_s=0.1, memory_limit=None)
     assert slow == {"status": "timed out", "message": "stopped after 0.1 s"}
-    wrong = benchmark.run_part({**fields, "unknown": 1}, Path(spec.folder), timeout_s=300, memory_limit=None)
+    wrong = stopwatch.run_part({**fields, "unknown": 1}, Path(spec.folder), timeout_s=300, memory_limit=None)
     assert wrong["status"] == "failed"
     assert "unknown" in wrong["message"]
     assert "TypeError" in capsys.readouterr().err
 
 
-def test_each_scale_gives_all_of_a_spec(benchmark: ModuleType, parts: ModuleType) -> None:
-    for scale, devices in benchmark.SCALES.items():
+def test_each_scale_gives_all_of_a_spec() -> None:
+    for scale, devices in stopwatch.SCALES.items():
         for device in devices:
-            given = benchmark.parser().parse_args(["--scale", scale, "--device", device, "--width", "64"])
-            made = parts.Spec(**benchmark.spec_of(given, Path("folder")), part="mask", arm="ours")
+            given = stopwatch.parser().parse_args(["--scale", scale, "--device", device, "--width", "64"])
+            made = parts.Spec(**stopwatch.spec_of(given, Path("folder")), part="mask", arm="ours")
             assert made.overrides["model_channels"] == 64
-            assert benchmark.SCALES[scale][device]["overrides"].get("model_channels") != 64
+            assert stopwatch.SCALES[scale][device]["overrides"].get("model_channels") != 64
 
 
-def test_an_unknown_arm_is_refused(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_arm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark.parser().parse_args(["--scale", "tiny", "--arms", "ours,best"])
+        stopwatch.parser().parse_args(["--scale", "tiny", "--arms", "ours,best"])
     assert "'best' is not one of plain, careful, ours" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mu.algorithms.saliency_unlearning.workers import WorkerError, at_work, claimed
+from benchmarks.workers import WorkerError, at_work, claimed
 
 
 def test_a_folder_has_one_claim_at_a_time(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mu.datasets.index import DataError
-from mu.evaluation.pictures import before_after_grid
+from mu.evaluation.before_after import before_after_grid
 from mu.pictures import MARK
 
 STYLES = ("Noto", "Fluent_Flat", "Blob")

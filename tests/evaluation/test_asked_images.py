@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mu.datasets.index import DataError
-from mu.evaluation.images import any_images, folder_images, has_concepts, paired
+from mu.evaluation.asked_images import any_images, folder_images, has_concepts, paired
 
 NAMES = {"styles": ("Noto", "Fluent_Flat"), "objects": ("Cats", "Fluent_Dogs")}
 ASKED = [("Noto", "Cats", 2), ("Noto", "Cats", 10), ("Fluent_Flat", "Fluent_Dogs", 2)]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.algorithms.saliency_unlearning.eval_technique import SaliencyUnlearningTechnique, _device_number
 from mu.config import ConfigError, dump
 from mu.datasets.images import to_picture
+from mu.evaluation.eval_unlearn import SaliencyUnlearningTechnique, _device_number
 from mu.ldm.text_to_image import sample_images
 from tests.memory_limit import hungry
 

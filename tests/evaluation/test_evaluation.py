@@ -23,11 +23,11 @@ from mu.algorithms.saliency_unlearning.scripts import evaluate as evaluate_door
 from mu.config import dump
 from mu.datasets.generated import SampleSettings
 from mu.datasets.index import DataError
-from mu.evaluation import evaluate
-from mu.evaluation.classifier import EmojiClassifier, save_classifier
+from mu.evaluation import evaluation
+from mu.evaluation.asked_images import AskedImage, of_rows
 from mu.evaluation.config import EvaluateConfig
-from mu.evaluation.evaluate import EvaluationError, Grid, MeasuredModel, measure
-from mu.evaluation.images import AskedImage, of_rows
+from mu.evaluation.emoji_classifier import EmojiClassifier, save_classifier
+from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, measure
 from mu.evaluation.metrics import read_predictions, unlearning_scores
 from mu.ldm import LatentDiffusion, save_checkpoint
 from mu.ldm.convert import convert_checkpoint
@@ -99,7 +99,7 @@ def sampled(
 
 
 def test_a_run_leaves_scores_that_its_predictions_give(config: EvaluateConfig) -> None:
-    result = evaluate.run(config)
+    result = evaluation.run(config)
     run = Path(str(result["run"]))
     metrics = json.loads((run / "metrics.json").read_text())
     for name in ("before", "after"):
@@ -129,7 +129,7 @@ def test_a_run_leaves_scores_that_its_predictions_give(config: EvaluateConfig) -
 
 def test_the_reading_of_the_scores_is_printed_with_them(config: EvaluateConfig) -> None:
     """Of 2 styles x 3 objects x 2 seeds; "all" counts the forgotten style's prompts too."""
-    usual = evaluate.run(config)
+    usual = evaluation.run(config)
     assert (usual["cra_prompts"], usual["left_out"]) == ("retained", "none")
     for changes, shown, n in (
         ({}, "none", {"UA": 6, "IRA": 6, "CRA": 6}),
@@ -137,7 +137,7 @@ def test_the_reading_of_the_scores_is_printed_with_them(config: EvaluateConfig) 
         ({"cra_prompts": "all", "left_out": ("Cars",)}, "Cars", {"UA": 4, "IRA": 4, "CRA": 8}),
     ):
         other = replace(config, **changes)  # type: ignore[arg-type]
-        result = usual if not changes else evaluate.run(other)
+        result = usual if not changes else evaluation.run(other)
         assert (result["cra_prompts"], result["left_out"]) == (other.cra_prompts, shown)
         after = json.loads((Path(str(result["run"])) / "metrics.json").read_text())["models"]["after"]
         assert (after["cra_prompts"], after["left_out"]) == (other.cra_prompts, list(other.left_out))
@@ -145,7 +145,7 @@ def test_the_reading_of_the_scores_is_printed_with_them(config: EvaluateConfig) 
 
 
 def test_the_picture_shows_the_images_of_the_first_seed(config: EvaluateConfig) -> None:
-    result = evaluate.run(replace(config, template="object", template_name="Dogs"))
+    result = evaluation.run(replace(config, template="object", template_name="Dogs"))
     with Image.open(str(result["picture"])) as opened:
         picture = numpy.asarray(opened).astype(int)
     run = Path(str(result["run"]))
@@ -161,7 +161,7 @@ def test_the_picture_shows_the_images_of_the_first_seed(config: EvaluateConfig) 
 
 
 def test_without_a_base_there_is_no_before(config: EvaluateConfig) -> None:
-    result = evaluate.run(replace(config, base_ckpt_path=None))
+    result = evaluation.run(replace(config, base_ckpt_path=None))
     assert set(result["UA"]) == {"meaning", "after, %"}  # type: ignore[call-overload]
     assert not (Path(str(result["run"])) / "predictions_before.csv").exists()
 
@@ -169,10 +169,10 @@ def test_without_a_base_there_is_no_before(config: EvaluateConfig) -> None:
 def test_a_base_is_sampled_once_for_all_evaluations(
     config: EvaluateConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    evaluate.run(config)
+    evaluation.run(config)
     caplog.clear()
     with caplog.at_level("INFO", logger="mu"):
-        evaluate.run(replace(config, template="object", template_name="Cars"))
+        evaluation.run(replace(config, template="object", template_name="Cars"))
     assert "before unlearning" in caplog.text
     assert "sampling" not in caplog.text
     assert len(list((Path(config.output_dir) / "grids").iterdir())) == 2
@@ -241,7 +241,7 @@ def test_a_folder_of_other_images_is_refused(
 
 def test_what_the_classifier_does_not_know_is_refused_before_sampling(config: EvaluateConfig) -> None:
     with pytest.raises(EvaluationError, match=r"objects: 'Dogz' .* Cats, Dogs, Cars. Did you mean 'Dogs'"):
-        evaluate.run(replace(config, objects=("Cats", "Dogz")))
+        evaluation.run(replace(config, objects=("Cats", "Dogz")))
     assert not Path(config.output_dir).exists()
 
 
@@ -258,8 +258,8 @@ def metrics_of(result: dict[str, object]) -> dict[str, Any]:
 def test_a_folder_of_images_has_the_scores_of_the_checkpoint_that_drew_them(
     config: EvaluateConfig, tmp_path: Path
 ) -> None:
-    config = replace(config, fid_reference="base", fid_resamples=20)
-    drawn = metrics_of(evaluate.run(config))
+    config = replace(config, fid_reference="base")
+    drawn = metrics_of(evaluation.run(config))
     folders = {}
     for name, model in drawn["models"].items():
         folders[name] = tmp_path / name
@@ -271,7 +271,7 @@ def test_a_folder_of_images_has_the_scores_of_the_checkpoint_that_drew_them(
             shutil.copy(path, folders[name] / f"{style}_{object}_seed{seed}.png")
     given = {"images_dir": str(folders["after"]), "ckpt_path": "none.ckpt", "model_config_path": "none.yaml"}
     both = replace(config, **given, base_images_dir=str(folders["before"]), base_ckpt_path=None)
-    read = metrics_of(evaluate.run(both))
+    read = metrics_of(evaluation.run(both))
     places = {"checkpoint", "images_dir", "images", "sampled_with"}
     for name, model in drawn["models"].items():
         numbers = {key: value for key, value in model.items() if key not in places}
@@ -283,14 +283,14 @@ def test_a_folder_of_images_has_the_scores_of_the_checkpoint_that_drew_them(
 def test_a_base_checkpoint_is_sampled_for_the_images_of_a_folder(
     config: EvaluateConfig, tmp_path: Path
 ) -> None:
-    drawn = metrics_of(evaluate.run(config))
+    drawn = metrics_of(evaluation.run(config))
     folder = tmp_path / "part"
     source = Path(drawn["models"]["after"]["images"])
     for name in ("Noto/Cats/188.png", "Fluent_Flat/Cats/288.png"):
         (folder / name).parent.mkdir(parents=True)
         shutil.copy(source / name, folder / name)
     (folder / "Noto/phone.heic").write_bytes(b"x")
-    result = evaluate.run(replace(config, images_dir=str(folder), styles=None, objects=None))
+    result = evaluation.run(replace(config, images_dir=str(folder), styles=None, objects=None))
     run = Path(str(result["run"]))
     for name in ("before", "after"):
         rows = read_predictions((run / f"predictions_{name}.csv").read_bytes())
@@ -322,14 +322,13 @@ def test_folders_of_other_seeds_are_no_pair(config: EvaluateConfig, tmp_path: Pa
         Image.new("RGB", (16, 16)).save(tmp_path / name / "Noto" / "Cats" / f"{seed}.png")
     folders = {"images_dir": str(tmp_path / "images"), "base_images_dir": str(tmp_path / "base")}
     with pytest.raises(EvaluationError, match="2 are in one of them alone, such as Noto, Cats, 1"):
-        evaluate.run(replace(config, **folders, base_ckpt_path=None, styles=None, objects=None))
+        evaluation.run(replace(config, **folders, base_ckpt_path=None, styles=None, objects=None))
 
 
 def test_the_base_has_a_distance_from_seed_to_seed(config: EvaluateConfig) -> None:
     """Its images of other seeds are the reference of both models; each image is sampled once."""
-    config = replace(config, fid_resamples=20)
     with_seeds = replace(config, fid_reference="base_other_seeds", fid_reference_seeds=(7, 8, 9))
-    result = evaluate.run(with_seeds)
+    result = evaluation.run(with_seeds)
     models = metrics_of(result)["models"]
     for name in ("before", "after"):
         for key in ("fid", "kid"):
@@ -349,7 +348,7 @@ def test_the_base_has_a_distance_from_seed_to_seed(config: EvaluateConfig) -> No
         for path in others.rglob(f"{seed}.png"):
             path.unlink()
     again = replace(config, fid_reference="folder", fid_reference_dir=str(others), base_ckpt_path=None)
-    found = metrics_of(evaluate.run(again))["models"]["after"]["fid"]
+    found = metrics_of(evaluation.run(again))["models"]["after"]["fid"]
     assert found["value"] == models["after"]["fid"]["value"]
     assert found["n_reference"] == 9
 
@@ -359,14 +358,14 @@ def test_a_reference_that_cannot_be_used_is_refused_before_sampling(
 ) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"fid_reference_dir: .* holds no images"):
-        evaluate.run(replace(config, fid_reference="folder", fid_reference_dir=str(tmp_path / "empty")))
+        evaluation.run(replace(config, fid_reference="folder", fid_reference_dir=str(tmp_path / "empty")))
     assert not Path(config.output_dir).exists()
 
 
 def test_which_prompts_fid_is_of_is_an_option(config: EvaluateConfig) -> None:
     for prompts, n in (("retained", 6), ("forgotten", 6), ("all", 12)):
-        chosen = replace(config, fid_reference="base", fid_prompts=prompts, fid_resamples=0)
-        result = evaluate.run(chosen)
+        chosen = replace(config, fid_reference="base", fid_prompts=prompts)
+        result = evaluation.run(chosen)
         models = metrics_of(result)["models"]
         assert (models["after"]["fid"]["n"], result["fid_prompts"]) == (n, prompts)
         assert "fid" not in models["before"]  # the reference itself
@@ -385,7 +384,7 @@ def test_images_without_concepts_need_no_classifier(config: EvaluateConfig, tmp_
     )
     sys.path.insert(0, str(tmp_path))
     try:
-        result = evaluate.run(
+        result = evaluation.run(
             replace(
                 config,
                 classifier="none",
@@ -406,7 +405,7 @@ def test_images_without_concepts_need_no_classifier(config: EvaluateConfig, tmp_
 
 
 def test_every_number_has_its_n_and_interval(config: EvaluateConfig) -> None:
-    found = metrics_of(evaluate.run(replace(config, fid_reference="base", fid_resamples=10)))
+    found = metrics_of(evaluation.run(replace(config, fid_reference="base")))
     after = found["models"]["after"]
     numbers = [after[key] for key in ("UA", "IRA", "CRA", "own", "style_accuracy", "fid", "kid")]
     numbers += [after["memorised"]["confidence"], after["memorised"]["share"]]
@@ -476,7 +475,7 @@ def test_a_diffusers_folder_has_the_scores_of_the_same_weights(
         format="diffusers",
     )
     config = replace(config, base_ckpt_path=config.ckpt_path, ckpt_path=str(tmp_path / "diffusers"))
-    models = metrics_of(evaluate.run(config))["models"]
+    models = metrics_of(evaluation.run(config))["models"]
     assert models["after"]["sampled_with"] == models["before"]["sampled_with"]
     assert models["after"]["style_shares_by_class"] == models["before"]["style_shares_by_class"]
 
@@ -504,9 +503,9 @@ class Clip:
 def test_clip_score_and_nudity_stand_among_the_numbers(
     config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mu.evaluation.quality.load_detector", Detector)
-    monkeypatch.setattr("mu.evaluation.quality.ClipScorer", Clip)
-    result = evaluate.run(
+    monkeypatch.setattr("mu.evaluation.measures.load_detector", Detector)
+    monkeypatch.setattr("mu.evaluation.measures.ClipScorer", Clip)
+    result = evaluation.run(
         replace(config, nudity=True, clip_model="any", left_out=("Cars",), base_ckpt_path=None)
     )
     after = metrics_of(result)["models"]["after"]
@@ -522,14 +521,14 @@ def test_clip_score_and_nudity_stand_among_the_numbers(
 def test_promise_22_an_evaluation_is_the_same_when_memory_runs_out_while_classifying(
     config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = metrics_of(evaluate.run(config))
+    whole = metrics_of(evaluation.run(config))
     # As a method of the class: the run loads a classifier of its own.
     predict = EmojiClassifier.predict
     monkeypatch.setattr(
         EmojiClassifier, "predict", lambda self, images: hungry(partial(predict, self), holds=2)(images)
     )
     with caplog.at_level(logging.WARNING, logger="mu.memory"):
-        cut = metrics_of(evaluate.run(config))
+        cut = metrics_of(evaluation.run(config))
     assert any("out of memory with 5 images at a time" in record.getMessage() for record in caplog.records)
     for name in ("before", "after"):
         for key in ("UA", "IRA", "CRA"):
@@ -539,7 +538,7 @@ def test_promise_22_an_evaluation_is_the_same_when_memory_runs_out_while_classif
 def test_auto_precision_is_noted_as_what_it_is(config: EvaluateConfig) -> None:
     """Images that were sampled in fp32 are found again, and the manifest says so."""
     assert config.precision == "auto"
-    images = metrics_of(evaluate.run(config))["models"]["after"]["images"]
+    images = metrics_of(evaluation.run(config))["models"]["after"]["images"]
     assert json.loads((Path(images) / "manifest.json").read_text())["precision"] == "fp32"
-    again = metrics_of(evaluate.run(replace(config, precision="fp32")))["models"]["after"]["images"]
+    again = metrics_of(evaluation.run(replace(config, precision="fp32")))["models"]["after"]["images"]
     assert again == images

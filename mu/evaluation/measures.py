@@ -11,18 +11,18 @@ from torch import Tensor
 from mu.config import resolve_path
 from mu.datasets.index import concept_names
 from mu.evaluation import classifiers, features
-from mu.evaluation.classifier import load_classifier
+from mu.evaluation.asked_images import AskedImage, paired
 from mu.evaluation.classifiers import Classifier
 from mu.evaluation.clip_score import ClipError, ClipScorer
+from mu.evaluation.config import EvaluateConfig
 from mu.evaluation.distances import DistanceError, fid, kid
+from mu.evaluation.emoji_classifier import load_classifier
 from mu.evaluation.features import FeatureExtractor, image_features
-from mu.evaluation.images import AskedImage, paired
 from mu.evaluation.intervals import mean_estimate
 from mu.evaluation.nudity import Detector, count_nudity, load_detector
-from mu.evaluation.settings import QualitySettings
 
 
-def load_scorer(config: QualitySettings, device: str) -> Classifier | None:
+def load_scorer(config: EvaluateConfig, device: str) -> Classifier | None:
     """The classifier that the settings name, or None for none.
 
     Raises:
@@ -38,12 +38,12 @@ def load_scorer(config: QualitySettings, device: str) -> Classifier | None:
     return classifiers.load_own(config.classifier, device)
 
 
-def scorer_name(config: QualitySettings) -> str:
+def scorer_name(config: EvaluateConfig) -> str:
     """What a result calls the classifier."""
     return Path(config.classifier_path).name if config.classifier == "file" else config.classifier
 
 
-def interpolation(config: QualitySettings) -> str:
+def interpolation(config: EvaluateConfig) -> str:
     """How images are brought to the classifier's size; UnlearnCanvas' own code leaves it to torchvision, bilinear."""
     return config.classifier_resize or ("bilinear" if config.classifier == "unlearn_canvas" else "bicubic")
 
@@ -63,7 +63,7 @@ class Quality:
         MuError: a package or weights are missing, or a class of the user's own is wrong.
     """
 
-    def __init__(self, config: QualitySettings, classifier: Classifier | None, device: str) -> None:
+    def __init__(self, config: EvaluateConfig, classifier: Classifier | None, device: str) -> None:
         self.config = config
         self.device = device
         self.extractor: FeatureExtractor | None = None
@@ -122,9 +122,8 @@ class Quality:
             "prompts": self.config.fid_prompts,
         }
         return {
-            "fid": asdict(fid(*sets, paired=pairs, resamples=self.config.fid_resamples, device=self.device))
-            | described,
-            "kid": asdict(kid(*sets, paired=pairs, subset_size=self.config.kid_subset_size)) | described,
+            "fid": asdict(fid(*sets, paired=pairs, device=self.device)) | described,
+            "kid": asdict(kid(*sets, paired=pairs)) | described,
         }
 
     def _clip_scores(self, images: Sequence[AskedImage], clip: ClipScorer) -> dict[str, object]:

@@ -1,27 +1,26 @@
 """Measures what a model forgot and what it kept: images of every prompt of the grid, classified and counted.
 
 Images are sampled from a checkpoint and kept in `<output_dir>/grids`, see `mu.evaluation.grid`, or lie in a folder, see
-`mu.evaluation.images`. The results go into a new run folder.
+`mu.evaluation.asked_images`. The results go into a new run folder.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mu import ranks
 from mu.atomic import write_atomically
-from mu.config import Config, resolve_path
+from mu.config import resolve_path
 from mu.datasets.generated import GeneratedImages, SampleSettings
 from mu.datasets.index import concept_label
 from mu.datasets.seen_prompts import cut_notes
-from mu.devices import resolve_devices
+from mu.devices import peak_memory_bytes, resolve_devices
 from mu.errors import nothing_begun
-from mu.evaluation.classifiers import Classifier
-from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, classify, measure
-from mu.evaluation.images import (
+from mu.evaluation.asked_images import (
     AskedImage,
     any_images,
     folder_images,
@@ -30,6 +29,10 @@ from mu.evaluation.images import (
     paired,
     rebased,
 )
+from mu.evaluation.classifiers import Classifier
+from mu.evaluation.config import EvaluateConfig
+from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, check_classifier, classify
+from mu.evaluation.measures import Quality, Reference, interpolation, load_scorer
 from mu.evaluation.metrics import (
     Prediction,
     UnlearningScores,
@@ -37,27 +40,27 @@ from mu.evaluation.metrics import (
     predictions_csv,
     unlearning_scores,
 )
-from mu.evaluation.quality import Quality, Reference, interpolation, load_scorer
-from mu.evaluation.results import draw, image_table, percent, sentence, summary, write_metrics
-from mu.evaluation.settings import EvaluationSettings
+from mu.evaluation.report import report_evaluation
+from mu.evaluation.results import draw, image_table, sentence, summary, write_metrics
 from mu.launch import on_ranks
 from mu.ldm import load_model
 from mu.run_folder import RunFolder, shared_folder
 
-__all__ = ["EvaluationError", "EvaluationSettings", "Grid", "MeasuredModel", "measure", "percent", "run"]
 
-
-def run(config: EvaluationSettings) -> dict[str, object]:
+def run(config: EvaluateConfig) -> dict[str, object]:
     """A whole evaluation into a new run folder.
 
     Its files: `metrics.json` and `metrics.csv`; of each model `predictions_<model>.csv` and `images_<model>.csv` (a row
-    an image); `pictures/before_after.png`, `config.yaml`, `environment.json`, `log.txt`. The model "before" is that of
-    `base_ckpt_path` or `base_images_dir` and is left out without one. docs/evaluation.md lists all fields.
+    an image); `pictures/before_after.png`, `config.yaml`, `environment.json`, `log.txt`, `report.html`. The model
+    "before" is that of `base_ckpt_path` or `base_images_dir` and is left out without one. docs/evaluation.md lists all
+    fields.
 
     With several `devices`, as many processes share the sampling; the main one measures. The numbers are those of one.
 
     Returns:
-        What is printed at the end: for each score its meaning and its numbers, how they are read, then paths.
+        What is printed at the end: for each score its meaning and its numbers, how they are read, then paths, `seconds`
+        and `peak_memory_bytes` (of the main process so far). With `report: true` the path `report`, None where a
+        warning says why it could not be written.
 
     Raises:
         MuError: a file is missing or wrong, or the settings do not fit each other; the message says which.
@@ -65,8 +68,9 @@ def run(config: EvaluationSettings) -> dict[str, object]:
     return on_ranks(_run, config, config.devices)
 
 
-def _run(config: EvaluationSettings) -> dict[str, object]:
+def _run(config: EvaluateConfig) -> dict[str, object]:
     """In each process of the run: all sample, and the main one has what measures."""
+    started = time.monotonic()
     made: list[_Evaluation] = []
 
     def open_folder() -> RunFolder:
@@ -80,7 +84,7 @@ def _run(config: EvaluationSettings) -> dict[str, object]:
         sampled = {each.name: _sample(config, each, folder) for each in wanted}
         for note in dict.fromkeys(note for each in sampled.values() for note in each.notes):
             folder.logger.warning(note)
-        return ranks.on_main(lambda: made[0].finish(folder, sampled))
+        return ranks.on_main(lambda: made[0].finish(folder, sampled, started=started))
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class _Sampled:
     notes: tuple[str, ...]
 
 
-def _sample(config: EvaluationSettings, wanted: _Wanted, folder: RunFolder) -> _Sampled:
+def _sample(config: EvaluateConfig, wanted: _Wanted, folder: RunFolder) -> _Sampled:
     folder.logger.info("%s unlearning: %s", wanted.name, wanted.checkpoint)
     with ranks.in_step():
         model = load_model(
@@ -127,7 +131,7 @@ def _sample(config: EvaluationSettings, wanted: _Wanted, folder: RunFolder) -> _
 class _Evaluation:
     """Where the images of each model come from, what the classifier sees in them, and what else is measured."""
 
-    config: EvaluationSettings
+    config: EvaluateConfig
     classifier: Classifier | None
     device: str
     sources: dict[str, Path] = field(init=False)
@@ -185,11 +189,10 @@ class _Evaluation:
             if name not in self.given:
                 yield _Wanted(name, source, images, others)
 
-    def finish(self, run: RunFolder, sampled: Mapping[str, _Sampled]) -> dict[str, object]:
+    def finish(self, run: RunFolder, sampled: Mapping[str, _Sampled], *, started: float) -> dict[str, object]:
         """Measure, and write the files of the run; returns what is printed at the end."""
         config = self.config
-        if isinstance(config, Config):
-            run.save_config(config)
+        run.save_config(config)
         run.save_environment()
         for note in self.notes:
             run.logger.warning(note)
@@ -231,13 +234,22 @@ class _Evaluation:
             classifier=self.classifier,
         )
         picture = draw(run.path / "pictures" / "before_after.png", config, measured)
-        return {
+        result = {
             **summary(config, scores, numbers),
             "images of each model": len(measured["after"].asked),
             "checkpoint" if config.images_dir is None else "images": str(self.sources["after"]),
             **({} if picture is None else {"picture": str(picture)}),
             "run": str(run.path),
+            "seconds": time.monotonic() - started,
+            "peak_memory_bytes": peak_memory_bytes(),
         }
+        if config.report:
+            checkpoint = None if config.images_dir is not None else self.sources["after"]
+            report = report_evaluation(
+                run.path, checkpoint=checkpoint, show_unsafe=config.show_unsafe_pictures
+            )
+            result["report"] = None if report is None else str(report)
+        return result
 
     def _measured(self, run: RunFolder, name: str, sampled: _Sampled | None) -> MeasuredModel:
         """The images of a model, classified."""

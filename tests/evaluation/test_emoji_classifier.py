@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import mu
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.evaluation.classifier import (
+from mu.evaluation.emoji_classifier import (
     ARCHITECTURES,
     ClassifierError,
     EmojiClassifier,

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from mu.arithmetic import run_arithmetic
-from mu.commands.sampling import SamplingError
 from mu.config import ConfigError, load_config, override, require_paths
 from mu.config_file import ConfigFileError, Text, Value, read_flat_file
 from mu.config_values import is_null
@@ -28,7 +27,7 @@ from mu.datasets.index import concept_label
 from mu.datasets.seen_prompts import cut_notes
 from mu.devices import device_names
 from mu.evaluation.config import SampleConfig
-from mu.ldm.text_to_image import sample_images
+from mu.ldm.text_to_image import SamplingError, sample_images
 from mu.unlearning.output import model_of
 
 _OPTIONS = ("sample_steps", "guidance_scale", "eta", "image_size", "batch_size", "precision")
