@@ -70,4 +70,4 @@ readme-keys: $(VENV)/.installed      ## write the table of config keys in README
 
 clean:                               ## remove builds and caches; data, models, outputs and .venv stay
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find mu tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mu benchmarks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

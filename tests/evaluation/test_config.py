@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mu.config import ConfigError, check_paths
+from mu.config import ConfigError, check_paths, load_config
 from mu.datasets.unlearn_canvas_names import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
 from mu.evaluation.config import EvaluateConfig
 
@@ -107,3 +107,13 @@ def test_an_extra_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch)
     )
     assert "pip install nudenet" in found
     assert "pip install torch-fidelity" in found
+
+
+def test_keys_that_are_gone_are_taken_at_their_defaults(tmp_path: Path) -> None:
+    """A config.yaml of the first version goes on working; another value would mean something, and is refused."""
+    old = tmp_path / "config.yaml"
+    old.write_text("fid_resamples: 50\nkid_subset_size: 1000\nfid_prompts: all\n")
+    assert load_config(EvaluateConfig, config_path=old).fid_prompts == "all"
+    old.write_text("fid_resamples: 200\n")
+    with pytest.raises(ConfigError, match="fid_resamples"):
+        load_config(EvaluateConfig, config_path=old)

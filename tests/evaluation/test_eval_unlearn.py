@@ -20,7 +20,7 @@ from mu.evaluation.eval_unlearn import SaliencyUnlearningTechnique, _device_numb
 from mu.ldm.text_to_image import sample_images
 from tests.memory_limit import hungry
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 CATS, DOGS = "A Cats image in Noto style.", "A Dogs image in Blob style."
 OPTIONS: dict[str, Any] = {"devices": "cpu", "sample_steps": 2, "guidance_scale": 3.0}
 
