@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED
 from mu.config import Config, load_config, resolve_path
 
 
@@ -32,10 +31,6 @@ class Stage:
     algorithm: str
     recipe: str
 
-    def config_class(self) -> type[Config]:
-        cls: type[Config] = getattr(importlib.import_module(f"{self.package}.configs"), self.config)
-        return cls
-
     def run(self, config: Config) -> Mapping[str, Any]:
         """What the algorithm returns."""
         algorithm = getattr(importlib.import_module(f"{self.package}.algorithm"), self.algorithm)
@@ -50,9 +45,9 @@ class Stage:
 
     def load(self, kind: str, recipes: str | None = None) -> Config:
         """The recipe of a kind. Raises ConfigError with all mistakes in it."""
-        return load_config(
-            self.config_class(), config_path=self.recipe_path(kind, recipes), packaged=PACKAGED
-        )
+        configs = importlib.import_module(f"{self.package}.configs")
+        cls: type[Config] = getattr(configs, self.config)
+        return load_config(cls, config_path=self.recipe_path(kind, recipes), packaged=configs.PACKAGED)
 
 
 @dataclass(frozen=True)
@@ -63,12 +58,14 @@ class Method:
         train: makes the unlearned checkpoint.
         mask: makes the mask that `train` finds at `mask_path`, for methods with one.
         changes: keys of `train` that have other values than the recipe's.
+        size_key: key of `train`, the fraction of the weights in its mask, for methods with one (of `mask`: `threshold`).
         seed_key: key of `train` to which the number of the concept is added, so that no two share the luck of one draw.
     """
 
     train: Stage
     mask: Stage | None = None
     changes: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    size_key: str | None = None
     seed_key: str | None = None
 
 
@@ -77,11 +74,14 @@ _MASK = Stage(_SALUN, "MaskConfig", "MaskingAlgorithm", "emoji_canvas/mask_{kind
 _TRAIN = Stage(_SALUN, "TrainConfig", "SaliencyUnlearningAlgorithm", "emoji_canvas/train_{kind}.yaml")
 
 METHODS: Mapping[str, Method] = {
-    "salun": Method(_TRAIN, mask=_MASK),
+    "salun": Method(_TRAIN, mask=_MASK, size_key="threshold"),
     # Controls: SalUn's recipe but for one thing.
     "none": Method(_TRAIN, changes={"masking": "none"}),
     "random": Method(
-        _TRAIN, changes={"masking": "random", "mask_pool": "train_method"}, seed_key="mask_seed"
+        _TRAIN,
+        changes={"masking": "random", "mask_pool": "train_method"},
+        size_key="threshold",
+        seed_key="mask_seed",
     ),
     "ascent": Method(_TRAIN, changes={"masking": "none", "objective": "ascent"}),
     "retain": Method(_TRAIN, changes={"masking": "none", "objective": "retain"}),

@@ -91,14 +91,16 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
         if method.mask is not None:
             changes["mask_path"] = str(folder / "masks")
         train: Any = override(recipe, **changes)
-        masked = getattr(train, "masking", "none") != "none"
-        for threshold in (config.thresholds or (train.threshold,)) if masked else (None,):
-            size = {} if threshold is None else {"threshold": threshold}
+        thresholds: tuple[float | None, ...] = (None,)
+        if method.size_key is not None and train.masking != "none":
+            thresholds = config.thresholds or (getattr(train, method.size_key),)
+        for threshold in thresholds:
             own = folder / (name if threshold is None else f"{name}-{threshold:g}")
+            size = {} if threshold is None else {str(method.size_key): threshold}
             mask = None
-            if method.mask is not None and train.masking == "saliency":
+            if method.mask is not None and threshold is not None:
                 stage = method.mask.load(kind, config.recipes)
-                mask = override(stage, **here, **size, output_dir=str(folder / "masks"))
+                mask = override(stage, **here, threshold=threshold, output_dir=str(folder / "masks"))
             found.append(
                 PlannedRow(
                     name,
