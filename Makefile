@@ -40,7 +40,7 @@ demo: $(VENV)/.installed             ## mask, unlearn, sample and evaluate one s
 	$(DOOR).evaluate --config_path emoji_canvas/evaluate_style.yaml
 
 table: $(VENV)/.installed            ## the results table of README.md: every style and object; goes on where it stopped
-	$(DOOR).benchmark_unlearning --config_path emoji_canvas/benchmark.yaml
+	$(BIN)/python -m benchmarks.table --config_path benchmarks/emoji_canvas_table.yaml
 
 test: $(VENV)/.installed-dev         ## the tests; ARGS="-k mask -x" is handed to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
@@ -70,4 +70,4 @@ readme-keys: $(VENV)/.installed      ## write the table of config keys in README
 
 clean:                               ## remove builds and caches; data, models, outputs and .venv stay
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find mu tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mu benchmarks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,7 @@ from mu.evaluation.config import (
     EvaluateConfig,
     SampleConfig,
 )
-from mu.evaluation.evaluate import run as evaluate
+from mu.evaluation.evaluation import run as evaluate
 
 _NEEDED = {"mask": 12, "train_full": 16}
 """GB that weights of SD v1, gradients and, in training, moments take; a smaller card may refuse them."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import _parser, spec_of
-from benchmark_parts import measure_device
-from benchmark_setup import PROMPTS, SUBSTITUTE, model_yaml, prepare, timed
-from benchmark_setup import Spec as BenchmarkSpec
 from gpu_parts import Record, Spec
 
-from mu.ldm import LatentDiffusion, load_model_config, save_checkpoint
+from benchmarks.stopwatch import parser, spec_of
+from benchmarks.stopwatch_parts import measure_device
+from benchmarks.stopwatch_setup import PROMPTS, SUBSTITUTE, model_yaml, prepare, random_model, timed
+from benchmarks.stopwatch_setup import Spec as BenchmarkSpec
+from mu.ldm import save_checkpoint
 from mu.run_folder import environment
 
 
@@ -52,20 +52,15 @@ def model(spec: Spec, record: Record) -> None:
 
 
 def make_model(spec: Spec) -> None:
-    """Random weights; layers that start at zero do not stay so, else no gradient would pass them."""
-    torch.manual_seed(0)
-    ldm = LatentDiffusion(load_model_config(model_path(spec)), device=spec.device)
-    with torch.no_grad():
-        for parameter in ldm.unet.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-    save_checkpoint(ldm, checkpoint_path(spec))
+    """Random weights, made on the device and written."""
+    one = BenchmarkSpec(**benchmark_fields(spec), part="prepare", arm=None)
+    save_checkpoint(random_model(one, spec.device), checkpoint_path(spec))
 
 
 def benchmark_fields(spec: Spec) -> dict[str, Any]:
-    """The fields of `benchmark_setup.Spec` but part and arm; its checkpoint is the one that `model` writes."""
+    """The fields of `stopwatch_setup.Spec` but part and arm; its checkpoint is the one that `model` writes."""
     scale, kind = ("tiny" if spec.toy else "sd1"), ("cuda" if spec.on_cuda else "cpu")
-    given = _parser().parse_args(["--scale", scale, "--device", kind])
+    given = parser().parse_args(["--scale", scale, "--device", kind])
     return {
         **spec_of(given, Path(spec.folder)),
         "checkpoint": str(checkpoint_path(spec)),

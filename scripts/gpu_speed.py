@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import benchmark as stopwatch
 import torch
-from benchmark_setup import Result, build_model, make_arm, read_examples, repeated, timed
-from benchmark_setup import Spec as BenchmarkSpec
 from gpu_model import benchmark_fields
 from gpu_parts import Record, Spec
+
+from benchmarks import stopwatch
+from benchmarks.stopwatch_setup import Result, build_model, make_arm, read_examples, repeated, timed
+from benchmarks.stopwatch_setup import Spec as BenchmarkSpec
 
 GOAL_JOB_S = 30.0
 GOAL_BYTES = {"xattn": 8e9, "full": 14e9}

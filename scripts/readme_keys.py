@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 import readme_section
 
 from mu.algorithms.saliency_unlearning.configs import (
-    BenchmarkConfig,
     MaskConfig,
     TrainConfig,
 )
@@ -40,7 +39,6 @@ def tables() -> str:
         ("<code>evaluate</code>", keys_of(EvaluateConfig)),
         ("<code>convert</code>", keys_of(ConvertConfig)),
         ("<code>apply_patch</code>", keys_of(ApplyPatchConfig)),
-        ("<code>benchmark_unlearning</code> (<code>make table</code>)", keys_of(BenchmarkConfig)),
     ]
     return "\n\n".join(
         f"<details>\n<summary>{title}</summary>\n\n{_table(keys)}\n\n</details>" for title, keys in sections

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mu.datasets.augment import augment
 from mu.datasets.emoji_canvas import DRAWINGS_PER_OBJECT, OBJECTS, STYLES
-from mu.evaluation.classifier import ARCHITECTURES, EmojiClassifier, save_classifier
+from mu.evaluation.emoji_classifier import ARCHITECTURES, EmojiClassifier, save_classifier
 
 INPUT_SIZE = 64
 EVALUATION_SEED_OFFSET = 1_000_003

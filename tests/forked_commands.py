@@ -25,7 +25,7 @@ SCRIPTS = "mu.algorithms.saliency_unlearning.scripts"
 HEAVY = (
     "mu.algorithms.saliency_unlearning.algorithm",
     "mu.commands.sampling",
-    "mu.evaluation.evaluate",
+    "mu.evaluation.evaluation",
     "mu.commands.download_data",
 )
 

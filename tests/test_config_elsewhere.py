@@ -13,7 +13,6 @@ import pytest
 from mu.algorithms.saliency_unlearning import configs
 from mu.algorithms.saliency_unlearning.configs import (
     PACKAGED,
-    BenchmarkConfig,
     MaskConfig,
     TrainConfig,
 )
@@ -42,7 +41,6 @@ from mu.evaluation.config import (
 
 CLASSES = (
     ApplyPatchConfig,
-    BenchmarkConfig,
     ConvertConfig,
     EvaluateConfig,
     MaskConfig,

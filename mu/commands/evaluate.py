@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: EvaluateConfig) -> object:
-    from mu.commands.reporting import measured
+    from mu.evaluation import evaluation
 
-    return measured(config)
+    return evaluation.run(config)
 
 
 if __name__ == "__main__":

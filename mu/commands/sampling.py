@@ -24,12 +24,11 @@ from mu.atomic import finish_writes, write_atomically, write_together
 from mu.config import ConfigError, override, require_paths
 from mu.datasets.images import png
 from mu.datasets.seen_prompts import cut_notes
-from mu.errors import MuError
 from mu.evaluation.config import SampleConfig
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import fingerprint
-from mu.ldm.text_to_image import TextToImage, sampling_precision
+from mu.ldm.text_to_image import SamplingError, TextToImage, sampling_precision
 from mu.pictures import image_grid
 from mu.run_folder import RunFolder, shared_folder
 from mu.unlearning.output import model_of
@@ -42,10 +41,6 @@ _log = logging.getLogger(__name__)
 _LISTED = 5
 _GRID_HEIGHT_PX = 16_384
 """A taller grid goes on in another picture: few programs open what is larger."""
-
-
-class SamplingError(MuError, ArithmeticError):
-    """The model gave an image that is none."""
 
 
 # ---- which images

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mu.datasets.canvas import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
-from mu.evaluation.classifier import ClassifierError
+from mu.evaluation.emoji_classifier import ClassifierError
 from mu.ldm.tensor_file import read_state_dict
 
 VIT = "vit_large_patch16_224"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mu.datasets.images import read_ahead
 from mu.datasets.seen_prompts import cut_at
 from mu.errors import MuError
-from mu.evaluation.images import AskedImage
+from mu.evaluation.asked_images import AskedImage
 from mu.memory import SCORING_ADVICE, AtOnce
 from mu.verbosity import bars_off
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mu.datasets.images import load_pixels, read_ahead, to_unit_range
-from mu.evaluation.classifier import ClassifierError
+from mu.evaluation.asked_images import AskedImage
 from mu.evaluation.classifiers import FeatureClassifier, import_named
-from mu.evaluation.images import AskedImage
+from mu.evaluation.emoji_classifier import ClassifierError
 from mu.ldm.tensor_file import CheckpointError, read_state_dict
 from mu.memory import SCORING_ADVICE, AtOnce
 from mu.verbosity import bars_off

@@ -21,8 +21,8 @@ from mu.datasets.generated_images import GeneratedImages, SampleSettings
 from mu.datasets.images import load_pixels, read_ahead, to_unit_range
 from mu.datasets.index import DataError, Row, check_choice, check_folder_names
 from mu.errors import MuError
+from mu.evaluation.asked_images import AskedImage, of_rows
 from mu.evaluation.classifiers import Classifier
-from mu.evaluation.images import AskedImage, of_rows
 from mu.evaluation.metrics import Prediction
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.memory import SCORING_ADVICE, AtOnce

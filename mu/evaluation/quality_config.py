@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import ClassVar
 
 from mu.config import Config, resolve_path, setting
 from mu.unlearning.find_checkpoint import (
@@ -42,6 +43,8 @@ NUDITY_LABELS = (
 @dataclass(frozen=True, kw_only=True)
 class QualityKeys(Config):
     """Classifier, memorised concept, FID and KID, CLIP score, nudity."""
+
+    gone: ClassVar[Mapping[str, str]] = {"fid_resamples": "50", "kid_subset_size": "1000"}
 
     classifier: str = setting(
         "file",
@@ -99,16 +102,6 @@ class QualityKeys(Config):
         None,
         "inception: torch-fidelity's weights; null: that file in torch's cache. Nothing is downloaded.",
         kind="path",
-    )
-    fid_resamples: int = setting(
-        50,
-        "How often images are drawn anew for the interval of FID (of 5,100 images and 2,048 features: seconds each on "
-        "a CPU core); 0 or 1: no interval.",
-        ge=0,
-        le=100_000,
-    )
-    kid_subset_size: int = setting(
-        1000, "Images of each of KID's 100 subsets; where there are no more, all at once.", ge=2, le=100_000
     )
     clip_model: str | None = setting(
         None, "Model of open_clip for the CLIP score, such as ViT-L-14; null: it is not measured."

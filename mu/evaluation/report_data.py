@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 from mu.datasets.index import concept_label, concept_names
 from mu.errors import MuError
@@ -54,15 +55,16 @@ class TrainingRun(RunFiles):
     Attributes:
         losses, validation: see `Curves`; empty where the run has none.
         pictures: files of its folder `pictures`, in order of their names.
-        mask: metadata of the mask, with `kept_fraction` by block; None without a mask.
-        weight_names: of the UNet's parameters, as the mask has them.
+        mask: of its mask's header, `kept` and `total` weights and the `kept_fraction` of each block, as far as they are
+            there; None where the run has no mask, or its file is gone.
+        mask_config: the settings beside that file.
     """
 
     losses: Curves
     validation: Curves
     pictures: Sequence[Path]
     mask: Mapping[str, Any] | None = None
-    weight_names: Sequence[str] = ()
+    mask_config: Mapping[str, Any] = field(default_factory=dict)
 
     def file(self, key: str) -> Path | None:
         """The checkpoint, patch or mask of the run; None where there is none, or where it is gone."""
@@ -131,21 +133,25 @@ def read_evaluation(folder: Path) -> EvaluationRun:
     return EvaluationRun(**files, predictions=predictions)
 
 
-def read_training_run(
-    folder: Path, *, mask: Mapping[str, Any] | None = None, weight_names: Sequence[str] = ()
-) -> TrainingRun:
-    """A training run's folder; `mask` and `weight_names` as in `TrainingRun`. Raises ReportError for another folder."""
+def read_training_run(folder: Path) -> TrainingRun:
+    """A training run's folder, and the header of its mask, where that still is where the run found it.
+
+    Raises:
+        ReportError: another folder.
+        SafetensorError: the mask's file is damaged.
+    """
     files = _files(folder)
     if not files["config"] or "checkpoint" not in files["metrics"]:
         raise ReportError(f"{folder} holds no config.yaml and metrics.json of a training run")
-    return TrainingRun(
+    run = TrainingRun(
         **files,
         losses=read_curves(folder / "metrics.csv"),
         validation=read_curves(folder / "validation.csv"),
         pictures=sorted((folder / "pictures").glob("*.png")),
-        mask=mask,
-        weight_names=weight_names,
     )
+    if (mask := run.file("mask")) is None:
+        return run
+    return replace(run, mask=_mask_header(mask), mask_config=_read(mask.parent / "config.yaml"))
 
 
 def is_training_run(folder: Path) -> bool:
@@ -167,20 +173,18 @@ def read_curves(path: Path) -> Curves:
     return {name: sorted(values.items()) for name, values in curves.items()}
 
 
-def confusion(
-    predictions: Sequence[Prediction], kind: str, names: Sequence[str]
-) -> dict[str, dict[str, int]]:
-    """Asked -> seen -> number of images, by style or by object; rows in the order of `names`."""
-    counts: dict[str, dict[str, int]] = {name: {} for name in names}
-    for row in predictions:
-        seen = counts.setdefault(row.asked(kind), {})
-        seen[row.seen(kind)] = seen.get(row.seen(kind), 0) + 1
-    return counts
-
-
 def headline(run: RunFiles) -> str:
     """The forgotten concepts, for a title."""
     return concept_label(run.concepts).replace("_", " ").replace("+", ", ")
+
+
+def _mask_header(path: Path) -> dict[str, Any]:
+    """What the head of a mask's file says of it; nothing of a mask that is no safetensors file."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="numpy") as file:
+        header = file.metadata() or {}
+    return {key: json.loads(header[key]) for key in ("kept", "total", "kept_fraction") if key in header}
 
 
 def _files(folder: Path) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from torch import nn
 
 from mu.atomic import write_atomically
 from mu.datasets.index import concept_label
+from mu.evaluation.asked_images import AskedImage
+from mu.evaluation.before_after import before_after_grid
 from mu.evaluation.classifiers import Classifier
+from mu.evaluation.config import EvaluateConfig
 from mu.evaluation.grid import MeasuredModel
-from mu.evaluation.images import AskedImage
+from mu.evaluation.measures import interpolation, meanings, scorer_name
 from mu.evaluation.metrics import Share, UnlearningScores, accuracy_by_class, table_csv
-from mu.evaluation.pictures import before_after_grid
-from mu.evaluation.quality import interpolation, meanings, scorer_name
-from mu.evaluation.settings import EvaluationSettings
 from mu.ldm.tensor_file import fingerprint
 from mu.run_folder import RunFolder
 
@@ -31,7 +31,7 @@ def percent(share: Share) -> float | None:
     return None if share.value is None else round(100 * share.value, 2)
 
 
-def readings(config: EvaluationSettings) -> dict[str, object]:
+def readings(config: EvaluateConfig) -> dict[str, object]:
     """How what the literature leaves open is read here: printed with the numbers, and kept with them."""
     found: dict[str, object] = {
         "cra_prompts": config.cra_prompts,
@@ -82,7 +82,7 @@ def sentence(scores: UnlearningScores) -> str:
 
 
 def summary(
-    config: EvaluationSettings,
+    config: EvaluateConfig,
     scores: Mapping[str, UnlearningScores],
     numbers: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, object]:
@@ -148,7 +148,7 @@ def image_table(images: Sequence[AskedImage]) -> bytes:
 
 def write_metrics(
     run: RunFolder,
-    config: EvaluationSettings,
+    config: EvaluateConfig,
     *,
     sources: Mapping[str, Path],
     measured: Mapping[str, MeasuredModel],
@@ -216,7 +216,7 @@ def _in_order(names: Any) -> list[str]:
     return [name for name in dict.fromkeys(names) if name]
 
 
-def draw(path: Path, config: EvaluationSettings, measured: Mapping[str, MeasuredModel]) -> Path | None:
+def draw(path: Path, config: EvaluateConfig, measured: Mapping[str, MeasuredModel]) -> Path | None:
     """Writes the grid of styles and objects, of the first seed of each; None for images without concepts."""
     asked = measured["after"].asked
     styles, objects = (_in_order(getattr(image, kind) for image in asked) for kind in ("style", "object"))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mu.errors import MuError
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
 from mu.memory import SAMPLING_ADVICE, AtOnce, telling
@@ -18,6 +19,10 @@ from mu.memory import SAMPLING_ADVICE, AtOnce, telling
 PRECISIONS = ("auto", "fp32", "bf16")
 """Arithmetic of sampling: bf16 is autocast to bf16, auto see `sampling_precision`."""
 _NOTE = "; such images may differ by rounding from those of a whole batch"
+
+
+class SamplingError(MuError, ArithmeticError):
+    """The model gave an image that is none."""
 
 
 def sampling_precision(precision: str, device: torch.device | str) -> str:

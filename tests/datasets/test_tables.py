@@ -10,7 +10,7 @@ import pytest
 from mu.datasets.index import DataError
 from mu.datasets.prompt_table import Case, read_prompt_table
 from mu.datasets.tables import read_table
-from mu.evaluation.images import any_images
+from mu.evaluation.asked_images import any_images
 from tests.datasets.drawing import data_set, draw, draw_i2p
 
 CASES = Path(__file__).parent / "cases"

@@ -12,10 +12,10 @@ from PIL import Image
 
 from mu.datasets.canvas import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
 from mu.evaluation import classifiers
-from mu.evaluation.classifier import ClassifierError, EmojiClassifier
+from mu.evaluation.asked_images import AskedImage
 from mu.evaluation.classifiers import Classifier, FeatureClassifier, VitPair, load_own, load_unlearn_canvas
+from mu.evaluation.emoji_classifier import ClassifierError, EmojiClassifier
 from mu.evaluation.grid import classify
-from mu.evaluation.images import AskedImage
 
 TINY = "vit_tiny_patch16_224"
 STYLES, OBJECTS = ("Monet", "Seed_Images", "Crayon"), ("Cats", "Sea")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mu.evaluation.asked_images import AskedImage
 from mu.evaluation.clip_score import ClipError, ClipScorer
-from mu.evaluation.images import AskedImage
 from tests.memory_limit import hungry
 
 NAME = "tiny-of-these-tests"

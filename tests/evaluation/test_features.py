@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.evaluation.classifier import ClassifierError, EmojiClassifier
+from mu.evaluation.emoji_classifier import ClassifierError, EmojiClassifier
 from mu.evaluation.features import ClassifierFeatures, InceptionFeatures, image_features, load_own
 from mu.ldm.tensor_file import CheckpointError
 from tests.memory_limit import hungry

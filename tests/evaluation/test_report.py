@@ -14,18 +14,20 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from mu.algorithms.saliency_unlearning.mask_file import save_mask
 from mu.evaluation.metrics import Prediction, accuracy_by_class, predictions_csv, table_csv, unlearning_scores
 from mu.evaluation.report import read_evaluation, read_training_run, write_report
-from mu.evaluation.report_data import ReportError, confusion, read_curves
-from mu.evaluation.report_figures import confusion_matrix, running_mean
+from mu.evaluation.report_data import ReportError, read_curves
+from mu.evaluation.report_figures import loss_curve, running_mean
 
 HOSTILE = "<script>alert('x')</script> $x_1$ & --"
 OBJECTS = ("Cats", "Dogs", "Cars")
 SEEDS = (188, 288)
-_EMPTY = {"img", "meta", "link", "br", "line", "circle"}
+_EMPTY = {"img", "meta", "link", "br", "line", "circle", "polyline"}
 
 
 class Page(HTMLParser):
@@ -268,20 +270,29 @@ def test_a_training_run_with_its_mask(trained: Any, tmp_path: Path) -> None:
     folder = trained(masking="saliency")
     (folder / "validation.csv").write_text("step,loss,forget,retain\n0,3,2,1\n20,2,1,1\n20,2,1.5,0.5\n")
     kept = {"time_embed": 0.0, "input_blocks.0": 0.125, "middle_block.0": 0.25, "output_blocks.0": 0.5}
-    run = read_training_run(folder, mask={"kept": 300, "total": 1000, "kept_fraction": kept})
+    mask = tmp_path / "masks" / "mask_0.5.safetensors"
+    save_mask({"a": torch.arange(1000) < 300}, mask, {"kept_fraction": kept})
+    (tmp_path / "masks" / "config.yaml").write_text("c_guidance: 6.25\n")
+    numbers = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**numbers, "mask": str(mask)}))
+    run = read_training_run(folder)
     assert run.validation["forget"] == [(0, 2), (20, 1.5)]  # a resumed run's later row
     page = page_of(tmp_path, training=run)
     for text in (
-        "time embed · 0 %",
-        "input 0 · 12.5 %",
-        "middle 0 · 25 %",
-        "output 0 · 50 %",
+        "time embed 0 %",
+        "input 0 12.5 %",
+        "middle 0 25 %",
+        "output 0 50 %",
         "at most 50.0 %",
+        "c_guidance 6.25",
     ):
         assert text in page.text
-    assert page.values() == [300, 1000, 75.5, 2_500_000_000, 123_000]
-    assert page.text.count("validation") == 2  # a legend in each of the two curves
-    for text in ("Forget term", "Retain term", "75.5 s", "2.5 GB", "123 kB", "3.99", "2.99", "xattn"):
+    bars = [attributes["style"] for _, attributes, _ in page.elements if attributes.get("class") == "bar"]
+    assert bars == ["width: 0.0%", "width: 12.5%", "width: 25.0%", "width: 50.0%"]
+    assert page.values() == [300, 1000, 75.5]
+    dots = [tag for tag, attributes, _ in page.elements if tag == "circle"]
+    assert len(dots) == 2 * 2  # two validations in each of the two curves
+    for text in ("Forget term", "Retain term", "75.5 s", "40 steps", "3.99", "2.99", "xattn"):
         assert text in page.text
     assert [alt for alt, _ in page.pictures()] == [
         "pictures at step 20",
@@ -304,7 +315,6 @@ def test_what_is_missing_is_said(evaluated: Evaluated, trained: Any, tmp_path: P
         "No loss curves",
         "No pictures: the run sampled none",
         "No saliency mask: masking random",
-        "Size of the patch there is none",
         "No scores",
     ):
         assert text in page.text
@@ -342,13 +352,25 @@ def test_a_large_grid_is_cut_with_the_forgotten_in_it_and_stays_small(
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
 
 
-def test_a_matrix_counts_what_was_seen() -> None:
-    seen = [("Noto", "Blob"), ("Noto", "Blob"), ("Noto", "Blob"), ("Noto", "Noto"), ("Blob", "Blob")]
-    rows = [Prediction(asked, "Cats", seed, found, "Cats") for seed, (asked, found) in enumerate(seen)]
-    counts = confusion(rows, "style", ("Blob", "Noto"))
-    assert counts == {"Blob": {"Blob": 1}, "Noto": {"Blob": 3, "Noto": 1}}
-    texts = re.findall(r">([^<>\s]+)</text>", confusion_matrix(counts, marked=("Noto",), title="styles"))
-    assert sorted(texts) == sorted(["Blob", "Noto", "Blob", "Noto", "100", "75", "25"])
+def test_a_curve_is_drawn_where_its_numbers_are() -> None:
+    """From 0 to 4 over steps 1 to 9: the middle is half way up; what is not finite is left out."""
+    curve = [(1.0, 0.0), (5.0, 2.0), (7.0, float("nan")), (9.0, 4.0)]
+    drawn = str(loss_curve("Forget term", curve, [], name="forget"))
+    (points,) = re.findall(r'<polyline class="whole" points="([^"]+)"', drawn)
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
+    assert (x1 - x0, y0 - y1) == (pytest.approx(x2 - x1), pytest.approx(y1 - y2))
+    assert x2 > x0
+    assert y2 < y0
+    assert re.findall(r">([^<>]+)</text>", drawn) == ["0", "2", "4", "1", "9", "step"]
+    assert str(loss_curve("Forget term", [(1.0, float("inf"))], [], name="forget")) == ""
+
+
+def test_a_curve_over_orders_of_magnitude_has_a_logarithmic_axis() -> None:
+    drawn = str(loss_curve("Retain term", [(1.0, 0.01), (2.0, 0.1), (3.0, 1.0)], [], name="retain"))
+    assert re.findall(r">([^<>]+)</text>", drawn)[:3] == ["0.01", "0.1", "1"]
+    (points,) = re.findall(r'<polyline class="whole" points="([^"]+)"', drawn)
+    y0, y1, y2 = (float(point.split(",")[1]) for point in points.split())
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.11)
 
 
 def test_a_running_mean_is_of_its_window() -> None:

@@ -174,9 +174,9 @@ def in_the_callers_group(place: tuple[int, int]) -> list[int]:
 
 def sample_and_evaluate(configs: tuple[Any, Any]) -> dict[str, Any]:
     """Both, how many images and classifiers each process has made, and what each has of the results."""
-    from mu.commands import reporting, sampling
+    from mu.commands import sampling
     from mu.datasets import generated_images
-    from mu.evaluation import evaluate
+    from mu.evaluation import evaluation
 
     calls = {"sampled": 0, "generated": 0, "classifiers": 0}
 
@@ -192,9 +192,9 @@ def sample_and_evaluate(configs: tuple[Any, Any]) -> dict[str, Any]:
     with (
         counted(sampling, "png", "sampled"),
         counted(generated_images, "png", "generated"),
-        counted(evaluate, "load_scorer", "classifiers"),
+        counted(evaluation, "load_scorer", "classifiers"),
     ):
-        sampled, evaluated = sampling.run(configs[0]), reporting.measured(configs[1])
+        sampled, evaluated = sampling.run(configs[0]), evaluation.run(configs[1])
     return {
         "sampled": sampled,
         "evaluated": evaluated,

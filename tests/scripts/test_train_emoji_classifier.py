@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.evaluation.classifier import read_info
+from mu.evaluation.emoji_classifier import read_info
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 from mu.algorithms.saliency_unlearning import configs
 from mu.algorithms.saliency_unlearning.configs import (
     PACKAGED,
-    BenchmarkConfig,
     MaskConfig,
     TrainConfig,
     mask_command,
@@ -44,14 +43,12 @@ CLASSES: dict[str, type[Config]] = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
-    "benchmark": BenchmarkConfig,
 }
 DOORS = {
     "mask": "generate_mask",
     "train": "train",
     "sample": "sample",
     "evaluate": "evaluate",
-    "benchmark": "benchmark_unlearning",
 }
 GENERATED = {"dataset_type": "generated", "template_name": "Noto"}
 
@@ -170,9 +167,8 @@ def test_names_here_are_those_of_the_modules_that_use_them():
 def test_the_seeds_of_evaluation_are_not_those_of_training():
     from mu.datasets.generated import TRAINING_SEED_BASE
 
-    for cls in (EvaluateConfig, BenchmarkConfig):
-        assert mistakes_of(cls, seeds=[TRAINING_SEED_BASE])
-        assert cls(seeds=[TRAINING_SEED_BASE - 1]).seeds == (TRAINING_SEED_BASE - 1,)
+    assert mistakes_of(EvaluateConfig, seeds=[TRAINING_SEED_BASE])
+    assert EvaluateConfig(seeds=[TRAINING_SEED_BASE - 1]).seeds == (TRAINING_SEED_BASE - 1,)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +485,6 @@ def test_a_concept_outside_the_grid_is_not_evaluated():
         (EvaluateConfig, {"left_out": ["Notto"]}, "'Notto' is not on the grid"),
         (EvaluateConfig, {"left_out": ["Noto"]}, "'Noto' is forgotten and must be counted"),
         (EvaluateConfig, {"left_out": OBJECTS[1:]}, "fewer than two objects would be counted"),
-        (BenchmarkConfig, {"left_out": ["Blob"]}, "'Blob' is forgotten and must be counted"),
         (EvaluateConfig, {"cra_prompts": "own"}, "is not one of: retained, all"),
     ],
 )
@@ -500,14 +495,10 @@ def test_readings_that_leave_nothing_to_count_are_refused(cls, values, expected)
 def test_readings_of_the_scores_are_taken():
     from mu.evaluation.metrics import CRA_PROMPTS
 
-    for cls in (EvaluateConfig, BenchmarkConfig):
-        assert (cls().cra_prompts, cls().left_out) == ("retained", ())
-        choices = {key.name: key.rule.choices for key in keys_of(cls)}
-        assert choices["cra_prompts"] == CRA_PROMPTS
+    assert (EvaluateConfig().cra_prompts, EvaluateConfig().left_out) == ("retained", ())
+    choices = {key.name: key.rule.choices for key in keys_of(EvaluateConfig)}
+    assert choices["cra_prompts"] == CRA_PROMPTS
     assert EvaluateConfig(left_out="Blob").left_out == ("Blob",)
-    assert (
-        BenchmarkConfig(concepts=["Noto"], left_out=["Blob", "Cats"], cra_prompts="all").cra_prompts == "all"
-    )
 
 
 def test_prompts_may_come_from_a_table(tmp_path):
@@ -520,17 +511,6 @@ def test_prompts_may_come_from_a_table(tmp_path):
     path.write_text("case_number,promt\n4,a cat\n")
     problems = check_paths(config)
     assert any(problem.startswith(f"prompts_path: {path} has no column 'prompt'") for problem in problems)
-
-
-def test_the_recipes_of_the_table_are_checked_before_it_starts(tmp_path):
-    assert BenchmarkConfig().concepts is None
-    assert BenchmarkConfig(concepts=[*STYLES, *OBJECTS]).concepts == STYLES + OBJECTS
-    assert "Did you mean 'Noto'?" in mistakes_of(BenchmarkConfig, concepts=["Nto"])[0]
-    (tmp_path / "bad.yaml").write_text("alpha: 3\nlr: -1\n")
-    problems = check_paths(BenchmarkConfig(style_mask=tmp_path / "bad.yaml", object_train="absent.yaml"))
-    assert any(problem.startswith("style_mask: alpha: there is no such key.") for problem in problems)
-    assert any(problem.startswith("style_mask: lr: must be > 0, got -1") for problem in problems)
-    assert any(problem.startswith("object_train: config_path: there is no file") for problem in problems)
 
 
 def test_the_model_file_is_stable_diffusion_v1():

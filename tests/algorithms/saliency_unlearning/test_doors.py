@@ -19,8 +19,7 @@ DOORS = {
     "generate_mask": ("MaskConfig", f"{PACKAGE}.algorithm", "MaskingAlgorithm"),
     "train": ("TrainConfig", f"{PACKAGE}.algorithm", "SaliencyUnlearningAlgorithm"),
     "sample": ("SampleConfig", "mu.commands.sampling", "run"),
-    "evaluate": ("EvaluateConfig", "mu.evaluation.evaluate", "run"),
-    "benchmark_unlearning": ("BenchmarkConfig", f"{PACKAGE}.benchmark", "run"),
+    "evaluate": ("EvaluateConfig", "mu.evaluation.evaluation", "run"),
 }
 # Runs a door as `python -m` does, then tells which heavy packages it has imported.
 PROGRAM = """
@@ -142,7 +141,6 @@ def files_for(door: str, folder: Path) -> list[str]:
         "train": [*model, *data, "--mask_path", "mask.safetensors", "--report", "false"],
         "sample": [*model, "--prompts", "A Cats image, sitting", "--seeds", "3,4"],
         "evaluate": [*model, *classifier, "--report", "false"],
-        "benchmark_unlearning": classifier,
     }[door]
 
 

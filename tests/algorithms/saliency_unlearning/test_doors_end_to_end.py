@@ -12,7 +12,7 @@ import torch
 
 from mu.algorithms.saliency_unlearning.scripts import evaluate, generate_mask, sample, train
 from mu.config import dump
-from mu.evaluation.classifier import EmojiClassifier, save_classifier
+from mu.evaluation.emoji_classifier import EmojiClassifier, save_classifier
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -15,11 +15,11 @@ import rank_work
 import torch
 
 from mu.algorithms.saliency_unlearning.scripts import sample
-from mu.evaluation.classifier import EmojiClassifier, save_classifier
 from mu.evaluation.config import (
     EvaluateConfig,
     SampleConfig,
 )
+from mu.evaluation.emoji_classifier import EmojiClassifier, save_classifier
 from mu.launch import on_ranks
 from tests.forked_commands import SCRIPTS, flags
 

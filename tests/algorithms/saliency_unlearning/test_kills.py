@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.evaluation.classifier import EmojiClassifier, save_classifier
+from mu.evaluation.emoji_classifier import EmojiClassifier, save_classifier
 from mu.ldm.tensor_file import fingerprint, read_state_dict
 from mu.unlearning.run_state import read_run_state
 from tests.forked_commands import SCRIPTS, Commands, flags

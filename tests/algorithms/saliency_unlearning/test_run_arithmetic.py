@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
-from mu.algorithms.saliency_unlearning.eval_technique import SaliencyUnlearningTechnique
 from mu.commands import sampling
 from mu.config import dump
 from mu.evaluation.config import SampleConfig
+from mu.evaluation.eval_unlearn import SaliencyUnlearningTechnique
 from mu.ldm.autoencoder import AutoencoderKL
 from mu.ldm.unet import UNet
 from mu.unlearning import progress

@@ -9,13 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from mu.algorithms.saliency_unlearning.configs.benchmarking import BenchmarkConfig
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig, mask_command
 from mu.config import Config, load_config
 
 __all__ = [
     "PACKAGED",
-    "BenchmarkConfig",
     "MaskConfig",
     "SaliencyUnlearningConfig",
     "SaliencyUnlearningMaskConfig",

@@ -27,11 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: TrainConfig) -> object:
     from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
-    from mu.commands.reporting import report_training
+    from mu.evaluation.report import report_training
 
     result = SaliencyUnlearningAlgorithm(config).run()
     if config.report and started_rank() == 0:
-        return {**result, "report": report_training(config, result["run"])}
+        return {**result, "report": report_training(result["run"], show_unsafe=config.show_unsafe_pictures)}
     return result
 
 

@@ -1,0 +1,92 @@
+"""Write the tables of README.md and docs/, between their markers, from the JSON beside this file.
+
+cp outputs/benchmark/table.json benchmarks/emoji_canvas_table.json
+python -m benchmarks.render            # writes all of them
+python -m benchmarks.render --check    # exit code 1 when a page says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import speed_text
+from benchmarks.table_text import by_method, differences_markdown, markdown, means_markdown, reading
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ROOT / "benchmarks"
+
+
+def results() -> str:
+    """The results table; of several methods the means."""
+    content = {"cra_prompts": "retained", "left_out": [], **_read("emoji_canvas_table.json")}
+    rows = content["rows"]
+    table = markdown(rows) if len(by_method(rows)) < 2 else means_markdown(rows)
+    return (table + reading(content["cra_prompts"], content["left_out"])).rstrip()
+
+
+def controls() -> str:
+    """The means of each method, and SalUn minus each of the others."""
+    rows = _read("emoji_canvas_controls.json")["rows"]
+    return f"{means_markdown(rows)}\n{differences_markdown(rows)}".rstrip()
+
+
+def speed() -> str:
+    """All measurements of the stopwatch."""
+    files = sorted(MEASURED.glob("speed_*.json"))
+    return "\n\n".join(speed_text.table(_read(file.name)) for file in files)
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[], str]], ...] = (
+    ("README.md", "table", results),
+    ("README.md", "speed", speed),
+    ("docs/controls.md", "controls", controls),
+)
+"""Page, the name in its markers, and what makes the text between them."""
+
+
+def with_section(page: str, name: str, content: str) -> str:
+    """The page with `content` between its markers. Raises ValueError when they are not there, once and in order."""
+    begin_mark, end_mark = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = page.partition(begin_mark)
+    _, end, after = rest.partition(end_mark)
+    if not begin or not end or begin_mark in after or end_mark in after:
+        raise ValueError(f"the page must have {begin_mark} and {end_mark}, once each")
+    return f"{before}{begin_mark}\n{content}\n{end_mark}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, tell whether the pages are right"
+    )
+    check = parser.parse_args(arguments).check
+    wrong = 0
+    for page, name, make in SECTIONS:
+        path = ROOT / page
+        old = path.read_text(encoding="utf-8")
+        new = with_section(old, name, make())
+        if not check:
+            path.write_text(new, encoding="utf-8")
+        elif new != old:
+            wrong = 1
+            print(
+                f"{page}: {name} is not what {MEASURED} says; run: python -m benchmarks.render",
+                file=sys.stderr,
+            )
+    return wrong
+
+
+def _read(name: str) -> Any:
+    return json.loads((MEASURED / name).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""The rows of the results table before they are made: each method for a concept, with each size of its mask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import METHODS, Method
+from benchmarks.table_config import CONCEPTS, TableConfig
+from mu.config import Config, keys_of, override
+from mu.datasets.emoji_canvas import STYLES
+
+_PLACES = {
+    "output_dir",
+    "processed_dataset_dir",
+    "mask_path",
+    "ckpt_path",
+    "model_config_path",
+    "use_ema",
+    "devices",
+    "resume",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "keep_checkpoints",
+    "logger",
+}
+"""Keys that do not decide what a concept becomes, or (of the model) decide it through the model's fingerprint."""
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row that is to be made: a concept, and how it is forgotten.
+
+    Attributes:
+        threshold: fraction of the weights in the mask; None without one.
+        mask: how its mask is made; None without one, or with one that training draws itself.
+        recipe: name of the YAML that `train` was made from.
+        folder: where `made.json` and the unlearned model are.
+    """
+
+    name: str
+    threshold: float | None
+    mask: Config | None
+    train: Any
+    recipe: str
+    folder: Path
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.name]
+
+    def settings(self, model: str) -> str:
+        """SHA-256 of all that decides what is unlearned, but for where files lie. `model` is the base's fingerprint."""
+        mask = None if self.mask is None else deciding(self.mask)
+        decides = [self.name, mask, deciding(self.train), model]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def kind_of(concept: str) -> str:
+    return "style" if concept in STYLES else "object"
+
+
+def concept_folder(config: TableConfig, concept: str) -> Path:
+    """Where all rows of a concept lie, of every table in this output_dir."""
+    return Path(config.output_dir) / "runs" / f"{kind_of(concept)}-{concept}"
+
+
+def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
+    """The rows of a concept: each method, and of those with a mask each threshold.
+
+    All that they make lies in the concept's folder: the masks in `masks`, which all rows share, the rest in
+    `<method>-<threshold>` or `<method>`.
+    """
+    kind, folder = kind_of(concept), concept_folder(config, concept)
+    here = {
+        "template": kind,
+        "template_name": concept,
+        "devices": config.devices[0],
+        "processed_dataset_dir": str(Path(config.output_dir) / "processed"),
+    }
+    found = []
+    for name in config.methods:
+        method = METHODS[name]
+        recipe: Any = method.train.load(kind, config.recipes)
+        changes = {key: value for key, value in here.items() if hasattr(recipe, key)} | dict(method.changes)
+        if method.seed_key is not None:
+            changes[method.seed_key] = getattr(recipe, method.seed_key) + CONCEPTS.index(concept)
+        if method.mask is not None:
+            changes["mask_path"] = str(folder / "masks")
+        train: Any = override(recipe, **changes)
+        thresholds: tuple[float | None, ...] = (None,)
+        if method.size_key is not None and train.masking != "none":
+            thresholds = config.thresholds or (getattr(train, method.size_key),)
+        for threshold in thresholds:
+            own = folder / (name if threshold is None else f"{name}-{threshold:g}")
+            size = {} if threshold is None else {str(method.size_key): threshold}
+            mask = None
+            if method.mask is not None and threshold is not None:
+                stage = method.mask.load(kind, config.recipes)
+                mask = override(stage, **here, threshold=threshold, output_dir=str(folder / "masks"))
+            found.append(
+                PlannedRow(
+                    name,
+                    threshold,
+                    mask,
+                    override(train, **size, output_dir=str(own / "runs")),
+                    method.train.recipe.format(kind=kind),
+                    own,
+                )
+            )
+    return found
+
+
+def deciding(config: Config) -> dict[str, Any]:
+    """The keys that decide what a concept becomes, where they are not at their defaults."""
+    return {
+        key.name: value
+        for key in keys_of(type(config))
+        if key.name not in _PLACES and (value := getattr(config, key.name)) != key.default
+    }
