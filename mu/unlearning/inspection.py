@@ -169,7 +169,9 @@ class Inspection:
             yield planned(what="latents/*.safetensors", bytes=images * (moments + 3 * _HEADER_BYTES))
         if params.cond_stage is not None and self.prompts:
             embedding = 4 * _CAPTION_TOKENS * params.cond_stage.hidden_size
-            yield planned(what="latents/prompts-*.safetensors", bytes=(1 + len(self.prompts)) * embedding)
+            yield planned(
+                what="latents/prompts-*.safetensors", bytes=(1 + len(set(self.prompts))) * embedding
+            )
 
     def output_files(self, selected: Mapping[str, int], *, pictured: int = 2) -> Iterator[PlannedFiles]:
         """The unlearned checkpoint, its patch and its pictures.
