@@ -57,13 +57,16 @@ def read_flat_file(path: Path) -> FlatFile:
         raise ConfigFileError(f"{path}: larger than {MAX_BYTES} bytes; this is no configuration file")
     try:
         return _read_flat(content.decode("utf-8-sig"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ConfigFileError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    except ValueError as error:
+        raise ConfigFileError(f"{path}: not a YAML file ({error})") from error
 
 
 def read_list(text: str) -> list[Text]:
     """The scalars of a YAML list such as `[a, "b, c"]`. Raises ValueError when it is something else."""
-    values, _, mistakes = _read_flat(f"list: {text}\n")
+    try:
+        values, _, mistakes = _read_flat(f"list: {text}\n")
+    except ValueError as error:
+        raise ValueError(f"not a YAML list ({error})") from error
     value = values.get("list")
     if mistakes or len(values) != 1 or not isinstance(value, list):
         raise ValueError("not a YAML list of plain values")
@@ -78,7 +81,7 @@ def _read_flat(text: str) -> FlatFile:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except (yaml.YAMLError, OverflowError) as error:  # the latter from "\UFFFFFFFF"
-        raise ValueError(str(error)) from error
+        raise ValueError(" ".join(str(error).split())) from error
     flat = FlatFile({}, {}, [f"line {_line(event)}: tags and anchors are not read" for event in odd])
     if root is None:  # an empty file: nothing is set
         return flat

@@ -18,7 +18,7 @@ from mu.algorithms.saliency_unlearning.configs import (
 from mu.commands.convert_config import ConvertConfig
 from mu.commands.patch_config import ApplyPatchConfig
 from mu.config import Config, keys_of
-from mu.config_values import Key
+from mu.config_keys import Key
 from mu.evaluation.config import (
     EvaluateConfig,
     SampleConfig,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from mu.config import Config, resolve_path, setting
@@ -18,7 +17,6 @@ from mu.unlearning.find_checkpoint import (
 _SUFFIXES = {"compvis": (".safetensors", ".ckpt", ".pth"), "unet": (".pt", ".bin", ".safetensors")}
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConvertConfig(Config):
     """From which checkpoint to which, and how."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from mu.config import Config, resolve_path, setting
@@ -19,7 +18,6 @@ from mu.unlearning.find_checkpoint import (
 from mu.unlearning.output import PATCH_NAME
 
 
-@dataclass(frozen=True, kw_only=True)
 class ApplyPatchConfig(Config):
     """Which patches, to or from which checkpoint."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 from mu.config import Config, resolve_path, setting
@@ -39,7 +38,6 @@ NUDITY_LABELS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class QualityKeys(Config):
     """Classifier, memorised concept, FID and KID, CLIP score, nudity."""
 

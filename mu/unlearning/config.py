@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,7 +20,6 @@ EMOJI_MODEL_CONFIG = "package:assets/emoji_canvas/model_config.yaml"
 SAMPLE_PRECISIONS = ("auto", "fp32", "bf16")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ModelKeys(Config):
     """Which model, and where it runs."""
 
@@ -72,7 +70,6 @@ class ModelKeys(Config):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConceptKeys(ModelKeys):
     """What is forgotten, and how images are sampled."""
 
@@ -109,7 +106,6 @@ class ConceptKeys(ModelKeys):
         return concept_names(self.template_name)
 
 
-@dataclass(frozen=True, kw_only=True)
 class DataKeys(ConceptKeys):
     """The images of what is forgotten and of what is kept."""
 

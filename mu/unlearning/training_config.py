@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -36,7 +35,6 @@ PRECISION_HELP = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ComputeKeys(ConceptKeys):
     """How the UNet computes in both stages; docs/speed.md says what each key costs and what is chosen by itself."""
 
@@ -67,7 +65,6 @@ class ComputeKeys(ConceptKeys):
         yield from ()
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingKeys(ComputeKeys):
     """How the weights that may move are trained, and what the run writes and shows."""
 

@@ -171,8 +171,7 @@ def in_the_callers_group(place: tuple[int, int]) -> list[int]:
 
 def sample_and_evaluate(configs: tuple[Any, Any]) -> dict[str, Any]:
     """Both, how many images and classifiers each process has made, and what each has of the results."""
-    from mu.commands import reporting
-    from mu.commands import sampling
+    from mu.commands import reporting, sampling
     from mu.datasets import generated
     from mu.evaluation import evaluate
 

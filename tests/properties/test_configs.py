@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mu.algorithms.saliency_unlearning import configs
 from mu.cli import HelpAsked, command_line, parse_cli
 from mu.config import Config, ConfigError, as_dict, assemble, dump, keys_of, load_config, override
-from mu.config_values import Key
+from mu.config_keys import Key
 
 CLASSES: list[type[Config]] = [
     configs.MaskConfig,

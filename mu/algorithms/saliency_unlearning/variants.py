@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED, BenchmarkConfig, MaskConfig, TrainConfig
+from mu.algorithms.saliency_unlearning.configs import BenchmarkConfig, MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.configs.benchmarking import METHODS
 from mu.config import Config, keys_of, load_config, override
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
@@ -81,8 +81,8 @@ def recipes(config: BenchmarkConfig, name: str) -> tuple[MaskConfig, TrainConfig
         "processed_dataset_dir": str(Path(config.output_dir) / "processed"),
     }
     paths = {key: getattr(config, f"{kind}_{key}") for key in ("mask", "train")}
-    mask = load_config(MaskConfig, config_path=paths["mask"], packaged=PACKAGED)
-    train = load_config(TrainConfig, config_path=paths["train"], packaged=PACKAGED)
+    mask = load_config(MaskConfig, config_path=paths["mask"])
+    train = load_config(TrainConfig, config_path=paths["train"])
     return (
         override(mask, **shared, output_dir=str(runs / "masks")),
         override(train, **shared, output_dir=str(runs / "finetuned_models"), mask_path=str(runs / "masks")),

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from mu.algorithms.saliency_unlearning.scripts.apply_patch import main
-from mu.algorithms.saliency_unlearning.scripts.convert import main as convert
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
+from mu.algorithms.saliency_unlearning.scripts.apply_patch import main
+from mu.algorithms.saliency_unlearning.scripts.convert import main as convert
 from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, unet_fingerprint
 from mu.commands.patch_config import ApplyPatchConfig
 from mu.config import ConfigError

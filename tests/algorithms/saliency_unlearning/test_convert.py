@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from mu.algorithms.saliency_unlearning.scripts.convert import main
 
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
+from mu.algorithms.saliency_unlearning.scripts.convert import main
 from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX
 from mu.commands.convert_config import ConvertConfig
 from mu.config import ConfigError, check_paths

@@ -20,9 +20,9 @@ from torch import Tensor
 from mu.algorithms.saliency_unlearning import algorithm
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.masking import random_mask
-from mu.commands.reporting import report_training
 from mu.algorithms.saliency_unlearning.scripts.train import main
 from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX
+from mu.commands.reporting import report_training
 from mu.config import dump
 from mu.ldm import CheckpointError, load_model, save_checkpoint
 from mu.ldm.checkpoint import read_state_dict, write_state_dict

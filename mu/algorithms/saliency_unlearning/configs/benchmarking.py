@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig
 from mu.config import Config, ConfigError, load_config, nearest, setting
@@ -27,7 +25,6 @@ METHODS: Mapping[str, Mapping[str, str]] = {
 """Method of a row of the table -> the keys in which it differs from the training recipe."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(ScoringKeys):
     """Every concept of EmojiCanvas in turn: mask, unlearning, evaluation; a row for each method of one table."""
 
@@ -106,7 +103,7 @@ class BenchmarkConfig(ScoringKeys):
         loaded: dict[str, Config] = {}
         for key, cls in recipes:
             try:
-                loaded[key] = load_config(cls, config_path=getattr(self, key), packaged=Path(__file__).parent)
+                loaded[key] = load_config(cls, config_path=getattr(self, key))
             except ConfigError as error:
                 for mistake in error.mistakes:
                     yield (key,), mistake

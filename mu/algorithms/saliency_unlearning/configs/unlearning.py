@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +27,6 @@ _FEW_TIMESTEPS = 100
 _MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 
 
-@dataclass(frozen=True, kw_only=True)
 class MaskConfig(ComputeKeys, DataKeys):
     """Stage 1: the saliency mask of a concept."""
 
@@ -89,7 +87,6 @@ class MaskConfig(ComputeKeys, DataKeys):
             yield ("output_dir",), problem
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainingKeys, DataKeys):
     """Stage 2: masked fine-tuning."""
 

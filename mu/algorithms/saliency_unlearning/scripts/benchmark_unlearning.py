@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED, BenchmarkConfig
+from mu.algorithms.saliency_unlearning.configs import BenchmarkConfig
 from mu.cli import run_door
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.benchmark_unlearning"
@@ -12,7 +12,7 @@ MODULE = "mu.algorithms.saliency_unlearning.scripts.benchmark_unlearning"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(BenchmarkConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv)
+    return run_door(BenchmarkConfig, _run, module=MODULE, summary=str(__doc__), argv=argv)
 
 
 def _run(config: BenchmarkConfig) -> object:
