@@ -207,7 +207,7 @@ def test_the_model_file_of_existing_configs_is_the_packaged_one(tmp_path, monkey
         resolve_path("package:assets/emoji_canvas/model.safetensors")
     )
     assert (
-        find_config("mu/algorithms/saliency_unlearning/configs/train_config.yaml", PACKAGED)
+        find_config("mu/algorithms/saliency_unlearning/configs/train_config.yaml")
         == PACKAGED / "train_config.yaml"
     )
     for other in (

@@ -9,13 +9,13 @@ from mu.config import Config, resolve_path, setting
 from mu.run_folder import space_problem, writable_problem
 from mu.unlearning.config import SD_MODEL_CONFIG
 from mu.unlearning.find_checkpoint import (
+    PATCH_NAME,
     Problem,
     checkpoint_bytes,
     checkpoint_file,
     checkpoint_problems,
     is_checkpoint,
 )
-from mu.unlearning.output import PATCH_NAME
 
 
 class ApplyPatchConfig(Config):

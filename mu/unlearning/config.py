@@ -99,11 +99,51 @@ class ConceptKeys(ModelKeys):
         choices=SAMPLE_PRECISIONS,
     )
     seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)
+    output_dir: str = setting(OUTPUTS, "The run's folder is made in it.", kind="path")
 
     @property
     def concepts(self) -> tuple[str, ...]:
         """`template_name` as a tuple."""
         return concept_names(self.template_name)
+
+    def doubts(self) -> Iterator[str]:
+        """What is allowed and seldom meant; a run warns of it, and a plan."""
+        yield from ()
+
+    def disk_problems(self) -> Iterator[Problem]:
+        yield from super().disk_problems()
+        if (problem := writable_problem(self.output_dir)) is not None:
+            yield ("output_dir",), problem
+
+
+class OutputKeys(ConceptKeys):
+    """What a run writes of the unlearned model, and which pictures it takes before and after."""
+
+    output_format: str = setting(
+        "safetensors",
+        "Form of the unlearned checkpoint: CompVis' by its suffix, or a diffusers folder.",
+        choices=("safetensors", "ckpt", "pth", "diffusers"),
+    )
+    save_dtype: str = setting(
+        "source",
+        "Type of the UNet's weights in the unlearned checkpoint, and of their EMA copy where there is one. source: as "
+        "in the original. In fp16 and bf16, small changes round back to what was there.",
+        choices=("source", "fp32", "fp16", "bf16"),
+    )
+    patch: bool = setting(
+        True,
+        "Also write model.patch.safetensors, only what changed: apply_patch makes the unlearned checkpoint from the "
+        "original with it, and the original from the unlearned one.",
+    )
+    sample_prompts: tuple[str, ...] | None = setting(
+        None,
+        "Prompts of the pictures before and after; null: some forgotten and some retained ones; []: no pictures.",
+        split=False,
+        may_be_empty=True,
+    )
+    sample_seeds: tuple[int, ...] = setting(
+        (188, 288), "Seeds of each of these pictures.", ge=0, lt=1_000_000
+    )
 
 
 class DataKeys(ConceptKeys):

@@ -12,6 +12,8 @@ from mu.config_keys import PACKAGE_PREFIX
 from mu.datasets.data_sets import Problem as Problem
 from mu.datasets.index import concept_label, concept_names
 
+PATCH_NAME = "model.patch.safetensors"
+"""Name of the patch in the folder of a training run."""
 SD_CHECKPOINT = "models/compvis/style50/compvis.ckpt"
 _MODEL_NAMES = ("model.safetensors", "model.ckpt", "model.pth")
 

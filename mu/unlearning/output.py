@@ -14,6 +14,7 @@ from torch import Tensor
 from mu.config import resolve_path
 from mu.datasets.index import concept_label
 from mu.devices import resolve_devices
+from mu.errors import MuError
 from mu.ldm import CheckpointError, LatentDiffusion, LatentDiffusionParams, load_model
 from mu.ldm.checkpoint import SCHEDULE_KEYS, tensors_of, write_state_dict
 from mu.ldm.convert import model_spec
@@ -25,13 +26,11 @@ from mu.ldm.patch import bits_of, make_patch
 from mu.ldm.patch_file import save_patch
 from mu.ldm.tensor_file import open_state_dict
 from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet
-from mu.unlearning.config import ConceptKeys, ModelKeys
-from mu.unlearning.find_checkpoint import DIFFUSERS_NAME
+from mu.run_folder import RunFolder
+from mu.unlearning.config import ModelKeys, OutputKeys
+from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
 from mu.unlearning.moving import TrainingError
-from mu.unlearning.training_config import TrainingKeys
-
-PATCH_NAME = "model.patch.safetensors"
-"""Name of the patch in the folder of a training run."""
+from mu.unlearning.runs import Result, decorating
 
 _log = logging.getLogger(__name__)
 
@@ -64,12 +63,78 @@ def original_of(
     return with_ema_weights(tensors, source=source) if use_ema else tensors
 
 
-def run_name(config: ConceptKeys) -> str:
-    """What a run's folder is called, before its date: `style-Noto`, `style-Noto+Blob`."""
-    return f"{config.template}-{concept_label(config.concepts)}"
+def write_and_prove(
+    ldm: LatentDiffusion,
+    config: OutputKeys,
+    folder: RunFolder,
+    *,
+    source: Path,
+    original: Mapping[str, Tensor],
+    selected: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    base: str | None = None,
+    lr: float | None = None,
+) -> Result:
+    """What every method does once its weights have moved: write the checkpoint, prove it, and write its patch.
+
+    Afterwards the UNet in memory has the values of the file, which its dtype may have rounded: what is drawn from it is
+    what anybody gets who loads the file. A checkpoint that fails its proof is removed.
+
+    Args:
+        ldm: the unlearned model.
+        source: the checkpoint that the run started from.
+        original: its tensors, see `original_of`.
+        selected: UNet-relative name -> bool tensor of the entries that were allowed to move.
+        metadata: what the patch says of the method, beside concept and `use_ema`.
+        base: the fingerprint of the source's UNet, where it is known.
+        lr: the learning rate of a training, for the warning of `rounding_warning`.
+
+    Returns:
+        `checkpoint`, its path; `weights_changed`, that differ from the original in the file; `weights_moved`, that do
+        so in memory, and `weights_rounded_back`, the others of them; `patch`, its path, None without.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be written.
+        TrainingError: it differs from the source elsewhere, or from what is in memory.
+    """
+    # 1. Write.
+    checkpoint = write_unlearned(ldm, config, folder.path, source=source)
+
+    # 2. Prove: nothing else differs from the source, and what moved is in the file. Every bit of it is compared, so its
+    # SHA-256 is not taken again.
+    try:
+        written = original_of(checkpoint, ldm.params)
+        before = WithUNetDtype(original, SAVE_DTYPES[config.save_dtype])
+        changed = verify_tensors(before, written, selected, before=source, after=checkpoint)
+        verify_trained(ldm, written, selected, after=checkpoint)
+    except MuError:
+        remove_checkpoint(checkpoint)
+        raise
+
+    # 3. Count what the file's dtype has rounded back.
+    moved = count_moved(ldm, original, selected)
+    folder.logger.info("%d weights changed, all of them among those that may: %s", changed, checkpoint)
+    if warning := rounding_warning(moved=moved, changed=changed, lr=lr):
+        folder.logger.warning("%s", warning)
+
+    # 4. What was unlearned is on disk: a patch that cannot be written loses nothing.
+    patch = None
+    if config.patch:
+        with decorating(PATCH_NAME):
+            patch = write_patch(
+                original, written, config, folder.path, source=source, metadata=metadata, base=base
+            )
+    load_written_(ldm, written)
+    return {
+        "checkpoint": checkpoint,
+        "weights_changed": changed,
+        "weights_moved": moved,
+        "weights_rounded_back": moved - changed,
+        "patch": patch,
+    }
 
 
-def write_unlearned(ldm: LatentDiffusion, config: TrainingKeys, folder: Path, *, source: Path) -> Path:
+def write_unlearned(ldm: LatentDiffusion, config: OutputKeys, folder: Path, *, source: Path) -> Path:
     """Write the unlearned model into a run's folder, in the form that `output_format` names; returns its path.
 
     Where the checkpoint that training started from has an EMA copy of the UNet, so has a CompVis checkpoint written
@@ -77,7 +142,7 @@ def write_unlearned(ldm: LatentDiffusion, config: TrainingKeys, folder: Path, *,
     EMA copy are written in the dtype that `save_dtype` names, all else as in that checkpoint.
 
     Args:
-        source: the checkpoint that training started from.
+        source: the checkpoint that the run started from.
 
     Raises:
         CheckpointError: see `mu.ldm.save_checkpoint` and `mu.ldm.diffusers_folder.write_diffusers_folder`.
@@ -232,33 +297,39 @@ def load_written_(ldm: LatentDiffusion, new: Mapping[str, Tensor]) -> None:
         parameter.copy_(new[UNET_PREFIX + name])
 
 
-def rounding_warning(*, moved: int, changed: int, lr: float) -> str | None:
-    """What to say when rounding to the file's dtype has undone more than half of a training; else None.
+def rounding_warning(*, moved: int, changed: int, lr: float | None = None) -> str | None:
+    """What to say when rounding to the file's dtype has undone more than half of a run; else None.
 
     Args:
         moved: weights that differ from the original in memory.
         changed: those that do so in the file.
-        lr: what they were moved with.
+        lr: the learning rate that moved them, if one did.
     """
     lost = moved - changed
     if 2 * lost <= moved:
         return None
     return (
         f"most of the training is not in the file: {lost:,} of {moved:,} weights that moved were rounded back to the "
-        f"original's values, because the file's dtype is too coarse for lr {lr:g}. Set save_dtype fp32, or a higher lr"
+        "original's values, because the file's dtype is too coarse"
+        + (
+            f" for lr {lr:g}. Set save_dtype fp32, or a higher lr"
+            if lr is not None
+            else ". Set save_dtype fp32"
+        )
     )
 
 
 def write_patch(
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
-    config: TrainingKeys,
+    config: OutputKeys,
     folder: Path,
     *,
     source: Path,
+    metadata: Mapping[str, Any],
     base: str | None = None,
 ) -> Path:
-    """Write what turns the checkpoint that training started from into the unlearned one, and back; returns its path.
+    """Write what turns the checkpoint that the run started from into the unlearned one, and back; returns its path.
 
     EMA copies in the original are in the patch, also where the unlearned checkpoint, a diffusers folder, has none.
     With `use_ema`, what is patched is the original with its EMA weights in the place of the raw ones.
@@ -268,7 +339,8 @@ def write_patch(
     Args:
         old, new: the tensors of both, see `verify_tensors`; the old ones in the dtypes of their file.
         folder: of the run.
-        source: the checkpoint that training started from, for errors.
+        source: the checkpoint that the run started from, for errors.
+        metadata: what the patch says of the method, beside concept and `use_ema`.
         base: the fingerprint of its UNet, where it is known.
 
     Raises:
@@ -278,17 +350,15 @@ def write_patch(
     if has_ema(old) and not has_ema(new):
         cast = WithUNetDtype(old, SAVE_DTYPES[config.save_dtype])
         new = {**new, **updated_ema(new, cast, use_ema=False, source=source)}
-    patch = make_patch(old, new, metadata=described_concept(config), base=base)
+    described = {**described_concept(config), **metadata, "use_ema": config.use_ema}
+    patch = make_patch(old, new, metadata=described, base=base)
     save_patch(patch, folder / PATCH_NAME)
     return folder / PATCH_NAME
 
 
-def described_concept(config: TrainingKeys) -> dict[str, Any]:
-    """What a patch says of the run that it is of."""
+def described_concept(config: OutputKeys) -> dict[str, Any]:
+    """What was forgotten, as files note it."""
     return {
         "template": config.template,
         "template_name": config.concepts[0] if len(config.concepts) == 1 else list(config.concepts),
-        "train_method": config.train_method,
-        **({"masking": config.masking} if hasattr(config, "masking") else {}),
-        "use_ema": config.use_ema,
     }

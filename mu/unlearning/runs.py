@@ -1,4 +1,4 @@
-"""What both runs do alike: their folder, its last files, and in how many parts a process keeps things."""
+"""What the runs of all methods do alike: their folder, its name, and its last files."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from typing import Any
 
 from PIL import Image
 
+from mu.datasets.index import concept_label
 from mu.errors import MuError
 from mu.memory import let_go
 from mu.run_folder import RESULT, RunFolder, shared_folder
 from mu.unlearning.checkpoints import run_of
 from mu.unlearning.compute import is_out_of_memory
-from mu.unlearning.output import run_name
+from mu.unlearning.config import ConceptKeys
 from mu.unlearning.run_state import Head
-from mu.unlearning.training_config import ComputeKeys, TrainingKeys
+from mu.unlearning.training_config import TrainingKeys
 
 Result = dict[str, Any]
 _log = logging.getLogger(__name__)
 
 
-def open_run(config: ComputeKeys, resumed: Head | None = None) -> RunFolder:
+def run_name(config: ConceptKeys) -> str:
+    """What a run's folder is called, before its date: `style-Noto`, `style-Noto+Blob`."""
+    return f"{config.template}-{concept_label(config.concepts)}"
+
+
+def open_run(config: ConceptKeys, resumed: Head | None = None) -> RunFolder:
     """A new folder with its config.yaml; or that of the run which is resumed, where it lies in `output_dir`."""
 
     def open_it() -> RunFolder:

@@ -7,9 +7,8 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 from mu.config import setting
-from mu.run_folder import space_problem, writable_problem
-from mu.unlearning.config import OUTPUTS, ConceptKeys
-from mu.unlearning.find_checkpoint import Problem, checkpoint_bytes, checkpoint_file, is_checkpoint
+from mu.unlearning.config import ConceptKeys, OutputKeys
+from mu.unlearning.find_checkpoint import Problem
 
 RESUME_NEWEST = "newest"
 
@@ -18,8 +17,6 @@ SHOW_UNSAFE_HELP = (
 )
 
 TRAIN_METHODS = ("full", "notime", "noxattn", "selfattn", "xattn", "selflayer", "xlayer")
-
-_NARROW = ("selfattn", "xattn", "selflayer", "xlayer")
 
 TRAIN_METHOD_HELP = (
     "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
@@ -42,7 +39,6 @@ class ComputeKeys(ConceptKeys):
     """What precision auto is on a GPU that has it."""
     gone: ClassVar[Mapping[str, str]] = {"sharding": "none"}
 
-    output_dir: str = setting(OUTPUTS, "The run's folder is made in it.", kind="path")
     precision: str = setting(
         "auto",
         f"{PRECISION_HELP} auto: bf16-mixed on a GPU that has it, else fp32.",
@@ -60,13 +56,9 @@ class ComputeKeys(ConceptKeys):
         False, "Translate the UNet with torch.compile: minutes at first, then faster steps; for long runs."
     )
 
-    def doubts(self) -> Iterator[str]:
-        """What is allowed and seldom meant; a run warns of it, and a plan."""
-        yield from ()
 
-
-class TrainingKeys(ComputeKeys):
-    """How the weights that may move are trained, and what the run writes and shows."""
+class TrainingKeys(ComputeKeys, OutputKeys):
+    """How the weights that may move are trained, and what the run shows of it."""
 
     MODULE: ClassVar[str]
     """The command that does it."""
@@ -89,31 +81,6 @@ class TrainingKeys(ComputeKeys):
         "rounding. null: all of the batch. Either is halved when memory runs out.",
         ge=1,
         le=100_000,
-    )
-    output_format: str = setting(
-        "safetensors",
-        "Form of the unlearned checkpoint: CompVis' by its suffix, or a diffusers folder.",
-        choices=("safetensors", "ckpt", "pth", "diffusers"),
-    )
-    save_dtype: str = setting(
-        "source",
-        "Type of the UNet's weights in the unlearned checkpoint, and of their EMA copy where there is one. source: as "
-        "in the original. In fp16 and bf16, small changes round back to what was there.",
-        choices=("source", "fp32", "fp16", "bf16"),
-    )
-    patch: bool = setting(
-        True,
-        "Also write model.patch.safetensors, only what changed: apply_patch makes the unlearned checkpoint from the "
-        "original with it, and the original from the unlearned one.",
-    )
-    sample_prompts: tuple[str, ...] | None = setting(
-        None,
-        "Prompts of the pictures before and after; null: some forgotten and some retained ones; []: no pictures.",
-        split=False,
-        may_be_empty=True,
-    )
-    sample_seeds: tuple[int, ...] = setting(
-        (188, 288), "Seeds of each of these pictures.", ge=0, lt=1_000_000
     )
     sample_every_steps: int | None = setting(
         None, "Also take these pictures every so many steps, into pictures/step_*.png; null: do not.", ge=1
@@ -196,15 +163,3 @@ class TrainingKeys(ComputeKeys):
         yield from super().disk_problems()
         if self.logger == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
             yield ("logger",), "tensorboard needs the package of that name: pip install tensorboard"
-        if (problem := writable_problem(self.output_dir)) is not None:
-            yield ("output_dir",), problem
-        elif self.save_dtype == "source" and is_checkpoint(checkpoint := checkpoint_file(self.ckpt_path)):
-            # The unlearned checkpoint, its patch, and what goes with them. In another type, the plan knows their sizes.
-            needed = int(checkpoint_bytes(checkpoint) * (1 + self.patch * self.patch_share())) + 50_000_000
-            if (problem := space_problem(self.output_dir, needed)) is not None:
-                yield ("output_dir", "ckpt_path"), problem
-
-    def patch_share(self) -> float:
-        """The most that a patch takes of the checkpoint's size: the weights that move, and up to a bit for each."""
-        # In SD v1, attention of one kind is a twentieth of the UNet.
-        return (0.1 if self.train_method in _NARROW else 1.0) + 1 / 16

@@ -14,19 +14,21 @@ from hypothesis import strategies as st
 
 from mu.algorithms.saliency_unlearning import configs
 from mu.cli import HelpAsked, command_line, parse_cli
+from mu.commands.patch_config import ApplyPatchConfig
 from mu.config import Config, ConfigError, as_dict, assemble, dump, keys_of, load_config, override
 from mu.config_keys import Key
+from mu.evaluation.config import EvaluateConfig, SampleConfig
 
 CLASSES: list[type[Config]] = [
     configs.MaskConfig,
     configs.TrainConfig,
-    configs.SampleConfig,
-    configs.EvaluateConfig,
-    configs.ApplyPatchConfig,
+    SampleConfig,
+    EvaluateConfig,
+    ApplyPatchConfig,
 ]
 REQUIRED: dict[type[Config], dict[str, Any]] = {
-    configs.ApplyPatchConfig: {"input_path": "in.ckpt", "output_path": "out.ckpt", "patches": ("p",)},
-    configs.SampleConfig: {"prompts": ("a cat",)},
+    ApplyPatchConfig: {"input_path": "in.ckpt", "output_path": "out.ckpt", "patches": ("p",)},
+    SampleConfig: {"prompts": ("a cat",)},
 }
 """Without which there is no config of a class."""
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

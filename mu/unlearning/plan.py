@@ -1,4 +1,7 @@
-"""A plan of a run: what it reads and writes, and what stands in its way."""
+"""The plan of a run: what it will read and write, and what stands in its way.
+
+A run and `--dry_run` come to it by one function of the method, which gathers it with `mu.unlearning.inspection`.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,10 @@ class PlannedFiles:
     folder: Path
     key: str
     """The key of the config that leads to `folder`."""
-    count: int
     bytes: int
-    """Of all of them together."""
-    how: str = "exactly"
-    """How well the size is known: exactly (to 1 %), about, or at most (what is there already is not made again)."""
+    """About, of all of them together."""
     certain: bool = True
-    """Whether all of it will be on the disk at once if the run goes as planned."""
-
-    @property
-    def needed(self) -> bool:
-        """Whether a run that lacks the room for this must fail: all of it will be there, and of just this size."""
-        return self.certain and self.how == "exactly"
+    """Whether all of it will be on the disk at once; else so much at most, and it stops no run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +37,21 @@ class Plan:
     """What a run will do. Sizes are in bytes."""
 
     stage: str
-    """mask or training."""
+    """mask, training, ...: what is planned."""
     device: str
     processes: int
     """That share the work."""
     checkpoint: str
     """What it is: kind, weights, types."""
     images: Mapping[str, int]
-    """forget, retain: images that are read; to_sample: those that are sampled first."""
+    """forget, retain: images that are read; to_sample: those that are sampled first. Empty where there are none."""
     steps: int
-    """Training steps, or batches of the mask."""
+    """Training steps, or batches of the mask; 0 where nothing is trained."""
     weights: Mapping[str, int]
-    """Of the UNet: total; train_method, those that it covers; selected, those that will be marked, or will move."""
+    """Of the UNet: total; selected, those that will be marked, or may move; and what else the method counts."""
     files: Sequence[PlannedFiles]
-    compute: str
-    """Precision, and what is computed again."""
+    inputs: Mapping[str, Path]
+    """Key of the config -> the file that was found for it, such as the mask."""
     problems: Sequence[MuError] = ()
     """What stops the run before it begins."""
     later_problems: Sequence[MuError] = ()
@@ -64,10 +59,8 @@ class Plan:
     warnings: Sequence[str] = ()
     rows: ForgetRetain | None = None
     """All images to forget and to retain; None where they are sampled, or something is wrong."""
-    mask: Path | None = None
-    """The mask file that a training takes."""
     unet_fingerprint: str | None = None
-    """Of the UNet as it is in the checkpoint, where the mask was to be compared with it."""
+    """Of the UNet as it is in the checkpoint, where the method had to know it."""
     examine: Callable[[], Sequence[MuError]] | None = None
     """Gives `later_problems`."""
 
@@ -101,28 +94,22 @@ class Plan:
             problem.exit_code = 2
             raise problem
         if self.problems:
-            raise ConfigError([mistake for problem in self.problems for mistake in mistakes_of(problem)])
+            raise ConfigError([mistake for problem in self.problems for mistake in _mistakes_of(problem)])
         return self
+
+    def say_warnings(self, logger: logging.Logger) -> None:
+        """Log each of them."""
+        for warning in self.warnings:
+            logger.warning("%s", warning)
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
 
-def say_warnings(warnings: Sequence[str], logger: logging.Logger) -> None:
-    """Log each of them."""
-    for warning in warnings:
-        logger.warning("%s", warning)
-
-
-def mistakes_of(problem: MuError) -> tuple[str, ...]:
-    """A problem as one message, or several."""
-    return problem.mistakes if isinstance(problem, ConfigError) else (str(problem),)
-
-
 def disk_problems(files: Sequence[PlannedFiles]) -> tuple[list[str], list[str]]:
-    """(what does not fit on its disk for certain, what may not fit), each beginning with the keys.
+    """(what does not fit on its disk, what may not fit), each beginning with the keys.
 
-    Only what is `needed` stops a run: of the rest, some may be there already, come out smaller, or never be written.
+    Only what is `certain` stops a run: of the rest, some may be there already, come out smaller, or never be written.
     Folders on one disk share what is free there.
     """
     problems, warnings = [], []
@@ -132,13 +119,13 @@ def disk_problems(files: Sequence[PlannedFiles]) -> tuple[list[str], list[str]]:
     for there in disks.values():
         free = shutil.disk_usage(_existing(there[0].folder)).free
         keys = ", ".join(dict.fromkeys(planned.key for planned in there))
-        needed = sum(planned.bytes for planned in there if planned.needed)
+        certain = sum(planned.bytes for planned in there if planned.certain)
         every = sum(planned.bytes for planned in there)
         room = f"{size(free)} are free there: make room, or choose folders on another disk"
-        if needed > free:
-            problems.append(f"{keys}: this run writes {size(needed)}; {room}")
+        if certain > free:
+            problems.append(f"{keys}: this run writes {size(certain)}; {room}")
         elif every > free:
-            optional = ", ".join(planned.what for planned in there if not planned.needed)
+            optional = ", ".join(planned.what for planned in there if not planned.certain)
             warnings.append(f"{keys}: with {optional}, {size(every)} may be needed; {room}")
     return problems, warnings
 
@@ -155,27 +142,32 @@ def _lines(plan: Plan) -> Iterator[str]:
     several = f", {plan.processes} processes" if plan.processes > 1 else ""
     yield f"# plan: {plan.stage} on {plan.device}{several}"
     yield f"checkpoint  {plan.checkpoint}"
-    read = ", ".join(f"{count:,} to {part}" for part, count in plan.images.items() if part != "to_sample")
-    sampled = plan.images.get("to_sample", 0)
-    yield f"images      {read}" + (f"; of them to be sampled first: {sampled:,}" if sampled else "")
-    yield f"{'batches' if plan.stage == 'mask' else 'steps':<12}{plan.steps:,}"
-    yield "weights     " + ", ".join(
-        f"{name.replace('_', ' ')} {count:,}" for name, count in plan.weights.items()
-    )
-    yield f"computing   {plan.compute}"
+    for key, path in plan.inputs.items():
+        yield f"{key:<12}{path}"
+    if plan.images:
+        read = ", ".join(f"{count:,} to {part}" for part, count in plan.images.items() if part != "to_sample")
+        sampled = plan.images.get("to_sample", 0)
+        yield f"images      {read}" + (f"; of them to be sampled first: {sampled:,}" if sampled else "")
+    if plan.steps:
+        yield f"{'batches' if plan.stage == 'mask' else 'steps':<12}{plan.steps:,}"
+    counts = (f"{name.replace('_', ' ')} {count:,}" for name, count in plan.weights.items())
+    yield f"weights     {', '.join(counts)}"
     yield "files"
-    signs = {"exactly": "", "about": "about ", "at most": "at most "}
     width = max((len(planned.what) for planned in plan.files), default=0)
     for planned in plan.files:
-        many = f"{planned.count:,} files, " if planned.count > 1 else ""
-        some = "" if planned.certain else ", if it comes to that"
-        yield f"  {planned.what:<{width}}  {many}{signs[planned.how]}{size(planned.bytes)} in {planned.folder}{some}"
+        sign = "about" if planned.certain else "at most"
+        yield f"  {planned.what:<{width}}  {sign} {size(planned.bytes)} in {planned.folder}"
     for warning in plan.warnings:
         yield f"warning: {warning}"
     for problem in (*plan.problems, *plan.later_problems):
-        for mistake in mistakes_of(problem):
+        for mistake in _mistakes_of(problem):
             yield f"problem: {mistake}"
     yield "this plan can be carried out" if plan.can_run else "this plan cannot be carried out"
+
+
+def _mistakes_of(problem: MuError) -> tuple[str, ...]:
+    """A problem as one message, or several."""
+    return problem.mistakes if isinstance(problem, ConfigError) else (str(problem),)
 
 
 def _existing(folder: Path) -> Path:
