@@ -175,7 +175,7 @@ class Key:
             if isinstance(given, Text):
                 return self.item(given.lower().replace(".inf", "inf").replace(".nan", "nan"))
             wanted = numbers.Integral if self.item is int else numbers.Real
-            return self.item(given) if isinstance(given, wanted) else given  # those of numpy too
+            return self.item(typing.cast(float, given)) if isinstance(given, wanted) else given  # numpy's too
         except OverflowError:
             return math.inf
         except ValueError:
