@@ -6,20 +6,17 @@ begun because nobody reads its output any more, 143 terminated (SIGTERM).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import logging
 import os
 import shlex
-import signal
 import sys
 import textwrap
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from mu.config import (
     Config,
@@ -37,6 +34,7 @@ from mu.config import (
 from mu.config_file import Text, read_list
 from mu.config_keys import Key
 from mu.config_names import hint, meant
+from mu.console import OutputClosed, say, terminable
 from mu.errors import MuError, Terminated
 from mu.memory import telling
 from mu.ranks import leave, started_local_rank, started_rank, started_world_size
@@ -56,10 +54,6 @@ class Planned(Protocol):
 
     @property
     def exit_code(self) -> int: ...
-
-
-class OutputClosed(Exception):
-    """Who read the output has gone, as in `--help | head`."""
 
 
 class HelpAsked(Exception):
@@ -167,42 +161,6 @@ def _check_alone(module: str) -> None:
 def _is_to_print(error: MuError) -> bool:
     """Whether no other process of the run prints it."""
     return started_rank() == 0 or not error.in_all_processes
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM is raised as Terminated while the block lasts, so that files that are half written are removed."""
-
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    # Only the main thread may set handlers; one that a caller has set is his to keep.
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
-        yield
-        return
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def say(text: str) -> None:
-    """Print a text; of the processes of a run, the first one does.
-
-    Raises OutputClosed, once and quietly, when nobody reads it any more.
-    """
-    if started_rank() > 0:
-        return
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes once more when it ends: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputClosed from None
 
 
 def _result_lines(result: Mapping[object, object], indent: str = "") -> Iterable[str]:
@@ -382,14 +340,3 @@ def _configs_of(module: str) -> list[str]:
 
 def _wrapped(text: str, indent: str = "    ") -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's own, whose `--help` ends quietly when nobody reads it any more."""
-
-    def print_help(self, file: Any = None) -> None:
-        if file is not None:
-            super().print_help(file)
-            return
-        with contextlib.suppress(OutputClosed):
-            say(self.format_help().removesuffix("\n"))

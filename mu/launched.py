@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mu.arithmetic import run_arithmetic
-from mu.cli import terminable
+from mu.console import terminable
 from mu.errors import MuError, Terminated
 from mu.launch import Outcome, Task, is_deterministic, write_pickle
 from mu.memory import telling

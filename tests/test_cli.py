@@ -298,7 +298,7 @@ def test_a_door_that_is_one_process_is_not_started_several_times(monkeypatch, ca
 
 
 DOOR = "from test_cli import door; sys.exit(door(lambda _: print('begun', file=sys.stderr), *sys.argv[1:]))"
-PARSER = "from mu.cli import ArgumentParser; ArgumentParser(epilog='x ' * 90_000).parse_args()"
+PARSER = "from mu.console import ArgumentParser; ArgumentParser(epilog='x ' * 90_000).parse_args()"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import mu
-from mu.cli import ArgumentParser
 from mu.commands.backends import CONDAS, Runner, create_conda, create_venv, find_executable
 from mu.commands.door import add_verbosity, guarded, notes_as_asked, path
 from mu.commands.environment_file import (
@@ -23,6 +22,7 @@ from mu.commands.environment_file import (
     find_environment,
     read_environment,
 )
+from mu.console import ArgumentParser
 from mu.verbosity import verbosity
 
 

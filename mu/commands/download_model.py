@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mu.cli import ArgumentParser
 from mu.commands.door import EPILOG, add_options, one_of, run
 from mu.commands.sources import MODELS
+from mu.console import ArgumentParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from mu.config import setting
 from mu.datasets.data_sets import Problem
@@ -12,7 +11,6 @@ from mu.datasets.prompts import style_words
 from mu.unlearning.config import ConceptKeys
 
 
-@dataclass(frozen=True, kw_only=True)
 class PromptKeys(ConceptKeys):
     """Which prompts of the concept a method is given."""
 
