@@ -1,4 +1,4 @@
-"""Adds `configs/` to what is installed, as data of the package `mu`. All else about the package is in pyproject.toml."""
+"""Installs `configs/` as data of the package `mu`. All else about the package is in pyproject.toml."""
 
 from __future__ import annotations
 

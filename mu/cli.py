@@ -26,12 +26,10 @@ from mu.config import (
     assemble,
     dump,
     file_entries,
-    find_config,
     keys_of,
     nearest,
-    packaged_configs,
 )
-from mu.config_file import Text, read_list
+from mu.config_file import Text, find_config, packaged_configs, read_list
 from mu.config_keys import Key
 from mu.config_names import hint, meant
 from mu.console import OutputClosed, say, terminable

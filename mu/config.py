@@ -14,14 +14,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mu.config_file import ConfigFileError, read_flat_file
-from mu.config_keys import PACKAGE_PREFIX, Key, Rule, as_text, is_null, setting
+from mu.config_file import ConfigFileError, find_config, read_flat_file, resolve_path
+from mu.config_keys import Key, Rule, as_text, is_null, setting
 from mu.config_names import hint, meant, nearest
 from mu.errors import MuError
 from mu.ranks import started_rank
@@ -35,7 +34,6 @@ __all__ = [
     "check_paths",
     "config_of",
     "dump",
-    "find_config",
     "keys_of",
     "load_config",
     "nearest",
@@ -45,10 +43,6 @@ __all__ = [
     "resolve_path",
     "setting",
 ]
-
-_PACKAGE = Path(__file__).parent
-_MODEL_YAMLS = ("model_config.yaml", "sd_v2_base.yaml", "sd_v2_v.yaml")
-"""Packaged YAML files that describe a model, and are no settings of a command."""
 
 _log = logging.getLogger(__name__)
 
@@ -170,9 +164,6 @@ def file_entries(path: str | os.PathLike[str], mistakes: list[str]) -> list[Entr
     try:
         found = find_config(path)
         flat = read_flat_file(found)
-    except ConfigError as error:
-        mistakes += error.mistakes
-        return None
     except ConfigFileError as error:
         mistakes.append(f"config_path: {error}")
         return None
@@ -327,56 +318,3 @@ def require_paths(config: Config) -> None:
     """Raises ConfigError with everything that `check_paths` finds."""
     if problems := check_paths(config):
         raise ConfigError(problems)
-
-
-# ---- files of the package
-
-
-def config_folders() -> list[Path]:
-    """Where the packaged YAML files are: `configs/` (in a checkout beside the package), and each method's own."""
-    shared = next(at / "configs" for at in (_PACKAGE, _PACKAGE.parent) if (at / "configs").is_dir())
-    return [shared, *sorted(_PACKAGE.glob("algorithms/*/configs"))]
-
-
-def packaged_configs() -> dict[str, Path]:
-    """Name, as `--config_path` takes it -> packaged YAML file with settings."""
-    found: dict[str, Path] = {}
-    for folder in config_folders():
-        for path in sorted(folder.rglob("*.yaml")):
-            if path.name not in _MODEL_YAMLS:
-                found.setdefault(path.relative_to(folder).as_posix(), path)
-    return found
-
-
-def find_config(path: str | os.PathLike[str]) -> Path:
-    """The file at `path`, see `resolve_path`, else the packaged one of that name.
-
-    Of a packaged name, what leads up to `configs/` and the `.yaml` after it may differ.
-    Raises ConfigError, with the packaged names, when there is neither.
-    """
-    found = resolve_path(os.fspath(path))
-    if found.exists():
-        return found
-    packaged = packaged_configs()
-    name = found.as_posix()
-    short = name.rpartition("configs/")[2].removesuffix(".yaml") + ".yaml"
-    if short in packaged:
-        return packaged[short]
-    known = f" The packaged ones: {', '.join(packaged)}.{nearest(short, packaged)}"
-    raise ConfigError([f"config_path: there is no file {name!r}.{known}"])
-
-
-def resolve_path(path: str) -> Path:
-    """A path key's value as the path that is read.
-
-    `package:x` is the file x inside the installed package, `~` the home folder. What begins with `mu/` or `configs/`
-    and is not in the working folder is looked up in the package, as if that were a checkout. Others are as they are.
-    """
-    if path.startswith(PACKAGE_PREFIX):
-        return _PACKAGE / path.removeprefix(PACKAGE_PREFIX)
-    found = Path(os.path.expanduser(path))
-    top, *rest = found.parts or ("",)
-    if os.path.lexists(found) or ".." in rest or top not in ("mu", "configs"):
-        return found
-    folders = [_PACKAGE] if top == "mu" else config_folders()
-    return next((at for folder in folders if (at := folder.joinpath(*rest)).exists()), found)

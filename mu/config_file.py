@@ -1,4 +1,4 @@
-"""Read a flat YAML file, `key: value` or `key: [list]`, without giving its text a type.
+"""Files of settings: where they are, and how a flat one, `key: value` or `key: [list]`, is read as text.
 
 What a scalar *is* depends on the key it is given to (`mu.config`), not on how it looks: `wandb: off` is the word "off",
 `template_name: 007` a name. YAML's usual loaders, and OmegaConf's, have made false and 7 of them before a key is asked;
@@ -8,19 +8,81 @@ nothing is interpolated or imported.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
+from mu.config_names import nearest
 from mu.errors import MuError
 
+PACKAGE_PREFIX = "package:"
+_PACKAGE = Path(__file__).parent
+_MODEL_YAMLS = ("model_config.yaml", "sd_v2_base.yaml", "sd_v2_v.yaml")
+"""Packaged YAML files that describe a model, and are no settings of a command."""
 MAX_BYTES = 1_000_000
 _NULLS = ("null", "Null", "NULL", "~", "")
 
 
 class ConfigFileError(MuError, ValueError):
-    """The file cannot be read as a flat YAML file at all."""
+    """The file is not there, or cannot be read as a flat YAML file at all."""
+
+
+# ---- where they are
+
+
+def config_folders() -> list[Path]:
+    """Where the packaged YAML files are: `configs/` (in a checkout beside the package), and each method's own."""
+    shared = next(at / "configs" for at in (_PACKAGE, _PACKAGE.parent) if (at / "configs").is_dir())
+    return [shared, *sorted(_PACKAGE.glob("algorithms/*/configs"))]
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name, as `--config_path` takes it -> packaged YAML file with settings."""
+    found: dict[str, Path] = {}
+    for folder in config_folders():
+        for path in sorted(folder.rglob("*.yaml")):
+            if path.name not in _MODEL_YAMLS:
+                found.setdefault(path.relative_to(folder).as_posix(), path)
+    return found
+
+
+def find_config(path: str | os.PathLike[str]) -> Path:
+    """The file at `path`, see `resolve_path`, else the packaged one of that name.
+
+    Of a packaged name, what leads up to `configs/` and the `.yaml` after it may differ.
+    Raises ConfigFileError, with the packaged names, when there is neither.
+    """
+    found = resolve_path(os.fspath(path))
+    if found.exists():
+        return found
+    packaged = packaged_configs()
+    name = found.as_posix()
+    short = name.rpartition("configs/")[2].removesuffix(".yaml") + ".yaml"
+    if short in packaged:
+        return packaged[short]
+    known = f" The packaged ones: {', '.join(packaged)}.{nearest(short, packaged)}"
+    raise ConfigFileError(f"there is no file {name!r}.{known}")
+
+
+def resolve_path(path: str) -> Path:
+    """A path key's value as the path that is read.
+
+    `package:x` is the file x inside the installed package, `~` the home folder. What begins with `mu/` or `configs/`
+    and is not in the working folder is looked up in the package, as if that were a checkout. Others are as they are.
+    """
+    if path.startswith(PACKAGE_PREFIX):
+        return _PACKAGE / path.removeprefix(PACKAGE_PREFIX)
+    found = Path(os.path.expanduser(path))
+    top, *rest = found.parts or ("",)
+    if os.path.lexists(found) or ".." in rest or top not in ("mu", "configs"):
+        return found
+    folders = [_PACKAGE] if top == "mu" else config_folders()
+    return next((at for folder in folders if (at := folder.joinpath(*rest)).exists()), found)
+
+
+# ---- how they are read
 
 
 class Text(str):

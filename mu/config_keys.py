@@ -21,10 +21,9 @@ import yaml
 from pydantic import AfterValidator, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
-from mu.config_file import Text
+from mu.config_file import PACKAGE_PREFIX, Text
 from mu.config_names import nearest
 
-PACKAGE_PREFIX = "package:"
 _ITEM_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
 _RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "multiple_of")

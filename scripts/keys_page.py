@@ -32,9 +32,9 @@ COMMANDS: dict[str, tuple[str, type[Config]]] = {
 _TOP = """# Keys
 
 All keys of each command, made from the config classes by `make keys`; `--help` of a command says the same. A key is
-given in a YAML file (`lr: 2e-5`), as a flag (`--lr 2e-5`) or from Python (`lr=2e-5`). Defaults come first, then the file,
-then flags. They are for Stable Diffusion v1 and UnlearnCanvas; the files in `configs/emoji_canvas` set what the bundled
-model needs.
+given in a YAML file (`lr: 2e-5`), as a flag (`--lr 2e-5`) or from Python (`lr=2e-5`). Defaults come first, then the
+file, then flags. They are for Stable Diffusion v1 and UnlearnCanvas; the files in `configs/emoji_canvas` set what the
+bundled model needs.
 """
 
 

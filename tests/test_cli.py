@@ -103,7 +103,7 @@ def test_help_is_asked_for_anywhere_and_names_every_key():
 def test_a_packaged_file_is_used_and_that_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.yaml").write_text("lr: 0.5\n")
-    monkeypatch.setattr("mu.config.config_folders", lambda: [tmp_path])
+    monkeypatch.setattr("mu.config_file.config_folders", lambda: [tmp_path])
     assert parse_cli(Toy, ["--config_path", "configs/train.yaml"]).lr == 0.5
     said = capsys.readouterr().out
     assert f"train.yaml is not on disk; using {tmp_path / 'train.yaml'}" in said
@@ -115,7 +115,7 @@ def test_help_lists_the_packaged_files_of_the_command(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/one.yaml").write_text("# python -m mu.toy --config_path a/one.yaml\nlr: 0.5\n")
     (tmp_path / "two.yaml").write_text("# python -m mu.toys --config_path two.yaml\nlr: 0.5\n")
-    monkeypatch.setattr("mu.config.config_folders", lambda: [tmp_path])
+    monkeypatch.setattr("mu.config_file.config_folders", lambda: [tmp_path])
     text = help_text(Toy, module="mu.toy", summary="Does it.")
     assert "      a/one.yaml\n--log_level" in text
     assert "two.yaml" not in text

@@ -18,10 +18,8 @@ from mu.config import (
     ConfigError,
     assemble,
     check_paths,
-    config_folders,
     config_of,
     dump,
-    find_config,
     keys_of,
     load_config,
     override,
@@ -30,7 +28,7 @@ from mu.config import (
     resolve_path,
     setting,
 )
-from mu.config_file import MAX_BYTES
+from mu.config_file import MAX_BYTES, ConfigFileError, config_folders, find_config
 from mu.errors import MuError
 
 
@@ -342,11 +340,12 @@ def test_a_packaged_config_is_found_by_name(name, tmp_path, monkeypatch):
 def test_what_is_no_packaged_config_is_told_with_their_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"emoji_canvas/train_style.yaml, .*\. Did you mean 'emoji_canvas/train_style.yaml'"
+        ConfigFileError,
+        match=r"emoji_canvas/train_style.yaml, .*\. Did you mean 'emoji_canvas/train_style.yaml'",
     ):
         find_config("emoji_canvas/trian_style.yaml")
     for outside in ("../train_config.yaml", "elsewhere/train_config.yaml", "model_config.yaml"):
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigFileError):
             find_config(outside)
 
 

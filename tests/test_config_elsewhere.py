@@ -28,12 +28,12 @@ from mu.config import (
     check_paths,
     config_of,
     dump,
-    find_config,
     keys_of,
     load_config,
     override,
     resolve_path,
 )
+from mu.config_file import find_config
 from mu.config_names import _ELSEWHERE, _NEEDLESS, _OTHERWISE, hint
 from mu.evaluation.config import (
     EvaluateConfig,

@@ -136,7 +136,7 @@ def test_a_built_distribution_runs_in_an_empty_environment(tmp_path: Path, kind:
         assert "--quiet" in done.stdout
     # The packaged settings are found by each of their names, outside of a checkout too.
     names = ("emoji_canvas/mask_style.yaml", "configs/emoji_canvas/mask_style.yaml", OWN_YAML)
-    find = f"from mu.config import find_config; [print(find_config(name)) for name in {names}]"
+    find = f"from mu.config_file import find_config; [print(find_config(name)) for name in {names}]"
     done = subprocess.run(
         [str(python), "-I", "-c", find], cwd=tmp_path, capture_output=True, text=True, check=True
     )

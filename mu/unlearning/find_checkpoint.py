@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mu.config import resolve_path
-from mu.config_file import ConfigFileError, Value, read_flat_file
-from mu.config_keys import PACKAGE_PREFIX
+from mu.config_file import PACKAGE_PREFIX, ConfigFileError, Value, read_flat_file
 from mu.datasets.data_sets import Problem as Problem
 from mu.datasets.index import concept_label, concept_names
 

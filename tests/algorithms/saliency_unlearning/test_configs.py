@@ -26,9 +26,9 @@ from mu.config import (
     keys_of,
     load_config,
     override,
-    packaged_configs,
     resolve_path,
 )
+from mu.config_file import packaged_configs
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.evaluation.config import (
     EvaluateConfig,

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from mu.algorithms.saliency_unlearning.configs.benchmarking import BenchmarkConfig
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig, mask_command
-from mu.config import Config, load_config, packaged_configs
+from mu.config import Config, load_config
+from mu.config_file import packaged_configs
 
 __all__ = [
     "PACKAGED",
