@@ -12,7 +12,7 @@ BIN  := $(VENV)/bin
 DOOR := $(BIN)/python -m mu.algorithms.saliency_unlearning.scripts
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help install install-dev demo table test test-slow test-gpu gpu-check check format readme-keys clean
+.PHONY: help install install-dev demo table test test-slow test-gpu gpu-check check format keys clean
 .DELETE_ON_ERROR:
 
 help:
@@ -65,8 +65,8 @@ format: $(VENV)/.installed-dev       ## put the code into the house's form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-readme-keys: $(VENV)/.installed      ## write the table of config keys in README.md from the config classes
-	$(BIN)/python scripts/readme_keys.py
+keys: $(VENV)/.installed             ## write docs/keys.md from the config classes
+	$(BIN)/python scripts/keys_page.py
 
 clean:                               ## remove builds and caches; data, models, outputs and .venv stay
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

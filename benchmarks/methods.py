@@ -47,7 +47,7 @@ class Stage:
         """The recipe of a kind. Raises ConfigError with all mistakes in it."""
         configs = importlib.import_module(f"{self.package}.configs")
         cls: type[Config] = getattr(configs, self.config)
-        return load_config(cls, config_path=self.recipe_path(kind, recipes), packaged=configs.PACKAGED)
+        return load_config(cls, config_path=self.recipe_path(kind, recipes))
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,15 @@ _TRAIN = Stage(_SALUN, "TrainConfig", "SaliencyUnlearningAlgorithm", "emoji_canv
 
 METHODS: Mapping[str, Method] = {
     "salun": Method(_TRAIN, mask=_MASK, size_key="threshold"),
+    "esd": Method(Stage("mu.algorithms.esd", "ESDConfig", "ESDAlgorithm", "emoji_canvas/esd_{kind}.yaml")),
+    "uce": Method(Stage("mu.algorithms.uce", "UCEConfig", "UCEAlgorithm", "emoji_canvas/uce_{kind}.yaml")),
     # Controls: SalUn's recipe but for one thing.
     "none": Method(_TRAIN, changes={"masking": "none"}),
     "random": Method(
         _TRAIN,
-        changes={"masking": "random", "mask_pool": "train_method"},
-        size_key="threshold",
-        seed_key="mask_seed",
+        changes={"masking": "random"},
+        size_key="random_fraction",
+        seed_key="seed",
     ),
     "ascent": Method(_TRAIN, changes={"masking": "none", "objective": "ascent"}),
     "retain": Method(_TRAIN, changes={"masking": "none", "objective": "retain"}),

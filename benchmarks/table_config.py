@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from benchmarks.methods import METHODS
 from mu.config import Config, ConfigError, nearest, resolve_path, setting
@@ -16,7 +15,6 @@ from mu.unlearning.find_checkpoint import Problem
 CONCEPTS = STYLES + OBJECTS
 
 
-@dataclass(frozen=True, kw_only=True)
 class TableConfig(ScoringKeys):
     """Every concept of EmojiCanvas in turn: forgotten by each method, and measured."""
 

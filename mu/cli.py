@@ -6,20 +6,17 @@ begun because nobody reads its output any more, 143 terminated (SIGTERM).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import logging
 import os
 import shlex
-import signal
 import sys
 import textwrap
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from mu.config import (
     Config,
@@ -29,15 +26,13 @@ from mu.config import (
     assemble,
     dump,
     file_entries,
-    find_config,
     keys_of,
     nearest,
-    packaged_configs,
-    upon,
 )
-from mu.config_file import Text, read_list
+from mu.config_file import Text, find_config, packaged_configs, read_list
+from mu.config_keys import Key
 from mu.config_names import hint, meant
-from mu.config_values import Key
+from mu.console import OutputClosed, say, terminable
 from mu.errors import MuError, Terminated
 from mu.memory import telling
 from mu.ranks import leave, started_local_rank, started_rank, started_world_size
@@ -46,15 +41,9 @@ from mu.verbosity import LEVELS, console_level, is_quiet, verbosity
 C = TypeVar("C", bound=Config)
 _log = logging.getLogger(__name__)
 _WIDTH = 110
-_COMMON = {"log_level": LEVELS, "quiet": ("true", "false")}
-"""Flags of every command that are no keys of its config -> what they take."""
-_DRY_RUN = {"dry_run": ("true", "false")}
-"""The flag of commands that have a plan."""
-_DRY_RUN_HELP = (
-    "--dry_run",
-    "    Make and write nothing: print what would be written, with sizes, and all that stands in its way.",
-)
-_ALONE = ("quiet", *_DRY_RUN)
+_OPTIONS = {"log_level": LEVELS, "quiet": ("true", "false"), "dry_run": ("true", "false")}
+"""Flags that are no keys of a config -> what they take. `dry_run` is one of commands that have a plan."""
+_ALONE = ("quiet", "dry_run")
 """Flags that mean true without a value."""
 
 
@@ -65,64 +54,11 @@ class Planned(Protocol):
     def exit_code(self) -> int: ...
 
 
-class OutputClosed(Exception):
-    """Who read the output has gone, as in `--help | head`."""
-
-
 class HelpAsked(Exception):
     """`--help` stood among the arguments."""
 
 
-def parse_cli(
-    cls: type[C],
-    argv: Sequence[str],
-    *,
-    packaged: Path | None = None,
-    more: Mapping[str, Sequence[str]] | None = None,
-    notes: list[str] | None = None,
-) -> C:
-    """A checked config from arguments: defaults < the file of `--config_path` < flags, see `upon`; paths must be there.
-
-    Args:
-        more: flags of this command that are no keys of its config -> what they take.
-        notes: what is to be said of keys without effect is added to it; None: it is logged.
-
-    Raises ConfigError with all mistakes together, HelpAsked for `--help` or `-h`.
-    """
-    if "--help" in argv or "-h" in argv:
-        raise HelpAsked
-    mistakes: list[str] = []
-    unsure: set[str] = set()
-    flags = _flags(cls, argv, mistakes, more or {}, unsure)
-    config_path = flags.pop("config_path", None)
-    quiet = flags.get("quiet") == "true"
-    for name, allowed in {**_COMMON, **(more or {})}.items():
-        if (text := flags.pop(name, allowed[0])) not in allowed:
-            mistakes.append(
-                f"{name}: {text!r} is not one of: {', '.join(allowed)}.{nearest(text, allowed)} (--{name})"
-            )
-    read: list[Entry] | None = []
-    if config_path is not None:
-        read = file_entries(config_path, packaged=packaged, mistakes=mistakes)
-        if read and not os.path.exists(os.path.expanduser(config_path)) and not quiet:
-            say(f"config_path: {config_path} is not on disk; using {find_config(config_path, packaged)}")
-    keys = {key.name: key for key in keys_of(cls)}
-    given: list[Entry] = []
-    for name, text in flags.items():
-        try:
-            given.append((name, _flag_value(keys[name], text) if name in keys else text, f"--{name}"))
-        except ValueError as error:
-            mistakes.append(f"{name}: {error} (--{name})")
-    entries = upon(cls, read or (), given)
-    return assemble(
-        cls,
-        entries,
-        mistakes=mistakes,
-        on_disk=True,
-        whole=read is not None,
-        unsure=unsure,
-        notes=notes,
-    )
+# ---- a whole command
 
 
 def run_door(
@@ -131,7 +67,6 @@ def run_door(
     *,
     module: str,
     summary: str,
-    packaged: Path | None = None,
     argv: Sequence[str] | None = None,
     first_words: Sequence[str] = (),
     shares_work: bool = False,
@@ -150,19 +85,21 @@ def run_door(
         shares_work: `run` works in as many processes as are started together; otherwise they are refused.
         plan: what `--dry_run` prints in the place of a run, and then ends with the exit code that the run would.
     """
-    more = _DRY_RUN if plan is not None else {}
-    arguments = _named(sys.argv[1:] if argv is None else argv, first_words)
+    words = _named(sys.argv[1:] if argv is None else argv, first_words)
     config: C | None = None
-    notes: list[str] = []
     try:
-        config = parse_cli(cls, arguments, packaged=packaged, more=more, notes=notes)
+        # 1. Settings
+        asked = _read_arguments(cls, words, has_plan=plan is not None)
+        notes: list[str] = []
+        config = _config(cls, asked, notes=notes)
         if not shares_work:
             _check_alone(module)
-        with _asked_verbosity(cls, arguments, more), terminable(), telling("in this run"):
+        with asked.verbosity(), terminable(), telling("in this run"):
             if not is_quiet() and console_level() <= logging.WARNING:
                 for note in notes:
                     _log.warning("%s", note)
-            if plan is not None and _flags(cls, arguments, [], more).get("dry_run") == "true":
+            # 2. The plan, or the run
+            if plan is not None and asked.dry_run:
                 planned = plan(config)
                 say(str(planned))
                 return planned.exit_code
@@ -172,7 +109,7 @@ def run_door(
         leave()
     except HelpAsked:
         with contextlib.suppress(OutputClosed):
-            say(help_text(cls, module=module, summary=summary, packaged=packaged, has_plan=plan is not None))
+            say(help_text(cls, module=module, summary=summary, has_plan=plan is not None))
         return 0
     except OutputClosed:
         return 141
@@ -194,6 +131,7 @@ def run_door(
         if started_rank() == 0:
             print(word, file=sys.stderr)
         return code
+    # 3. The result
     if isinstance(result, Mapping):
         with contextlib.suppress(OutputClosed):
             say("\n".join(_result_lines(result)))
@@ -207,21 +145,6 @@ def _named(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
         if words and not words[0].startswith("-"):
             named += [f"--{key}", words.pop(0)]
     return [*named, *words]
-
-
-@contextlib.contextmanager
-def _asked_verbosity(
-    cls: type[Config], argv: Sequence[str], more: Mapping[str, Sequence[str]]
-) -> Iterator[None]:
-    """What `--log_level` and `--quiet` among checked arguments ask for; at debug, errors show where they came from."""
-    flags = _flags(cls, argv, [], more)
-    with verbosity(flags.get("log_level", "info"), quiet=flags.get("quiet") == "true"):
-        try:
-            yield
-        except MuError as error:
-            if flags.get("log_level") == "debug" and _is_to_print(error):
-                traceback.print_exc()
-            raise
 
 
 def _check_alone(module: str) -> None:
@@ -238,90 +161,115 @@ def _is_to_print(error: MuError) -> bool:
     return started_rank() == 0 or not error.in_all_processes
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM is raised as Terminated while the block lasts, so that files that are half written are removed."""
-
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    # Only the main thread may set handlers; one that a caller has set is his to keep.
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
-        yield
-        return
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _result_lines(result: Mapping[object, object], indent: str = "") -> Iterable[str]:
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}:"
+            yield from _result_lines(value, indent + "  ")
+        else:
+            yield f"{indent}{name}: {value:.6g}" if isinstance(value, float) else f"{indent}{name}: {value}"
 
 
-def say(text: str) -> None:
-    """Print a text; of the processes of a run, the first one does.
+# ---- arguments
 
-    Raises OutputClosed, once and quietly, when nobody reads it any more.
+
+@dataclass
+class _Arguments:
+    """What a command line says, and what is wrong with it."""
+
+    flags: dict[str, str] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
+    unsure: set[str] = field(default_factory=set)
+    """Keys for which an unknown flag may stand."""
+    config_path: str | None = None
+    log_level: str = "info"
+    quiet: bool = False
+    dry_run: bool = False
+
+    @contextlib.contextmanager
+    def verbosity(self) -> Iterator[None]:
+        """What `--log_level` and `--quiet` ask for; at debug, errors show where they came from."""
+        with verbosity(self.log_level, quiet=self.quiet):
+            try:
+                yield
+            except MuError as error:
+                if self.log_level == "debug" and _is_to_print(error):
+                    traceback.print_exc()
+                raise
+
+
+def parse_cli(cls: type[C], argv: Sequence[str]) -> C:
+    """A checked config from arguments: defaults < the file of `--config_path` < flags; paths must be there.
+
+    Raises ConfigError with all mistakes together, HelpAsked for `--help` or `-h`.
     """
-    if started_rank() > 0:
-        return
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes once more when it ends: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputClosed from None
+    return _config(cls, _read_arguments(cls, argv))
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's own, whose `--help` ends quietly when nobody reads it any more."""
+def _config(cls: type[C], asked: _Arguments, notes: list[str] | None = None) -> C:
+    """The config of arguments, whose mistakes are told with the others. For `notes` see `assemble`."""
+    read: list[Entry] | None = []
+    mistakes = list(asked.mistakes)
+    if asked.config_path is not None:
+        read = file_entries(asked.config_path, mistakes)
+        if read and not os.path.exists(os.path.expanduser(asked.config_path)) and not asked.quiet:
+            say(f"config_path: {asked.config_path} is not on disk; using {find_config(asked.config_path)}")
+    keys = {key.name: key for key in keys_of(cls)}
+    given: list[Entry] = []
+    for name, text in asked.flags.items():
+        try:
+            given.append((name, _flag_value(keys[name], text) if name in keys else text, f"--{name}"))
+        except ValueError as error:
+            mistakes.append(f"{name}: {error} (--{name})")
+    return assemble(cls, read, given, mistakes=mistakes, on_disk=True, unsure=asked.unsure, notes=notes)
 
-    def print_help(self, file: Any = None) -> None:
-        if file is not None:
-            super().print_help(file)
-            return
-        with contextlib.suppress(OutputClosed):
-            say(self.format_help().removesuffix("\n"))
+
+def _read_arguments(cls: type[Config], argv: Sequence[str], *, has_plan: bool = False) -> _Arguments:
+    """Reads `--key value` and `--key=value`. Raises HelpAsked."""
+    if "--help" in argv or "-h" in argv:
+        raise HelpAsked
+    options = {name: allowed for name, allowed in _OPTIONS.items() if name != "dry_run" or has_plan}
+    known = ["config_path", "help", *options, *(key.name for key in keys_of(cls)), *cls.without_effect]
+    asked = _Arguments()
+    flags, words = asked.flags, list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            asked.mistakes.append(f"{word!r} belongs to no flag; write --key value, lists as a,b")
+            continue
+        name, equals, text = word.removeprefix("--").partition("=")
+        has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
+        if not equals and has_value:
+            text = words.pop(0)
+        elif name in _ALONE and not equals:
+            text, has_value = "true", True
+        if name not in known:
+            asked.mistakes.append(f"--{name}: there is no such flag.{hint(name, known)}")
+            asked.unsure |= {key for key in [meant(name, known)] if key is not None}
+        elif not has_value:
+            asked.mistakes.append(f"--{name}: a value is missing; write --{name} value")
+        elif name in flags:
+            asked.mistakes.append(f"--{name}: given twice")
+        else:
+            flags[name] = text
+    asked.config_path = flags.pop("config_path", None)
+    for name, allowed in options.items():
+        if (text := flags.get(name, allowed[0])) not in allowed:
+            listed = ", ".join(allowed)
+            asked.mistakes.append(
+                f"{name}: {text!r} is not one of: {listed}.{nearest(text, allowed)} (--{name})"
+            )
+    asked.log_level = flags.pop("log_level", "info")
+    asked.quiet = flags.pop("quiet", "false") == "true"
+    asked.dry_run = has_plan and flags.pop("dry_run", "false") == "true"
+    return asked
 
 
-def help_text(
-    cls: type[Config], *, module: str, summary: str, packaged: Path | None = None, has_plan: bool = False
-) -> str:
-    """What `--help` prints: every key with its type, range or choices, default and help."""
-    lines = [
-        f"python -m {module} [--config_path X.yaml] [--key value ...]",
-        "",
-        *_wrapped(summary, ""),
-        "",
-        "Values: defaults < config file < flags. Lists: a,b or '[a, b]'. `--key null` for no value.",
-        "",
-        "--config_path  a path or null",
-        *_wrapped(
-            "YAML file of `key: value` lines. A name that is not on disk is looked up among the packaged:",
-            "    ",
-        ),
-        *(f"      {name}" for name in (packaged_configs(packaged) if packaged is not None else [])),
-        f"--log_level  one of: {', '.join(LEVELS)}; default: info",
-        "    Log lines on the console from this level on; debug also gives errors their traceback. log.txt has all.",
-        "--quiet",
-        "    No settings, no progress bars, of the log only warnings: errors and the result.",
-        *(_DRY_RUN_HELP if has_plan else ()),
-        "--help",
-    ]
-    for key in keys_of(cls):
-        limits = f", {key.rule.limits}" if key.rule.limits else ""
-        lines.append(f"--{key.name}  {key.type_words}{limits}; default: {key.default_text or repr('')}")
-        if key.rule.choices is not None:
-            lines += _wrapped(f"one of: {', '.join(key.rule.choices)}", "    ")
-        lines += _wrapped(key.rule.help, "    ")
-    if cls.without_effect:
-        lines += _wrapped(
-            f"Taken without effect, because existing files have them: {', '.join(cls.without_effect)}.", ""
-        )
-    if any("docs/" in line for line in lines):
-        lines.append("docs/ is a folder of the source repository.")
-    return "\n".join(lines)
+def _flag_value(key: Key, text: str) -> Text | list[Text]:
+    if key.listed and text.lstrip().startswith("["):
+        return read_list(text)
+    # The shell has taken the quotes off: only `null` means null, the empty text is itself.
+    return Text(text, quoted=text != "null")
 
 
 def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -> str:
@@ -333,57 +281,60 @@ def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -
     return shlex.join(words)
 
 
-def _flags(
-    cls: type[Config],
-    argv: Sequence[str],
-    mistakes: list[str],
-    more: Mapping[str, Sequence[str]],
-    unsure: set[str] | None = None,
-) -> dict[str, str]:
-    """Flag -> its text, from `--key value` and `--key=value`; into `unsure`, keys that an unknown one may stand for."""
-    keys = [key.name for key in keys_of(cls)]
-    known = ["config_path", "help", *_COMMON, *more, *keys, *cls.without_effect]
-    flags: dict[str, str] = {}
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or word == "--":
-            mistakes.append(f"{word!r} belongs to no flag; write --key value, lists as a,b")
-            continue
-        name, equals, text = word.removeprefix("--").partition("=")
-        has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
-        if not equals and has_value:
-            text = words.pop(0)
-        elif name in _ALONE and not equals:
-            text, has_value = "true", True
-        if name not in known:
-            mistakes.append(f"--{name}: there is no such flag.{hint(name, known)}")
-            if unsure is not None and (key := meant(name, known)) is not None:
-                unsure.add(key)
-        elif not has_value:
-            mistakes.append(f"--{name}: a value is missing; write --{name} value")
-        elif name in flags:
-            mistakes.append(f"--{name}: given twice")
-        else:
-            flags[name] = text
-    return flags
+# ---- help
 
 
-def _flag_value(key: Key, text: str) -> Text | list[Text]:
-    if key.listed and text.lstrip().startswith("["):
-        return read_list(text)
-    # The shell has taken the quotes off: only `null` means null, the empty text is itself.
-    return Text(text, quoted=text != "null")
+def help_text(cls: type[Config], *, module: str, summary: str, has_plan: bool = False) -> str:
+    """What `--help` prints: every key with its type, range or choices, default and help."""
+    lines = [
+        f"python -m {module} [--config_path X.yaml] [--key value ...]",
+        "",
+        *_wrapped(summary, ""),
+        "",
+        "Values: defaults < config file < flags. Lists: a,b or '[a, b]'. `--key null` for no value.",
+        "",
+        "--config_path  a path or null",
+        *_wrapped(
+            "YAML file of `key: value` lines. A name that is not on disk is looked up among the packaged:"
+        ),
+        *(f"      {name}" for name in _configs_of(module)),
+        f"--log_level  one of: {', '.join(LEVELS)}; default: info",
+        *_wrapped(
+            "Log lines on the console from this level on; debug also gives errors their traceback. log.txt has all."
+        ),
+        "--quiet",
+        *_wrapped("No settings, no progress bars, of the log only warnings: errors and the result."),
+    ]
+    if has_plan:
+        lines.append("--dry_run")
+        lines += _wrapped(
+            "Make and write nothing: print what would be written, with sizes, and all that stands in its way."
+        )
+    lines.append("--help")
+    for key in keys_of(cls):
+        limits = f", {key.rule.limits}" if key.rule.limits else ""
+        lines.append(f"--{key.name}  {key.type_words}{limits}; default: {key.default_text or repr('')}")
+        if key.rule.choices is not None:
+            lines += _wrapped(f"one of: {', '.join(key.rule.choices)}")
+        lines += _wrapped(key.rule.help)
+    if cls.without_effect:
+        lines += _wrapped(
+            f"Taken without effect, because existing files have them: {', '.join(cls.without_effect)}.", ""
+        )
+    if any("docs/" in line for line in lines):
+        lines.append("docs/ is a folder of the source repository.")
+    return "\n".join(lines)
 
 
-def _result_lines(result: Mapping[object, object], indent: str = "") -> Iterable[str]:
-    for name, value in result.items():
-        if isinstance(value, Mapping):
-            yield f"{indent}{name}:"
-            yield from _result_lines(value, indent + "  ")
-        else:
-            yield f"{indent}{name}: {value:.6g}" if isinstance(value, float) else f"{indent}{name}: {value}"
+def _configs_of(module: str) -> list[str]:
+    """The packaged files that open with the command of this module."""
+    found = []
+    for name, path in packaged_configs().items():
+        with open(path, encoding="utf-8") as file:
+            if f"-m {module} " in file.readline():
+                found.append(name)
+    return found
 
 
-def _wrapped(text: str, indent: str) -> list[str]:
+def _wrapped(text: str, indent: str = "    ") -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)

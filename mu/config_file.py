@@ -1,47 +1,111 @@
-"""Read a flat YAML file, `key: value` or `key: [list]`, without giving its text a type.
+"""Files of settings: where they are, and how a flat one, `key: value` or `key: [list]`, is read as text.
 
-A run's configuration is one level of keys. So the file is read from the parser's events instead of being built by a
-general loader: there are no tags, anchors or aliases, nothing is interpolated or imported, nothing outside the
-file is read, a repeated key is noticed, and each value knows its line. What a scalar *is* depends on the key it is
-given to (`mu.config`), not on how it looks: `wandb: off` is the word "off", `template_name: 1` is a name.
+What a scalar *is* depends on the key it is given to (`mu.config`), not on how it looks: `wandb: off` is the word "off",
+`template_name: 007` a name. YAML's usual loaders, and OmegaConf's, have made false and 7 of them before a key is asked;
+so the file is taken as YAML's nodes, which keep the text and the line. There are no tags, anchors or aliases, and
+nothing is interpolated or imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
+from mu.config_names import nearest
 from mu.errors import MuError
 
+PACKAGE_PREFIX = "package:"
+_PACKAGE = Path(__file__).parent
+_MODEL_YAMLS = ("model_config.yaml", "sd_v2_base.yaml", "sd_v2_v.yaml")
+"""Packaged YAML files that describe a model, and are no settings of a command."""
 MAX_BYTES = 1_000_000
-MAX_DEPTH = 20
+_NULLS = ("null", "Null", "NULL", "~", "")
 
 
 class ConfigFileError(MuError, ValueError):
-    """The file cannot be read as a flat YAML file at all."""
+    """The file is not there, or cannot be read as a flat YAML file at all."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """A scalar as it was written. `quoted` tells the word "null" from a null."""
+# ---- where they are
 
-    raw: str
-    quoted: bool = False
+
+def config_folders() -> list[Path]:
+    """Where the packaged YAML files are: `configs/` (in a checkout beside the package), and each method's own."""
+    shared = next(at / "configs" for at in (_PACKAGE, _PACKAGE.parent) if (at / "configs").is_dir())
+    return [shared, *sorted(_PACKAGE.glob("algorithms/*/configs"))]
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name, as `--config_path` takes it -> packaged YAML file with settings."""
+    found: dict[str, Path] = {}
+    for folder in config_folders():
+        for path in sorted(folder.rglob("*.yaml")):
+            if path.name not in _MODEL_YAMLS:
+                found.setdefault(path.relative_to(folder).as_posix(), path)
+    return found
+
+
+def find_config(path: str | os.PathLike[str]) -> Path:
+    """The file at `path`, see `resolve_path`, else the packaged one of that name.
+
+    Of a packaged name, what leads up to `configs/` and the `.yaml` after it may differ.
+    Raises ConfigFileError, with the packaged names, when there is neither.
+    """
+    found = resolve_path(os.fspath(path))
+    if found.exists():
+        return found
+    packaged = packaged_configs()
+    name = found.as_posix()
+    short = name.rpartition("configs/")[2].removesuffix(".yaml") + ".yaml"
+    if short in packaged:
+        return packaged[short]
+    known = f" The packaged ones: {', '.join(packaged)}.{nearest(short, packaged)}"
+    raise ConfigFileError(f"there is no file {name!r}.{known}")
+
+
+def resolve_path(path: str) -> Path:
+    """A path key's value as the path that is read.
+
+    `package:x` is the file x inside the installed package, `~` the home folder. What begins with `mu/` or `configs/`
+    and is not in the working folder is looked up in the package, as if that were a checkout. Others are as they are.
+    """
+    if path.startswith(PACKAGE_PREFIX):
+        return _PACKAGE / path.removeprefix(PACKAGE_PREFIX)
+    found = Path(os.path.expanduser(path))
+    top, *rest = found.parts or ("",)
+    if os.path.lexists(found) or ".." in rest or top not in ("mu", "configs"):
+        return found
+    folders = [_PACKAGE] if top == "mu" else config_folders()
+    return next((at for folder in folders if (at := folder.joinpath(*rest)).exists()), found)
+
+
+# ---- how they are read
+
+
+class Text(str):
+    """A scalar as it was written."""
+
+    is_null: bool
+
+    def __new__(cls, text: str, *, quoted: bool = False) -> Text:
+        """`quoted` tells the word "null" from a null."""
+        made = super().__new__(cls, text)
+        made.is_null = not quoted and text in _NULLS
+        return made
 
 
 Value = Text | list[Text]
 
 
-@dataclass(frozen=True)
-class FlatFile:
+class FlatFile(NamedTuple):
     """The entries of a file: key -> value, key -> line (from 1), and what is wrong with it."""
 
     values: dict[str, Value]
     lines: dict[str, int]
-    mistakes: tuple[str, ...]
+    mistakes: list[str]
 
 
 def read_flat_file(path: Path) -> FlatFile:
@@ -54,127 +118,61 @@ def read_flat_file(path: Path) -> FlatFile:
     if len(content) > MAX_BYTES:
         raise ConfigFileError(f"{path}: larger than {MAX_BYTES} bytes; this is no configuration file")
     try:
-        return read_flat_text(content.decode("utf-8-sig"))
-    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise ConfigFileError(f"{path}: not a YAML file ({_one_line(error)})") from error
-
-
-def read_flat_text(text: str) -> FlatFile:
-    """The entries of YAML text. Raises yaml.YAMLError where the text is not YAML."""
-    reader = _Reader(yaml.parse(text, Loader=yaml.SafeLoader))
-    return reader.read()
+        return _read_flat(content.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ConfigFileError(f"{path}: not a YAML file ({error})") from error
 
 
 def read_list(text: str) -> list[Text]:
     """The scalars of a YAML list such as `[a, "b, c"]`. Raises ValueError when it is something else."""
     try:
-        flat = read_flat_text(f"list: {text}\n")
-    except yaml.YAMLError as error:
-        raise ValueError(f"not a YAML list ({_one_line(error)})") from error
-    value = flat.values.get("list")
-    if flat.mistakes or len(flat.values) != 1 or not isinstance(value, list):
+        values, _, mistakes = _read_flat(f"list: {text}\n")
+    except ValueError as error:
+        raise ValueError(f"not a YAML list ({error})") from error
+    value = values.get("list")
+    if mistakes or len(values) != 1 or not isinstance(value, list):
         raise ValueError("not a YAML list of plain values")
     return value
 
 
-class _Reader:
-    """One pass over the parser's events. Depth is counted, not recursed into."""
-
-    def __init__(self, events: Iterator[yaml.Event]) -> None:
-        self._events = events
-        self._values: dict[str, Value] = {}
-        self._lines: dict[str, int] = {}
-        self._mistakes: list[str] = []
-
-    def read(self) -> FlatFile:
-        documents = 0
-        for event in self._events:
-            if isinstance(event, yaml.DocumentStartEvent):
-                documents += 1
-                if documents == 1:
-                    self._document()
-                else:
-                    self._mistakes.append(f"line {_line(event)}: a second document; write one")
-                    self._skip(next(self._events))
-        return FlatFile(self._values, self._lines, tuple(self._mistakes))
-
-    def _document(self) -> None:
-        event = next(self._events)
-        if isinstance(event, yaml.ScalarEvent) and event.value == "":
-            return  # an empty file: nothing is set
-        if not isinstance(event, yaml.MappingStartEvent):
-            self._mistakes.append(f"line {_line(event)}: write `key: value` lines")
-            self._skip(event)
-            return
-        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            self._entry(event)
-
-    def _entry(self, event: yaml.Event) -> None:
-        if not isinstance(event, yaml.ScalarEvent):
-            self._mistakes.append(f"line {_line(event)}: a key must be a plain word")
-            self._skip(event)
-            self._skip(next(self._events))
-            return
-        key, line = event.value, _line(event)
-        value = self._value(next(self._events), key)
-        if key in self._lines:
-            self._mistakes.append(f"{key}: given twice (lines {self._lines[key]} and {line})")
-            return
-        self._lines[key] = line
-        if value is not None:
-            self._values[key] = value
-
-    def _value(self, event: yaml.Event, key: str) -> Value | None:
-        """A scalar or a list of scalars; None after noting a mistake."""
-        if isinstance(event, yaml.ScalarEvent):
-            return self._scalar(event, key)
-        if not isinstance(event, yaml.SequenceStartEvent):
-            self._mistakes.append(f"{key}: {_unsupported(event)} (line {_line(event)})")
-            self._skip(event)
-            return None
-        items: list[Text] = []
-        whole = True
-        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
-            item = self._scalar(event, key) if isinstance(event, yaml.ScalarEvent) else None
-            if item is not None:
-                items.append(item)
+def _read_flat(text: str) -> FlatFile:
+    """The entries of YAML text. Raises ValueError where the text is not YAML."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        odd = [event for event in yaml.parse(text, Loader=yaml.SafeLoader) if _is_odd(event)]
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, OverflowError) as error:  # the latter from "\UFFFFFFFF"
+        raise ValueError(" ".join(str(error).split())) from error
+    flat = FlatFile({}, {}, [f"line {_line(event)}: tags and anchors are not read" for event in odd])
+    if root is None:  # an empty file: nothing is set
+        return flat
+    if not isinstance(root, yaml.MappingNode):
+        flat.mistakes.append(f"line {_line(root)}: write `key: value` lines")
+        return flat
+    for key, node in root.value:
+        line = _line(key)
+        if not isinstance(key, yaml.ScalarNode):
+            flat.mistakes.append(f"line {line}: a key must be a plain word")
+        elif key.value in flat.lines:
+            flat.mistakes.append(f"{key.value}: given twice (lines {flat.lines[key.value]} and {line})")
+        else:
+            flat.lines[key.value] = line
+            items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+            if not all(isinstance(item, yaml.ScalarNode) for item in items):
+                flat.mistakes.append(
+                    f"{key.value}: must be one value or a list of values, without further levels (line {line})"
+                )
                 continue
-            if not isinstance(event, yaml.ScalarEvent) and whole:
-                self._mistakes.append(f"{key}: {_unsupported(event)} (line {_line(event)})")
-            whole = False
-            self._skip(event)
-        return items if whole else None
-
-    def _scalar(self, event: yaml.ScalarEvent, key: str) -> Text | None:
-        if event.anchor is not None or event.tag is not None:
-            self._mistakes.append(f"{key}: tags and anchors are not read (line {_line(event)})")
-            return None
-        return Text(event.value, quoted=event.style is not None)
-
-    def _skip(self, event: yaml.Event) -> None:
-        """Passes over the node that begins with `event`."""
-        depth = 0
-        while True:
-            if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-                depth += 1
-                if depth > MAX_DEPTH:  # the scanner takes quadratic time there
-                    raise ValueError(f"line {_line(event)}: nested too deeply")
-            elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-                depth -= 1
-            if depth == 0:
-                return
-            event = next(self._events)
+            texts = [Text(item.value, quoted=item.style is not None) for item in items]
+            flat.values[key.value] = texts if isinstance(node, yaml.SequenceNode) else texts[0]
+    return flat
 
 
-def _unsupported(event: yaml.Event) -> str:
-    if isinstance(event, yaml.AliasEvent):
-        return "aliases (*name) are not read; write the value"
-    return "must be one value or a list of values, without further levels"
+def _is_odd(event: yaml.Event) -> bool:
+    """Whether something in the file has a tag or an anchor, or is an alias (whose anchor it names)."""
+    return getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None
 
 
-def _line(event: yaml.Event) -> int:
-    return int(event.start_mark.line) + 1
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _line(part: yaml.Node | yaml.Event) -> int:
+    return int(part.start_mark.line) + 1

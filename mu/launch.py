@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from mu.arithmetic import run_arithmetic
-from mu.cli import terminable
+from mu.console import terminable
 from mu.devices import check_devices, device_names
 from mu.errors import MuError, Terminated
 from mu.memory import telling

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import errno
 import logging
 import subprocess
@@ -16,7 +15,6 @@ from mu.run_folder import RunFolder
 from mu.verbosity import bars_off
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Toy(Config):
     lr: float = setting(1e-5, "Step size.", gt=0)
     name: str | None = setting("Noto", "Concept.", kind="name")
@@ -102,13 +100,25 @@ def test_help_is_asked_for_anywhere_and_names_every_key():
     assert "--name  a name or null; default: Noto" in text
 
 
-def test_a_packaged_file_is_used_and_that_is_said(tmp_path, capsys):
+def test_a_packaged_file_is_used_and_that_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "train.yaml").write_text("lr: 0.5\n")
-    assert parse_cli(Toy, ["--config_path", "train.yaml"], packaged=tmp_path).lr == 0.5
+    monkeypatch.setattr("mu.config_file.config_folders", lambda: [tmp_path])
+    assert parse_cli(Toy, ["--config_path", "configs/train.yaml"]).lr == 0.5
     said = capsys.readouterr().out
-    assert "train.yaml is not on disk; using" in said
-    assert parse_cli(Toy, ["--config_path", str(tmp_path / "train.yaml")], packaged=tmp_path).lr == 0.5
+    assert f"train.yaml is not on disk; using {tmp_path / 'train.yaml'}" in said
+    assert parse_cli(Toy, ["--config_path", "train.yaml"]).lr == 0.5
     assert capsys.readouterr().out == ""
+
+
+def test_help_lists_the_packaged_files_of_the_command(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/one.yaml").write_text("# python -m mu.toy --config_path a/one.yaml\nlr: 0.5\n")
+    (tmp_path / "two.yaml").write_text("# python -m mu.toys --config_path two.yaml\nlr: 0.5\n")
+    monkeypatch.setattr("mu.config_file.config_folders", lambda: [tmp_path])
+    text = help_text(Toy, module="mu.toy", summary="Does it.")
+    assert "      a/one.yaml\n--log_level" in text
+    assert "two.yaml" not in text
 
 
 def test_the_door_prints_the_merged_config_and_the_result(capsys, tmp_path):
@@ -288,7 +298,7 @@ def test_a_door_that_is_one_process_is_not_started_several_times(monkeypatch, ca
 
 
 DOOR = "from test_cli import door; sys.exit(door(lambda _: print('begun', file=sys.stderr), *sys.argv[1:]))"
-PARSER = "from mu.cli import ArgumentParser; ArgumentParser(epilog='x ' * 90_000).parse_args()"
+PARSER = "from mu.console import ArgumentParser; ArgumentParser(epilog='x ' * 90_000).parse_args()"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.config import (
     Config,
     ConfigError,
@@ -18,7 +20,6 @@ from mu.config import (
     check_paths,
     config_of,
     dump,
-    find_config,
     keys_of,
     load_config,
     override,
@@ -27,11 +28,10 @@ from mu.config import (
     resolve_path,
     setting,
 )
-from mu.config_file import MAX_BYTES
+from mu.config_file import MAX_BYTES, ConfigFileError, config_folders, find_config
 from mu.errors import MuError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Toy(Config):
     lr: float = setting(1e-5, "step size", gt=0)
     batch_size: int = setting(8, "images a batch", ge=1)
@@ -133,7 +133,10 @@ def test_quoted_null_is_a_word(tmp_path):
         ("lr: !!python/object/apply:os.getcwd []", "lr: "),
         ("lr: &a 1\nbatch_size: *a", "tags and anchors are not read"),
         ("- lr", "write `key: value` lines"),
-        ("lr: 1\n---\nlr: 2", "a second document"),
+        ("lr: 1\n---\nlr: 2", "another document"),
+        ("lr: 1\n? [a, b]\n: 2", "line 2: a key must be a plain word"),
+        ("lr: [[1]]", "without further levels (line 1)"),
+        ('path: "\\UFFFFFFFF"', "not a YAML file"),
         ("lr: [", "not a YAML file"),
         ("path: ''", "path: must not be empty"),
         ('path: "a\\0b"', "path: 'a\\x00b' contains a control character"),
@@ -268,7 +271,10 @@ def test_a_config_is_immutable_and_override_makes_another():
     with pytest.raises(ConfigError, match="Did you mean 'lr'"):
         override(config, lrr=1)
     with pytest.raises(ConfigError):
-        dataclasses.replace(config, lr=-1.0)
+        config.model_copy(update={"lr": -1.0})
+    assert config.model_copy(update={"lr": 0.5}) == Toy(seeds=[3, 4], lr=0.5)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config.model_copy() == config
+    assert len({config, Toy(seeds=[3, 4])}) == 1
 
 
 def test_conflicts_between_keys_are_told_only_when_the_keys_are_right():
@@ -315,33 +321,46 @@ def test_an_empty_file_sets_nothing(tmp_path):
     assert from_yaml(tmp_path, "# only a comment\n") == Toy()
 
 
-def test_a_packaged_config_is_found_by_name(tmp_path):
-    (tmp_path / "emoji").mkdir()
-    for name in ("train_config.yaml", "model_config.yaml", "emoji/train.yaml"):
-        (tmp_path / name).write_text("lr: 3\n")
-    for name in (
-        "emoji/train.yaml",
-        "configs/emoji/train.yaml",
-        "emoji/train",
-        "a/b/configs/emoji/train.yaml",
-    ):
-        assert find_config(name, tmp_path) == tmp_path / "emoji/train.yaml"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "emoji_canvas/sample.yaml",
+        "configs/emoji_canvas/sample.yaml",
+        "./configs/emoji_canvas/sample.yaml",
+        "emoji_canvas/sample",
+        "mu/algorithms/saliency_unlearning/configs/emoji_canvas/sample.yaml",
+        "a/b/configs/emoji_canvas/sample.yaml",
+    ],
+)
+def test_a_packaged_config_is_found_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == config_folders()[0] / "emoji_canvas/sample.yaml"
+
+
+def test_what_is_no_packaged_config_is_told_with_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"emoji/train.yaml, train_config.yaml\. Did you mean 'emoji/train.yaml'"
+        ConfigFileError,
+        match=r"emoji_canvas/train_style.yaml, .*\. Did you mean 'emoji_canvas/train_style.yaml'",
     ):
-        find_config("emoji/trian.yaml", tmp_path)
+        find_config("emoji_canvas/trian_style.yaml")
     for outside in ("../train_config.yaml", "elsewhere/train_config.yaml", "model_config.yaml"):
-        with pytest.raises(ConfigError):
-            find_config(outside, tmp_path)
+        with pytest.raises(ConfigFileError):
+            find_config(outside)
+
+
+def test_the_yaml_of_a_method_is_found_at_its_path_and_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = "mu/algorithms/saliency_unlearning/configs/mask_config.yaml"
+    assert find_config(path) == find_config("mask_config.yaml")
+    assert find_config(path).as_posix().endswith(path)
 
 
 def test_a_file_on_disk_comes_before_a_packaged_one(tmp_path, monkeypatch):
-    packaged = tmp_path / "packaged"
-    packaged.mkdir()
-    (packaged / "train.yaml").write_text("lr: 3\n")
-    (tmp_path / "train.yaml").write_text("lr: 4\n")
     monkeypatch.chdir(tmp_path)
-    assert load_config(Toy, config_path="train.yaml", packaged=packaged).lr == 4
+    assert load_config(TrainConfig, config_path="train_config.yaml").lr == 1e-5
+    (tmp_path / "train_config.yaml").write_text("lr: 0.25\n")
+    assert load_config(TrainConfig, config_path="train_config.yaml").lr == 0.25
 
 
 def test_package_paths_are_resolved_inside_the_package():

@@ -27,12 +27,12 @@ from mu.config import (
     check_paths,
     config_of,
     dump,
-    find_config,
     keys_of,
     load_config,
     override,
     resolve_path,
 )
+from mu.config_file import find_config
 from mu.config_names import _ELSEWHERE, _NEEDLESS, _OTHERWISE, hint
 from mu.evaluation.config import (
     EvaluateConfig,
@@ -47,6 +47,7 @@ CLASSES = (
     SampleConfig,
     TrainConfig,
 )
+ROOT = Path(__file__).resolve().parent.parent
 NEEDED = {ApplyPatchConfig: "input_path output_path patches", ConvertConfig: "input_path output_path"}
 SEED_MODEL = "mu/algorithms/saliency_unlearning/configs/model_config.yaml"
 
@@ -61,7 +62,7 @@ def built(cls: type[Config], **values: object) -> Config:
 
 def mistakes_of(*argv: str, cls: type[Config] = TrainConfig) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
-        parse_cli(cls, argv, packaged=PACKAGED)
+        parse_cli(cls, argv)
     return caught.value.mistakes
 
 
@@ -112,7 +113,7 @@ def test_a_tilde_is_the_home_folder_in_yaml_in_flags_in_lists_and_for_another_us
     with pytest.raises(ConfigError, match="there is no file '~nobody-of-that-name/x"):
         parse_cli(MaskConfig, ["--config_path", "~nobody-of-that-name/x.yaml"])
     packaged = ["--config_path", "~nobody-of-that-name/configs/emoji_canvas/sample.yaml"]
-    assert parse_cli(SampleConfig, packaged, packaged=PACKAGED).prompts
+    assert parse_cli(SampleConfig, packaged).prompts
     assert door.path("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
     assert local_file("~nobody-of-that-name/x.zip") == Path("~nobody-of-that-name/x.zip")
 
@@ -128,9 +129,7 @@ SAMPLE = ["--config_path", "emoji_canvas/sample.yaml"]
 
 def test_a_flag_replaces_the_other_of_its_pair_in_the_file(tmp_path):
     (tmp_path / "p.txt").write_text("a dog\n")
-    config = parse_cli(
-        SampleConfig, [*SAMPLE, "--prompts_path", f"{tmp_path}/p.txt", "--quiet"], packaged=PACKAGED
-    )
+    config = parse_cli(SampleConfig, [*SAMPLE, "--prompts_path", f"{tmp_path}/p.txt", "--quiet"])
     assert config.prompts == ()
     assert [case.prompt for case in config.cases()] == ["a dog"]
     (tmp_path / "x.yaml").write_text(
@@ -159,9 +158,7 @@ def test_both_of_a_pair_at_one_level_are_still_a_mistake(tmp_path):
         lambda: SampleConfig(prompts=["a cat"], prompts_path="p.txt"),
         lambda: load_config(SampleConfig, config_path=tmp_path / "x.yaml"),
         lambda: override(SampleConfig(prompts=["a dog"]), prompts=["a cat"], prompts_path="p.txt"),
-        lambda: parse_cli(
-            SampleConfig, [*SAMPLE, "--prompts", "a", "--prompts_path", "b"], packaged=PACKAGED
-        ),
+        lambda: parse_cli(SampleConfig, [*SAMPLE, "--prompts", "a", "--prompts_path", "b"]),
     ):
         with pytest.raises(ConfigError, match="prompts: give prompts or prompts_path, one of the two"):
             make()
@@ -201,12 +198,14 @@ def test_the_model_file_of_existing_configs_is_the_packaged_one(tmp_path, monkey
             for problem in MaskConfig(model_config_path=path).disk_problems()
             if problem[0] == ("model_config_path",)
         ]
-    assert resolve_path("configs/emoji_canvas/sample.yaml").samefile(PACKAGED / "emoji_canvas/sample.yaml")
+    assert resolve_path("configs/emoji_canvas/sample.yaml").samefile(
+        ROOT / "configs/emoji_canvas/sample.yaml"
+    )
     assert resolve_path("mu/assets/emoji_canvas/model.safetensors").samefile(
         resolve_path("package:assets/emoji_canvas/model.safetensors")
     )
     assert (
-        find_config("mu/algorithms/saliency_unlearning/configs/train_config.yaml", PACKAGED)
+        find_config("mu/algorithms/saliency_unlearning/configs/train_config.yaml")
         == PACKAGED / "train_config.yaml"
     )
     for other in (

@@ -71,11 +71,21 @@ def test_the_page_on_migrating_names_keys_that_are_there_and_that_a_mistake_lead
             ), name
 
 
-@pytest.mark.parametrize("command", [["scripts/readme_keys.py"], ["-m", "benchmarks.render"]])
+@pytest.mark.parametrize("command", [["scripts/keys_page.py"], ["-m", "benchmarks.render"]])
 def test_tables_are_what_their_scripts_make(command: list[str]) -> None:
     script = [sys.executable, *command, "--check"]
     done = subprocess.run(script, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_page_on_keys_has_every_command() -> None:
+    """A table for each config class that a door is opened with."""
+    doors = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mu").rglob("*.py"))
+    classes = set(re.findall(r"\brun_door\(\s*(\w+),", doors))
+    page = (ROOT / "scripts/keys_page.py").read_text(encoding="utf-8")
+    listed = set(re.findall(r'^    "\w+": \(".*", (\w+)\),$', page, flags=re.M))
+    assert len(classes) >= 6
+    assert listed == classes
 
 
 def test_a_mask_is_read_as_the_page_on_masks_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,18 @@ import mu
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 ALGORITHM_ENVIRONMENT = ROOT / "mu/algorithms/saliency_unlearning/environment.yaml"
+PYDANTIC = ("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection")
+OWN_YAML = "mu/algorithms/saliency_unlearning/configs/mask_config.yaml"
+
+
+def copied_source(tmp_path: Path) -> Path:
+    """What the package is built from."""
+    source = tmp_path / "source"
+    for folder in ("mu", "configs"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source / name)
+    return source
 
 
 def requirements(*, extra: str | None = None) -> dict[str, Requirement]:
@@ -84,11 +96,8 @@ def test_environment_has_its_name_and_python(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_a_built_distribution_runs_in_an_empty_environment(tmp_path: Path, kind: str) -> None:
-    """Of the dependencies, `--help` needs PyYAML, tqdm and Pillow alone: links to them are all that is put in."""
-    source = tmp_path / "source"
-    shutil.copytree(ROOT / "mu", source / "mu", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, source / name)
+    """Of the dependencies, `--help` needs pydantic, PyYAML, tqdm and Pillow: links to them are all that is put in."""
+    source = copied_source(tmp_path)
     build = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "-o", str(tmp_path), str(source)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,8 +115,12 @@ def test_a_built_distribution_runs_in_an_empty_environment(tmp_path: Path, kind:
     assert done.returncode == 0, done.stdout + done.stderr
 
     (site / "build_tools.pth").unlink()
-    for package in ("yaml", "tqdm", "PIL"):
-        folder = Path(str(find_spec(package).origin)).parent  # type: ignore[union-attr]
+    for package in ("yaml", "tqdm", "PIL", *PYDANTIC):
+        file = Path(str(find_spec(package).origin))  # type: ignore[union-attr]
+        if file.name != "__init__.py":
+            (site / file.name).symlink_to(file)
+            continue
+        folder = file.parent
         (site / package).symlink_to(folder)
         for libraries in folder.parent.glob(f"{'pillow' if package == 'PIL' else package}.libs"):
             (site / libraries.name).symlink_to(libraries)
@@ -121,6 +134,14 @@ def test_a_built_distribution_runs_in_an_empty_environment(tmp_path: Path, kind:
         )
         assert done.returncode == 0, done.stderr
         assert "--quiet" in done.stdout
+    # The packaged settings are found by each of their names, outside of a checkout too.
+    names = ("emoji_canvas/mask_style.yaml", "configs/emoji_canvas/mask_style.yaml", OWN_YAML)
+    find = f"from mu.config_file import find_config; [print(find_config(name)) for name in {names}]"
+    done = subprocess.run(
+        [str(python), "-I", "-c", find], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    shared = str(site / "mu/configs/emoji_canvas/mask_style.yaml")
+    assert done.stdout.split() == [shared, shared, str(site / OWN_YAML)]
     where = "import mu; print(mu.__file__); print(mu.__version__)"
     done = subprocess.run([str(python), "-I", "-c", where], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(site / "mu/__init__.py"), mu.__version__]
@@ -171,10 +192,7 @@ def test_the_source_distribution_holds_what_its_tests_need(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     """Built from a copy, so that neither an older build nor this checkout's metadata can fill a gap."""
-    source = tmp_path / "source"
-    shutil.copytree(ROOT / "mu", source / "mu", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, source / name)
+    source = copied_source(tmp_path)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
@@ -185,6 +203,7 @@ def test_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         licences = {Path(name).name for name in archive.namelist() if ".dist-info/licenses/" in name}
     expected = {path.relative_to(source).as_posix() for path in (source / "mu").rglob("*") if path.is_file()}
+    expected |= {f"mu/{path.relative_to(source).as_posix()}" for path in (source / "configs").rglob("*.yaml")}
     assert expected - packed == set()
     assert licences == {"LICENSE", "NOTICE"}
 

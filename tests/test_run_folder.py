@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import logging
 import os
@@ -27,7 +26,6 @@ from mu.run_folder import (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Toy(Config):
     lr: float = setting(1e-5, "step size", gt=0)
 

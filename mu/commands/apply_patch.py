@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED
 from mu.cli import run_door
 from mu.config import Config, resolve_path, setting
 from mu.run_folder import space_problem, writable_problem
@@ -23,7 +21,6 @@ from mu.unlearning.find_checkpoint import (
 MODULE = "mu.algorithms.saliency_unlearning.scripts.apply_patch"
 
 
-@dataclass(frozen=True, kw_only=True)
 class ApplyPatchConfig(Config):
     """Which patches, to or from which checkpoint."""
 
@@ -117,7 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=MODULE,
         summary=str(__doc__),
-        packaged=PACKAGED,
         argv=argv,
         first_words=("input_path", "output_path"),
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED
 from mu.cli import run_door
 from mu.config import Config, resolve_path, setting
 from mu.run_folder import writable_problem
@@ -21,7 +19,6 @@ MODULE = "mu.algorithms.saliency_unlearning.scripts.convert"
 _SUFFIXES = {"compvis": (".safetensors", ".ckpt", ".pth"), "unet": (".pt", ".bin", ".safetensors")}
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConvertConfig(Config):
     """From which checkpoint to which, and how."""
 
@@ -141,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=MODULE,
         summary=str(__doc__),
-        packaged=PACKAGED,
         argv=argv,
         first_words=("input_path", "output_path"),
     )

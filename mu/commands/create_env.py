@@ -19,7 +19,6 @@ from urllib.request import url2pathname
 import yaml
 
 import mu
-from mu.cli import ArgumentParser
 from mu.commands.backends import (
     CONDAS,
     EnvironmentProblem,
@@ -30,6 +29,7 @@ from mu.commands.backends import (
     find_python,
 )
 from mu.commands.door import add_verbosity, guarded, notes_as_asked, path
+from mu.console import ArgumentParser
 
 ALGORITHMS = Path(mu.__file__).parent / "algorithms"
 FILE_NAME = "environment.yaml"

@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 
 from mu.atomic import write_atomically
-from mu.cli import ArgumentParser
 from mu.commands.door import add_verbosity, guarded, path
 from mu.commands.redaction import redacted
+from mu.console import ArgumentParser
 from mu.errors import MuError
 from mu.run_folder import environment
 

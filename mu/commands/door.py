@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mu.cli import ArgumentParser
 from mu.commands.archive import Limits
 from mu.commands.download import Result, download
 from mu.commands.origins import Wish
 from mu.commands.sources import MIRROR_VARIABLE, Source
+from mu.console import ArgumentParser
 from mu.errors import MuError
 from mu.verbosity import LEVELS, console_level, is_quiet, verbosity
 

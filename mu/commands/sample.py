@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED
 from mu.cli import run_door
 from mu.evaluation.config import SampleConfig
 
@@ -18,7 +17,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=MODULE,
         summary=str(__doc__),
-        packaged=PACKAGED,
         argv=argv,
         shares_work=True,
     )

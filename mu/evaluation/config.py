@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -41,7 +40,6 @@ _PRECISION_HELP = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class SampleConfig(ModelKeys):
     """Images from a checkpoint."""
 
@@ -127,7 +125,6 @@ class SampleConfig(ModelKeys):
         return PromptTable(_numbered(prompts))
 
 
-@dataclass(frozen=True, kw_only=True)
 class ScoringKeys(Config):
     """How images are sampled and scored, of one model or of a whole table; and how the scores are read."""
 
@@ -183,7 +180,6 @@ class ScoringKeys(Config):
                 yield keys, f"{name!r} is forgotten and must be counted; leave out others, or forget others"
 
 
-@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
     """What a checkpoint, or a folder of images, forgot and what it kept, on the grid of styles x objects."""
 

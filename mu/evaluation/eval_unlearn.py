@@ -21,7 +21,7 @@ from PIL import Image
 from mu.arithmetic import run_arithmetic
 from mu.config import ConfigError, load_config, override, require_paths
 from mu.config_file import ConfigFileError, Text, Value, read_flat_file
-from mu.config_values import is_null
+from mu.config_keys import is_null
 from mu.datasets.images import to_picture
 from mu.datasets.index import concept_label
 from mu.datasets.seen_prompts import cut_notes
@@ -201,7 +201,7 @@ def _as_trained(config: SampleConfig, trained: dict[str, Value]) -> SampleConfig
     if not isinstance(named, Text):
         path = config.checkpoint().parent / "config.yaml"
         raise ConfigError([f"ckpt_path: {path} names no model_config_path; give it"])
-    return override(config, model_config_path=named.raw)
+    return override(config, model_config_path=str(named))
 
 
 def _concept(trained: dict[str, Value] | None) -> str | None:
@@ -209,4 +209,4 @@ def _concept(trained: dict[str, Value] | None) -> str | None:
     named = (trained or {}).get("template_name")
     if named is None or is_null(named):
         return None
-    return concept_label(tuple(text.raw for text in (named if isinstance(named, list) else [named])))
+    return concept_label(tuple(str(text) for text in (named if isinstance(named, list) else [named])))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -40,7 +39,6 @@ NUDITY_LABELS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class QualityKeys(Config):
     """Classifier, memorised concept, FID and KID, CLIP score, nudity."""
 

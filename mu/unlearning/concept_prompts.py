@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from mu.config import setting
 from mu.datasets.base import Problem
@@ -12,7 +11,6 @@ from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.unlearning.config import ConceptKeys
 
 
-@dataclass(frozen=True, kw_only=True)
 class PromptKeys(ConceptKeys):
     """Which prompts of the concept a method is given."""
 

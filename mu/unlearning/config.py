@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +21,6 @@ EMOJI_MODEL_CONFIG = "package:assets/emoji_canvas/model_config.yaml"
 SAMPLE_PRECISIONS = ("auto", "fp32", "bf16")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ModelKeys(Config):
     """Which model, and where it runs."""
 
@@ -73,7 +71,6 @@ class ModelKeys(Config):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConceptKeys(ModelKeys):
     """What is forgotten, and how images are sampled."""
 
@@ -110,7 +107,6 @@ class ConceptKeys(ModelKeys):
         return concept_names(self.template_name)
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunKeys(ConceptKeys):
     """Where a run goes."""
 
@@ -126,7 +122,6 @@ class RunKeys(ConceptKeys):
             yield ("output_dir",), problem
 
 
-@dataclass(frozen=True, kw_only=True)
 class OutputKeys(RunKeys):
     """What a run writes of the unlearned model, and which pictures it takes before and after."""
 
@@ -157,7 +152,6 @@ class OutputKeys(RunKeys):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class DataKeys(ConceptKeys):
     """The images of what is forgotten and of what is kept."""
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mu.config import resolve_path
-from mu.config_file import ConfigFileError, Value, read_flat_file
-from mu.config_values import PACKAGE_PREFIX
+from mu.config_file import PACKAGE_PREFIX, ConfigFileError, Value, read_flat_file
 from mu.datasets.base import Problem as Problem
 from mu.datasets.index import concept_label, concept_names
 
@@ -143,4 +142,4 @@ def _words(value: Value | None) -> set[str]:
     """What a key of a saved config says, one word or several."""
     if value is None:
         return set()
-    return {text.raw for text in (value if isinstance(value, list) else [value])}
+    return {str(text) for text in (value if isinstance(value, list) else [value])}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -26,7 +25,6 @@ PRECISION_HELP = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ComputeKeys(RunKeys):
     """How the UNet computes in both stages; docs/speed.md says what each key costs and what is chosen by itself."""
 
@@ -52,7 +50,6 @@ class ComputeKeys(RunKeys):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingKeys(ComputeKeys, OutputKeys):
     """How the weights that may move are trained, and what the run shows of it."""
 

@@ -460,7 +460,7 @@ class Halved:
 def test_a_method_is_one_entry(moved: TableConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     package = ModuleType("a_method")
     configs, algorithm = ModuleType("a_method.configs"), ModuleType("a_method.algorithm")
-    configs.OwnConfig, configs.PACKAGED = TrainConfig, Path("none")  # type: ignore[attr-defined]
+    configs.OwnConfig = TrainConfig  # type: ignore[attr-defined]
     algorithm.Halved = Halved  # type: ignore[attr-defined]
     for module in (package, configs, algorithm):
         monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -16,7 +16,7 @@ from mu.algorithms.saliency_unlearning import configs
 from mu.cli import HelpAsked, command_line, parse_cli
 from mu.commands.apply_patch import ApplyPatchConfig
 from mu.config import Config, ConfigError, as_dict, assemble, dump, keys_of, load_config, override
-from mu.config_values import Key
+from mu.config_keys import Key
 from mu.evaluation.config import EvaluateConfig, SampleConfig
 
 CLASSES: list[type[Config]] = [

@@ -26,7 +26,6 @@ from mu.algorithms.saliency_unlearning.algorithm import (
     SaliencyUnlearningAlgorithm,
 )
 from mu.algorithms.saliency_unlearning.configs import (
-    PACKAGED,
     MaskConfig,
     TrainConfig,
     saliency_unlearning_generate_mask_emoji_canvas,
@@ -240,7 +239,7 @@ def test_a_run_changes_neither_its_config_nor_an_earlier_run(tiny_runs: Any, tmp
     assert path.read_bytes() == content
     one, other = load_mask(path), load_mask(second["masks"][0.3])
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert ready == load_config(MaskConfig, config_path="emoji_canvas/mask_style.yaml", packaged=PACKAGED)
+    assert ready == load_config(MaskConfig, config_path="emoji_canvas/mask_style.yaml")
 
 
 # ---- training
@@ -538,7 +537,7 @@ def test_a_ready_made_training_config_is_not_changed_by_overrides() -> None:
     assert SaliencyUnlearningAlgorithm(ready, template_name="Blob").config == replace(
         ready, template_name="Blob"
     )
-    assert ready == load_config(TrainConfig, config_path="emoji_canvas/train_style.yaml", packaged=PACKAGED)
+    assert ready == load_config(TrainConfig, config_path="emoji_canvas/train_style.yaml")
 
 
 # ---- ways to compute

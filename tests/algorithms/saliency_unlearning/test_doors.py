@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED
 from mu.config import dump, keys_of, load_config
 
 PACKAGE = "mu.algorithms.saliency_unlearning"
@@ -166,6 +165,6 @@ def test_a_packaged_recipe_is_used_by_name(handed_on, tmp_path, capsys):
     flags = ["--config_path", "emoji_canvas/mask_style.yaml", *files_for("evaluate", tmp_path)[:6]]
     assert module.main([*flags, "--template_name", "Blob"]) == 0
     (config,) = handed_on
-    recipe = load_config(type(config), config_path="emoji_canvas/mask_style.yaml", packaged=PACKAGED)
+    recipe = load_config(type(config), config_path="emoji_canvas/mask_style.yaml")
     assert (config.template_name, config.batch_size) == ("Blob", recipe.batch_size)
     assert "emoji_canvas/mask_style.yaml is not on disk; using " in capsys.readouterr().out

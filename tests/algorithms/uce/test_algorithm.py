@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mu.algorithms.uce.algorithm import UCEAlgorithm
-from mu.algorithms.uce.configs import PACKAGED, UCEConfig
+from mu.algorithms.uce.configs import UCEConfig
 from mu.algorithms.uce.scripts.train import main
 from mu.config import ConfigError, dump, load_config
 from mu.ldm import LatentDiffusion, load_model, save_checkpoint
@@ -124,7 +124,7 @@ def test_promise_17_too_little_disk_stops_a_run_before_the_model_loads(
 
 
 def test_a_concept_becomes_the_next_of_its_kind_and_the_others_stay() -> None:
-    config = load_config(UCEConfig, config_path=PACKAGED / "emoji_canvas/uce_object.yaml")
+    config = load_config(UCEConfig, config_path="emoji_canvas/uce_object.yaml")
     pairs = config.pairs()
     assert len(pairs) == 7
     assert ("A Cats image in Noto style.", "A Dogs image in Noto style.") in pairs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from mu.config import load_config, setting
@@ -11,11 +9,7 @@ from mu.unlearning.concept_prompts import PromptKeys
 from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
 from mu.unlearning.training_config import TrainingKeys
 
-PACKAGED = Path(__file__).parent
-"""Folder of the packaged YAML configs, among which `--config_path` looks a name up."""
 
-
-@dataclass(frozen=True, kw_only=True)
 class ESDConfig(TrainingKeys, PromptKeys):
     """How a concept is erased. The defaults are the paper's, of ESD-x."""
 
@@ -44,4 +38,4 @@ class ESDConfig(TrainingKeys, PromptKeys):
     output_dir: str = setting("outputs/esd", "The run's folder is made in it.", kind="path")
 
 
-esd_emoji_canvas = load_config(ESDConfig, config_path=PACKAGED / "emoji_canvas/train_style.yaml")
+esd_emoji_canvas = load_config(ESDConfig, config_path="emoji_canvas/esd_style.yaml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mu.algorithms.esd.configs import PACKAGED, ESDConfig
+from mu.algorithms.esd.configs import ESDConfig
 from mu.cli import Planned, run_door
 
 
@@ -15,7 +15,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=ESDConfig.MODULE,
         summary=str(__doc__),
-        packaged=PACKAGED,
         argv=argv,
         plan=_plan,
     )

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from mu.algorithms.saliency_unlearning.configs.unlearning import MaskConfig, TrainConfig, mask_command
 from mu.config import Config, load_config
+from mu.config_file import packaged_configs
 
 __all__ = [
     "PACKAGED",
@@ -28,16 +29,17 @@ __all__ = [
 ]
 
 PACKAGED = Path(__file__).parent
-"""Folder of the packaged YAML configs, among which `--config_path` looks a name up."""
+"""Folder of this method's own YAML files, and of those of the models."""
 
 C = TypeVar("C", bound=Config)
+_FILES = packaged_configs()
 
 SaliencyUnlearningConfig = TrainConfig
 SaliencyUnlearningMaskConfig = MaskConfig
 
 
 def _packaged(cls: type[C], name: str) -> C:
-    return load_config(cls, config_path=PACKAGED / name)
+    return load_config(cls, config_path=_FILES[name])
 
 
 saliency_unlearning_generate_mask_mu = _packaged(MaskConfig, "mask_config.yaml")

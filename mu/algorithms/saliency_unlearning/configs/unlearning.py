@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +21,6 @@ _RANDOM_FRACTION = 0.5
 _MASK_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 
 
-@dataclass(frozen=True, kw_only=True)
 class MaskConfig(ComputeKeys, DataKeys):
     """Stage 1: the saliency mask of a concept."""
 
@@ -78,7 +76,6 @@ class MaskConfig(ComputeKeys, DataKeys):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainingKeys, DataKeys):
     """Stage 2: masked fine-tuning."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED, MaskConfig
+from mu.algorithms.saliency_unlearning.configs import MaskConfig
 from mu.cli import Planned, run_door
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
@@ -17,7 +17,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=MODULE,
         summary=str(__doc__),
-        packaged=PACKAGED,
         argv=argv,
         shares_work=True,
         plan=_plan,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mu.algorithms.saliency_unlearning.configs import PACKAGED, TrainConfig
+from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.cli import Planned, run_door
 from mu.ranks import started_rank
 
@@ -18,7 +18,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=MODULE,
         summary=str(__doc__),
-        packaged=PACKAGED,
         argv=argv,
         shares_work=True,
         plan=_plan,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from mu.config import load_config, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
@@ -15,11 +13,8 @@ from mu.unlearning.config import OutputKeys
 from mu.unlearning.find_checkpoint import Problem
 
 MODULE = "mu.algorithms.uce.scripts.train"
-PACKAGED = Path(__file__).parent
-"""Folder of the packaged YAML configs, among which `--config_path` looks a name up."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class UCEConfig(OutputKeys, PromptKeys):
     """What is edited into what, and what is to stay."""
 
@@ -85,4 +80,4 @@ class UCEConfig(OutputKeys, PromptKeys):
             yield ("devices",), f"{self.devices} are several; this takes seconds, on one"
 
 
-uce_emoji_canvas = load_config(UCEConfig, config_path=PACKAGED / "emoji_canvas/uce_style.yaml")
+uce_emoji_canvas = load_config(UCEConfig, config_path="emoji_canvas/uce_style.yaml")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mu.algorithms.uce.configs import MODULE, PACKAGED, UCEConfig
+from mu.algorithms.uce.configs import MODULE, UCEConfig
 from mu.cli import Planned, run_door
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(
-        UCEConfig, _run, module=MODULE, summary=str(__doc__), packaged=PACKAGED, argv=argv, plan=_plan
-    )
+    return run_door(UCEConfig, _run, module=MODULE, summary=str(__doc__), argv=argv, plan=_plan)
 
 
 def _run(config: UCEConfig) -> object:
