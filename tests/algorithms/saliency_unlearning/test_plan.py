@@ -147,13 +147,12 @@ def test_a_checkpoint_of_the_run_has_the_planned_size(
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mu.algorithms.saliency_unlearning import algorithm, masking_algorithm
+    from mu.algorithms.saliency_unlearning import algorithm
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    for module in (algorithm, masking_algorithm):
-        monkeypatch.setattr(module, "model_of", fail)
+    monkeypatch.setattr(algorithm, "model_of", fail)
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
