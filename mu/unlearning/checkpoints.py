@@ -14,21 +14,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mu import ranks
-from mu.atomic import write_atomically
 from mu.config import ConfigError, as_text, keys_of, resolve_path
-from mu.errors import MuError
 from mu.ldm.checkpoint import check_layout
 from mu.ldm.schedule import SCHEDULE_KEYS
 from mu.ldm.tensor_file import CheckpointError, fingerprint
 from mu.run_folder import is_finished, is_running
 from mu.unlearning.moving import MovingModel
-from mu.unlearning.optim import MaskedAdam
-from mu.unlearning.run_state import RunState, read_head, read_run_state, verify_run_state, write_run_state
+from mu.unlearning.run_state import (
+    ResumeError,
+    RunState,
+    read_head,
+    read_run_state,
+    verify_run_state,
+    write_run_state,
+)
 from mu.unlearning.training_config import RESUME_NEWEST, TrainingKeys
 
 MAY_DIFFER = frozenset(
@@ -52,10 +55,6 @@ _FOLDER = "checkpoints"
 _FILES = "step-*.safetensors"
 _NO_KEY = "no key any more"
 _log = logging.getLogger(__name__)
-
-
-class ResumeError(MuError, ValueError):
-    """There is no checkpoint that a run could go on with."""
 
 
 class Checkpoints:
@@ -162,60 +161,6 @@ class Checkpoints:
                 shutil.rmtree(self.folder)
         elif self.paths:
             _log.info("to go on from %s: %s", self.paths[0], resume_command(self.run, self.config.MODULE))
-
-
-def training_tensors(model: MovingModel, optimizer: MaskedAdam) -> dict[str, Tensor]:
-    """The values of the entries that move, and their moments, (count,) each, row-major."""
-    tensors = {f"weights/{name}": values for name, values in model.selected_values().items()}
-    for name, parameter in model.parameters_to_train():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
-    return tensors
-
-
-def restore_training_(state: RunState, model: MovingModel, optimizer: MaskedAdam) -> None:
-    """Take over what `training_tensors` gave.
-
-    Raises:
-        ResumeError: it is of other weights than those that move.
-    """
-    weights, named = state.part("weights"), model.parameters_to_train()
-    if weights.keys() != dict(named).keys():
-        raise ResumeError(f"resume: {state.path} has the values of other weights than those that move")
-    model.write_selected_(weights)
-    saved = optimizer.state_dict()  # of an optimizer that has made no step
-    saved["state"] = {
-        index: {
-            "step": torch.tensor(float(state.step)),
-            "exp_avg": state.tensors[f"exp_avg/{name}"],
-            "exp_avg_sq": state.tensors[f"exp_avg_sq/{name}"],
-        }
-        for index, (name, _) in enumerate(named)
-    }
-    optimizer.load_state_dict(saved)
-
-
-def table_tensors(run: Path, known: Mapping[str, bytes]) -> dict[str, Tensor]:
-    """The tables in a run's folder, (bytes,) uint8 each.
-
-    Args:
-        known: what some of them hold, or should: these are not read.
-    """
-    content = {path.name: path.read_bytes() for path in run.glob("*.csv") if path.name not in known}
-    return {
-        f"tables/{name}": torch.from_numpy(np.frombuffer(table, np.uint8).copy())
-        for name, table in {**content, **known}.items()
-    }
-
-
-def restore_tables(state: RunState, run: Path) -> None:
-    """Give the tables in a run's folder the rows that they had at a checkpoint."""
-    tables = state.part("tables")
-    for path in run.glob("*.csv"):
-        if path.name not in tables:
-            path.unlink()  # begun after the checkpoint
-    for name, content in tables.items():
-        write_atomically(run / name, content.numpy().tobytes())
 
 
 def resume_command(run: Path, module: str) -> str:

@@ -14,9 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mu.atomic import write_atomically
+from mu.errors import MuError
 from mu.ldm.tensor_file import (
     FINGERPRINT_KEY,
     CheckpointError,
@@ -24,10 +28,16 @@ from mu.ldm.tensor_file import (
     read_state_dict,
     write_state_dict,
 )
+from mu.unlearning.moving import MovingModel
+from mu.unlearning.optim import MaskedAdam
 
 RUN_STATE_FORMAT = "2"
 _HEAD_KEY = "run_state"
 _DIGEST_KEY = "run_state_sha256"
+
+
+class ResumeError(MuError, ValueError):
+    """There is no checkpoint that a run could go on with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,60 @@ def verify_run_state(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not same:
         raise CheckpointError(f"{path}: what is read back is not what was written; the disk may be failing")
+
+
+def training_tensors(model: MovingModel, optimizer: MaskedAdam) -> dict[str, Tensor]:
+    """The values of the entries that move, and their moments, (count,) each, row-major."""
+    tensors = {f"weights/{name}": values for name, values in model.selected_values().items()}
+    for name, parameter in model.parameters_to_train():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    return tensors
+
+
+def restore_training_(state: RunState, model: MovingModel, optimizer: MaskedAdam) -> None:
+    """Take over what `training_tensors` gave.
+
+    Raises:
+        ResumeError: it is of other weights than those that move.
+    """
+    weights, named = state.part("weights"), model.parameters_to_train()
+    if weights.keys() != dict(named).keys():
+        raise ResumeError(f"resume: {state.path} has the values of other weights than those that move")
+    model.write_selected_(weights)
+    saved = optimizer.state_dict()  # of an optimizer that has made no step
+    saved["state"] = {
+        index: {
+            "step": torch.tensor(float(state.step)),
+            "exp_avg": state.tensors[f"exp_avg/{name}"],
+            "exp_avg_sq": state.tensors[f"exp_avg_sq/{name}"],
+        }
+        for index, (name, _) in enumerate(named)
+    }
+    optimizer.load_state_dict(saved)
+
+
+def table_tensors(run: Path, known: Mapping[str, bytes]) -> dict[str, Tensor]:
+    """The tables in a run's folder, (bytes,) uint8 each.
+
+    Args:
+        known: what some of them hold, or should: these are not read.
+    """
+    content = {path.name: path.read_bytes() for path in run.glob("*.csv") if path.name not in known}
+    return {
+        f"tables/{name}": torch.from_numpy(np.frombuffer(table, np.uint8).copy())
+        for name, table in {**content, **known}.items()
+    }
+
+
+def restore_tables(state: RunState, run: Path) -> None:
+    """Give the tables in a run's folder the rows that they had at a checkpoint."""
+    tables = state.part("tables")
+    for path in run.glob("*.csv"):
+        if path.name not in tables:
+            path.unlink()  # begun after the checkpoint
+    for name, content in tables.items():
+        write_atomically(run / name, content.numpy().tobytes())
 
 
 class _OnDisk(Mapping[str, Tensor]):

@@ -31,19 +31,19 @@ from mu.errors import Terminated
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import CheckpointError
 from mu.unlearning.batches import Batch, Batches, Part, on_device, pieces
-from mu.unlearning.checkpoints import (
-    Checkpoints,
-    restore_tables,
-    restore_training_,
-    table_tensors,
-    training_tensors,
-)
+from mu.unlearning.checkpoints import Checkpoints
 from mu.unlearning.compute import Compute, is_out_of_memory, less_at_once
 from mu.unlearning.loggers import LossLog
 from mu.unlearning.moving import MovingModel, TrainingError
 from mu.unlearning.optim import MaskedAdam
 from mu.unlearning.progress import Progress
-from mu.unlearning.run_state import RunState
+from mu.unlearning.run_state import (
+    RunState,
+    restore_tables,
+    restore_training_,
+    table_tensors,
+    training_tensors,
+)
 from mu.verbosity import bars_off
 
 TERMS = ("forget", "retain")

@@ -31,11 +31,10 @@ from mu.ldm.tensor_file import (
 from mu.run_folder import RunFolder, RunFolderError
 from mu.unlearning.checkpoints import (
     Checkpoints,
-    ResumeError,
     find_run_state,
 )
 from mu.unlearning.loggers import LossLog
-from mu.unlearning.run_state import RunState, read_head, read_run_state, write_run_state
+from mu.unlearning.run_state import ResumeError, RunState, read_head, read_run_state, write_run_state
 from tests.forked_commands import SCRIPTS, Commands, flags
 
 TRAIN = f"{SCRIPTS}.train"
