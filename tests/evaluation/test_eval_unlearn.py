@@ -46,10 +46,11 @@ def difference(one: Image.Image, other: Image.Image) -> int:
 
 def test_the_distribution_offers_the_class(tmp_path: Path) -> None:
     """From metadata built of this pyproject.toml, as an installation has it."""
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "mu/__init__.py"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE", "mu/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "site").mkdir()
+    (tmp_path / "configs").mkdir()
     build = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('site')"
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
     (info,) = (tmp_path / "site").glob("*.dist-info")

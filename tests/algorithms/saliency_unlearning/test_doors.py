@@ -61,7 +61,13 @@ def test_help_is_quick_and_names_every_key(door):
     for key in keys_of(cls):
         assert f"\n--{key.name}  {key.type_words}" in printed
         assert " ".join(key.rule.help.split()) in " ".join(printed.split())
-    assert "emoji_canvas/train_style.yaml" in printed
+    own = {
+        "generate_mask": "mask_style",
+        "train": "train_style",
+        "evaluate": "evaluate_style",
+        "benchmark_unlearning": "benchmark",
+    }
+    assert f"\n      emoji_canvas/{own.get(door, door)}.yaml\n" in printed
 
 
 @pytest.mark.parametrize("door", DOORS)
