@@ -368,8 +368,8 @@ def test_the_controls_are_the_recipe_but_for_one_thing(compared: Any) -> None:
             key
             for key in (
                 "masking",
-                "mask_pool",
-                "mask_seed",
+                "random_fraction",
+                "seed",
                 "objective",
                 "threshold",
                 "epochs",
@@ -377,20 +377,21 @@ def test_the_controls_are_the_recipe_but_for_one_thing(compared: Any) -> None:
                 "alpha",
             )
             if getattr(train, key) != getattr(recipe, key)
+            and (key != "threshold" or train.masking == "saliency")  # it chooses a mask
         }
         for which, train in found.items()
     }
     assert differs == {
         ("salun", 0.1): {"threshold"},
         ("salun", 0.5): set(),
-        ("random", 0.1): {"threshold", "masking", "mask_pool"},
-        ("random", 0.5): {"masking", "mask_pool"},
+        ("random", 0.1): {"masking", "random_fraction"},
+        ("random", 0.5): {"masking"},
         ("none", None): {"masking"},
         ("ascent", None): {"masking", "objective"},
         ("retain", None): {"masking", "objective"},
     }
     (other,) = planned_rows(override(config, methods=("random",), thresholds=None), "Blob")
-    assert other.train.mask_seed == recipe.mask_seed + 1  # each concept has a draw of its own
+    assert other.train.seed == recipe.seed + 1  # each concept has a draw of its own
 
 
 def test_a_random_mask_of_another_size_is_refused(moved: TableConfig, tmp_path: Path) -> None:
