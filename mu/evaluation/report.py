@@ -25,7 +25,9 @@ from mu.evaluation.report_data import (
     read_training_run,
 )
 from mu.evaluation.report_figures import loss_curve, picture_grid, picture_uri, some_steps
+from mu.ranks import started_rank
 from mu.unlearning.runs import decorating
+from mu.unlearning.training_config import TrainingKeys
 
 __all__ = [
     "EvaluationRun",
@@ -59,6 +61,13 @@ def report_training(folder: Path, *, show_unsafe: bool) -> Path | None:
         training = read_training_run(folder)
         report = write_report(folder / REPORT_NAME, training=training, show_unsafe=show_unsafe)
     return report
+
+
+def with_report(result: Mapping[str, Any], config: TrainingKeys) -> dict[str, Any]:
+    """The result of a training run with `report`, its path: written where the config asks for it, by rank 0."""
+    if not config.report or started_rank() != 0:
+        return dict(result)
+    return {**result, "report": report_training(result["run"], show_unsafe=config.show_unsafe_pictures)}
 
 
 def report_evaluation(folder: Path, *, checkpoint: Path | None, show_unsafe: bool) -> Path | None:

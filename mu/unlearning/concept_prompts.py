@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from string import Formatter
 
-from mu.config import setting
+from mu.config import nearest, setting
 from mu.datasets.base import Problem
 from mu.datasets.canvas import style_words
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.unlearning.config import ConceptKeys
 
+_FIELDS = ("concept", "style", "object")
+
 
 class PromptKeys(ConceptKeys):
     """Which prompts of the concept a method is given."""
 
+    template: str = setting(
+        "style", "Kind of concept that is forgotten: style or object.", choices=("style", "object")
+    )
+    template_name: str | tuple[str, ...] = setting(
+        "Abstractionism",
+        "Name of the forgotten style or object; several are forgotten together.",
+        kind="name",
+    )
     prompts: tuple[str, ...] = setting(
         ("{concept}",),
         "Prompts of the concept, in which {concept} is its name. One with {style} and {object} stands for many: the "
@@ -27,34 +38,52 @@ class PromptKeys(ConceptKeys):
         None, "Objects that {object} stands for; null: EmojiCanvas' twelve.", kind="name"
     )
 
+    @property
+    def known(self) -> Sequence[str]:
+        """Names of the concept's kind that the prompts can have."""
+        return (self.styles or STYLES) if self.template == "style" else (self.objects or OBJECTS)
+
     def conflicts(self) -> Iterator[Problem]:
         yield from super().conflicts()
-        for prompt in self.prompts:
-            try:
-                prompt.format(concept="x", style="x", object="x")
-            except (LookupError, ValueError):
-                yield ("prompts",), f"{prompt!r}: only {{concept}}, {{style}} and {{object}} are filled in"
+        wrong = [prompt for prompt in self.prompts if not _is_fillable(prompt)]
+        for prompt in wrong:
+            yield ("prompts",), f"{prompt!r}: only {{concept}}, {{style}} and {{object}} are filled in"
+        if not wrong and any(f"{{{self.template}}}" in prompt for prompt in self.prompts):
+            for name in self.concepts:
+                if name not in self.known:
+                    yield (
+                        ("template_name", "prompts", "styles", "objects"),
+                        f"{name!r} is none of the {self.template}s that the prompts are filled with: "
+                        f"{', '.join(self.known)}.{nearest(name, self.known)}",
+                    )
 
     def concept_prompts(self) -> list[str]:
         """All prompts of the concepts that are forgotten, each once."""
-        found = [prompt for name in self.concepts for prompt in self.prompts_of(name)]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(prompt for name in self.concepts for prompt in self.filled(name)))
 
-    def prompts_of(self, name: str) -> list[str]:
-        """The prompts with another concept of the same kind, such as a substitute, in the concept's place."""
-        styles: Sequence[str] = self.styles or STYLES
-        objects: Sequence[str] = self.objects or OBJECTS
-        if self.template == "style":
-            styles = [name]
-        elif self.template == "object":
-            objects = [name]
-        return list(
-            dict.fromkeys(
-                prompt.format(
-                    concept=style_words(name), style=style_words(style), object=object.replace("_", " ")
-                )
-                for prompt in self.prompts
-                for style in styles
-                for object in objects
+    def filled(self, name: str) -> list[str]:
+        """The prompts with a concept of the same kind, such as a substitute, in the concept's place.
+
+        As many for each name, in the same order; the same prompt may stand there twice.
+        """
+        styles = [name] if self.template == "style" else self.styles or STYLES
+        objects = [name] if self.template == "object" else self.objects or OBJECTS
+        return [
+            prompt.format(
+                concept=style_words(name), style=style_words(style), object=object.replace("_", " ")
             )
+            for prompt in self.prompts
+            for style in styles
+            for object in objects
+        ]
+
+
+def _is_fillable(prompt: str) -> bool:
+    """Whether nothing but the three fields is to be filled in."""
+    try:
+        return all(
+            field is None or (field in _FIELDS and not spec and conversion is None)
+            for _, field, spec, conversion in Formatter().parse(prompt)
         )
+    except ValueError:  # a brace alone
+        return False

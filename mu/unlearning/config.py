@@ -99,7 +99,6 @@ class ConceptKeys(ModelKeys):
         "beside the others; auto: bf16 on a GPU that computes in it, else fp32.",
         choices=SAMPLE_PRECISIONS,
     )
-    seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)
 
     @property
     def concepts(self) -> tuple[str, ...]:

@@ -227,7 +227,7 @@ def verify_tensors(
             continue
         allowed = allowed_in.get(name)
         if allowed is None or not bool((same | allowed).all()):
-            raise TrainingError(f"{after}: {name} differs from {before} outside the mask")
+            raise TrainingError(f"{after}: {name} differs from {before} outside what may move")
         if name.startswith(EMA_PREFIX):
             continue
         changed += int((~same).count_nonzero())

@@ -155,7 +155,7 @@ class Trainer:
             unit="step",
             disable=bars_off() if ranks.is_main() else True,
         )
-        with stopping_between_steps() as stop, log.open(), bar:
+        with log.open(), stopping_between_steps() as stop, bar:
             if self.steps_done == 0:
                 progress.look(0, self.losses)
             for step in range(self.steps_done, total):
@@ -178,6 +178,12 @@ class Trainer:
                     ranks.on_main(lambda: self._save(checkpoints, log, unwritten))  # noqa: B023
                 if asked is not None:
                     raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
+
+            # 4. A signal that came after the last step had looked for one
+            asked = next((signum for signum in ranks.gathered(stop.signum) if signum is not None), None)
+            if asked is not None:
+                ranks.on_main(lambda: self._save(checkpoints, log, None))
+                raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
         return log.means(last=batches.steps_per_epoch)
 
     def restore_(self, state: RunState) -> None:

@@ -32,6 +32,7 @@ class ComputeKeys(RunKeys):
     """What precision auto is on a GPU that has it."""
     gone: ClassVar[Mapping[str, str]] = {"sharding": "none"}
 
+    seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)
     precision: str = setting(
         "auto",
         f"{PRECISION_HELP} auto: bf16-mixed on a GPU that has it, else fp32.",
@@ -75,8 +76,8 @@ class TrainingKeys(ComputeKeys, OutputKeys):
     batch_size: int = setting(8, "Images to forget in a step.", ge=1, le=100_000)
     micro_batch_size: int | None = setting(
         None,
-        "Images to forget, and to retain, that go through the UNet at once; the step is that of the whole batch, to "
-        "rounding. null: all of the batch. Either is halved when memory runs out.",
+        "How many of each part of the batch, forget and retain, go through the UNet at once; the step is that of the whole "
+        "batch, to rounding. null: all of it. It is halved when memory runs out.",
         ge=1,
         le=100_000,
     )
@@ -85,7 +86,7 @@ class TrainingKeys(ComputeKeys, OutputKeys):
     )
     validate_every_steps: int | None = setting(
         None,
-        "Before the first step and every so many steps, both losses on fixed images, timesteps and noise, into "
+        "Before the first step and every so many steps, the losses on fixed inputs, timesteps and noise, into "
         "validation.csv; null: do not. Neither this nor the pictures changes what is trained.",
         ge=1,
     )

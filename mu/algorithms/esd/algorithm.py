@@ -5,10 +5,13 @@ ESDAlgorithm(esd_emoji_canvas, template_name="Noto").run()
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from mu.algorithms.esd.configs import ESDConfig
 from mu.algorithms.esd.objective import ESD, EraseBatches
+from mu.config import ConfigError
+from mu.ldm.sampler import ddim_timesteps
+from mu.unlearning.embedding import embedded
 from mu.unlearning.inspection import Inspection
 from mu.unlearning.method import Loaded, TrainingMethod
 from mu.unlearning.moving import FrozenOriginal, MovingModel, names_of
@@ -23,6 +26,11 @@ class ESDAlgorithm(TrainingMethod[ESDConfig]):
     def make_plan(self) -> Plan:
         config, seen = self.config, Inspection(self.config)
         seen.prompts += config.concept_prompts()
+        most = seen.ldm.num_timesteps
+        if config.ddim_steps > most:
+            seen.problems.append(
+                ConfigError([f"ddim_steps: {config.ddim_steps}; the model has {most} timesteps"])
+            )
         names = seen.noting(lambda: names_of(seen.unet, config.train_method)) or []
         selected = {name: seen.numel[name] for name in names}
         pictured = 2 + (config.iterations // config.sample_every_steps if config.sample_every_steps else 0)
@@ -38,6 +46,11 @@ class ESDAlgorithm(TrainingMethod[ESDConfig]):
 
     def data(self, loaded: Loaded, plan: Plan | None) -> Prompts:  # noqa: ARG002
         return Prompts(self.config, loaded)
+
+    def described(self) -> dict[str, Any]:
+        config = self.config
+        own = {key: getattr(config, key) for key in ("negative_guidance", "start_guidance", "ddim_steps")}
+        return {"method": "esd", **super().described(), **own}
 
     def objective(self, model: MovingModel) -> ESD:
         config = self.config
@@ -57,14 +70,13 @@ class Prompts:
     def __init__(self, config: ESDConfig, loaded: Loaded) -> None:
         self.forgotten = config.concept_prompts()
         ldm = loaded.ldm
-        with torch.no_grad():
-            contexts = ldm.embed(["", *self.forgotten]).float()  # (1 + N, L, D)
+        contexts = embedded(ldm, ["", *self.forgotten])  # (1 + N, L, D)
         self.train_batches = EraseBatches(
             self.forgotten,
             contexts[1:],
             contexts[0],
             latent_shape=ldm.latent_shape(config.image_size),
-            ddim_steps=config.ddim_steps,
+            stops=len(ddim_timesteps(ldm.num_timesteps, config.ddim_steps)),
             seed=config.seed,
             batch_size=config.batch_size,
             total_steps=config.iterations,

@@ -38,7 +38,7 @@ class EraseBatches:
         contexts: (N, L, D), of the prompts to erase.
         uncond_context: (L, D).
         latent_shape: (C, h, w).
-        ddim_steps: of a whole image; a batch is sampled through 0 to ddim_steps - 1 of them.
+        stops: DDIM steps of a whole image; a batch is sampled through 0 to stops - 1 of them.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class EraseBatches:
         uncond_context: Tensor,
         *,
         latent_shape: tuple[int, int, int],
-        ddim_steps: int,
+        stops: int,
         seed: int,
         batch_size: int,
         total_steps: int,
@@ -57,7 +57,7 @@ class EraseBatches:
         self.contexts = contexts.cpu()
         self.uncond_context = uncond_context.cpu()
         self.latent_shape = latent_shape
-        self.ddim_steps = ddim_steps
+        self.stops = stops
         self.seed = seed
         self.batch_size = batch_size
         self.total_steps = total_steps
@@ -74,8 +74,8 @@ class EraseBatches:
 
     def validation(self) -> list[Batch]:
         """Prompts and noise of their own, stopped after steps that lie evenly over a whole image."""
-        count = min(_VALIDATION_BATCHES, self.ddim_steps)
-        evenly = [(2 * number + 1) * self.ddim_steps // (2 * count) for number in range(count)]
+        count = min(_VALIDATION_BATCHES, self.stops)
+        evenly = [(2 * number + 1) * self.stops // (2 * count) for number in range(count)]
         return [self._batch("validation", number, done) for number, done in enumerate(evenly)]
 
     def _batch(self, stage: str, number: int, steps_done: int | None = None) -> Batch:
@@ -83,7 +83,7 @@ class EraseBatches:
         positions = range(number * self.batch_size, (number + 1) * self.batch_size)
         places = [order(self.seed, stage, at // count, count)[at % count] for at in positions]
         draws = [
-            draw(self.seed, stage, number, str(i), shape=self.latent_shape, num_timesteps=self.ddim_steps)
+            draw(self.seed, stage, number, str(i), shape=self.latent_shape, num_timesteps=self.stops)
             for i in range(self.batch_size)
         ]
         done = draws[0].timestep if steps_done is None else steps_done

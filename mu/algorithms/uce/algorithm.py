@@ -49,7 +49,7 @@ class UCEAlgorithm(Method[UCEConfig]):
 
         # 1. What stops the run is found before anything is loaded or made.
         plan, _ = self.required_plan()
-        assert plan is not None  # devices are one
+        assert plan is not None  # see `UCEConfig.conflicts`
         with open_run(config) as folder:
             plan.say_warnings(folder.logger)
 

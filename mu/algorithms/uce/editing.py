@@ -10,9 +10,8 @@ from torch import Tensor
 from mu.ldm import LatentDiffusion
 from mu.ldm.text_encoder import token_ids
 from mu.ldm.unet import UNet
+from mu.unlearning.embedding import embedded
 from mu.unlearning.moving import names_of
-
-_EMBEDDED_AT_ONCE = 64
 
 
 def edited_names(unet: UNet) -> list[str]:
@@ -83,13 +82,6 @@ def paired_tokens(prompt: str, substitute: str, *, length: int) -> list[tuple[in
     tail = [(len(own) - end + number, len(other) - end + number) for number in range(end)]
     padding = [(place, min(place - len(own) + len(other), length - 1)) for place in range(len(own), length)]
     return [*((place, place) for place in range(begin)), *concept, *tail, *padding]
-
-
-@torch.no_grad()
-def embedded(ldm: LatentDiffusion, prompts: Sequence[str]) -> Tensor:
-    """(N, L, D) in fp32, a few at once."""
-    first = range(0, len(prompts), _EMBEDDED_AT_ONCE)
-    return torch.cat([ldm.embed(list(prompts[i : i + _EMBEDDED_AT_ONCE])).float() for i in first])
 
 
 @torch.no_grad()

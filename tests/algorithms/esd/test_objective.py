@@ -83,7 +83,7 @@ def batches(seed: int = 0, batch_size: int = 3) -> EraseBatches:
         contexts,
         -torch.ones(2, 5),
         latent_shape=(4, 8, 8),
-        ddim_steps=STEPS,
+        stops=STEPS,
         seed=seed,
         batch_size=batch_size,
         total_steps=40,

@@ -35,6 +35,7 @@ class ESDConfig(TrainingKeys, PromptKeys):
     ddim_steps: int = setting(
         50, "DDIM steps of a whole image; they are stopped at a random one.", ge=1, le=1000
     )
+    wandb_project: str = setting("esd", "Project at Weights & Biases.", kind="name")
     output_dir: str = setting("outputs/esd", "The run's folder is made in it.", kind="path")
 
 

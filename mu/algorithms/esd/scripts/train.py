@@ -16,14 +16,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         module=ESDConfig.MODULE,
         summary=str(__doc__),
         argv=argv,
+        shares_work=True,
         plan=_plan,
     )
 
 
 def _run(config: ESDConfig) -> object:
     from mu.algorithms.esd.algorithm import ESDAlgorithm
+    from mu.evaluation.report import with_report
 
-    return ESDAlgorithm(config).run()
+    return with_report(ESDAlgorithm(config).run(), config)
 
 
 def _plan(config: ESDConfig) -> Planned:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.cli import Planned, run_door
-from mu.ranks import started_rank
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
 
@@ -26,12 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: TrainConfig) -> object:
     from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
-    from mu.evaluation.report import report_training
+    from mu.evaluation.report import with_report
 
-    result = SaliencyUnlearningAlgorithm(config).run()
-    if config.report and started_rank() == 0:
-        return {**result, "report": report_training(result["run"], show_unsafe=config.show_unsafe_pictures)}
-    return result
+    return with_report(SaliencyUnlearningAlgorithm(config).run(), config)
 
 
 def _plan(config: TrainConfig) -> Planned:

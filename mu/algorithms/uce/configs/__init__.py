@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from mu.config import load_config, setting
-from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.index import next_kept
-from mu.devices import device_names
+from mu.devices import DEVICES_PATTERN, device_names
 from mu.unlearning.concept_prompts import PromptKeys
 from mu.unlearning.config import OutputKeys
 from mu.unlearning.find_checkpoint import Problem
@@ -18,6 +17,14 @@ MODULE = "mu.algorithms.uce.scripts.train"
 class UCEConfig(OutputKeys, PromptKeys):
     """What is edited into what, and what is to stay."""
 
+    template_name: str | tuple[str, ...] = setting(
+        "Noto", "Name of the forgotten style or object; several are forgotten together.", kind="name"
+    )
+    devices: str = setting(
+        "0",
+        "CUDA device number such as 0, or cpu; without CUDA the run is on the CPU.",
+        pattern=DEVICES_PATTERN,
+    )
     substitute: str | None = setting(
         None,
         "What takes the concept's place in its prompts: another style or object, or any words (art, for the name of an "
@@ -35,15 +42,10 @@ class UCEConfig(OutputKeys, PromptKeys):
     lamb: float = setting(
         100.0,
         "Weight of the original projections themselves, lambda in the paper: more of it changes less, of all prompts.",
-        gt=0,
+        ge=1e-6,
         le=1e6,
     )
     output_dir: str = setting("outputs/uce", "The run's folder is made in it.", kind="path")
-
-    @property
-    def known(self) -> Sequence[str]:
-        """Names of the concept's kind that the prompts can have."""
-        return {"style": self.styles or STYLES, "object": self.objects or OBJECTS}.get(self.template, ())
 
     def pairs(self) -> list[tuple[str, str]]:
         """(prompt that is edited, what it is edited into), each prompt once."""
@@ -53,7 +55,7 @@ class UCEConfig(OutputKeys, PromptKeys):
             if substitute is None:
                 substitute = next_kept(name, self.known, self.concepts)
             assert substitute is not None  # see conflicts
-            found |= zip(self.prompts_of(name), self.prompts_of(substitute), strict=True)
+            found |= zip(self.filled(name), self.filled(substitute), strict=True)
         return list(found.items())
 
     def preserved(self) -> list[str]:
@@ -63,19 +65,26 @@ class UCEConfig(OutputKeys, PromptKeys):
         if not any("{style}" in prompt or "{object}" in prompt for prompt in self.prompts):
             return []
         others = [name for name in self.known if name not in self.concepts]
-        return list(dict.fromkeys(prompt for name in others for prompt in self.prompts_of(name)))
+        return list(dict.fromkeys(prompt for name in others for prompt in self.filled(name)))
 
     def conflicts(self) -> Iterator[Problem]:
-        yield from super().conflicts()
-        if self.substitute is None:
-            for name in self.concepts:
-                if name not in self.known or next_kept(name, self.known, self.concepts) is None:
-                    yield (
+        at_odds = list(super().conflicts())
+        yield from at_odds
+        for name in self.concepts if self.substitute is None else ():
+            if name not in self.known or next_kept(name, self.known, self.concepts) is None:
+                at_odds.append(
+                    (
                         ("substitute", "template_name"),
                         f"{name!r} has no next {self.template} that could take its place; name a substitute",
                     )
-        elif self.substitute in self.concepts:
-            yield ("substitute", "template_name"), f"{self.substitute!r} is itself to be forgotten"
+                )
+                yield at_odds[-1]
+        if not at_odds and all(prompt == substitute for prompt, substitute in self.pairs()):
+            yield (
+                ("prompts", "substitute", "template_name"),
+                "no prompt differs from its substitute's, so nothing would be edited; name the concept in them "
+                "({concept}, {style} or {object}), and a substitute that is another",
+            )
         if len(device_names(self.devices)) > 1:
             yield ("devices",), f"{self.devices} are several; this takes seconds, on one"
 
