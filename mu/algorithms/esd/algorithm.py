@@ -11,7 +11,7 @@ from mu.algorithms.esd.configs import ESDConfig
 from mu.algorithms.esd.objective import ESD, EraseBatches
 from mu.unlearning.inspection import Inspection
 from mu.unlearning.method import Loaded, TrainingMethod
-from mu.unlearning.moving import FrozenOriginal, MovingModel, names_of
+from mu.unlearning.moving import FrozenOriginal, MovingModel
 from mu.unlearning.plan import Plan
 
 
@@ -21,20 +21,9 @@ class ESDAlgorithm(TrainingMethod[ESDConfig]):
     config_class = ESDConfig
 
     def make_plan(self) -> Plan:
-        config, seen = self.config, Inspection(self.config)
-        seen.prompts += config.concept_prompts()
-        names = seen.noting(lambda: names_of(seen.unet, config.train_method)) or []
-        selected = {name: seen.numel[name] for name in names}
-        pictured = 2 + (config.iterations // config.sample_every_steps if config.sample_every_steps else 0)
-        return seen.plan(
-            "training",
-            steps=config.iterations,
-            weights={"total": sum(seen.numel.values()), "selected": sum(selected.values())},
-            files=[
-                *seen.output_files(selected, pictured=pictured),
-                *seen.run_checkpoints(selected, steps=config.iterations),
-            ],
-        )
+        seen = Inspection(self.config)
+        seen.prompts += self.config.concept_prompts()
+        return seen.training_plan(steps=self.config.iterations)
 
     def data(self, loaded: Loaded, plan: Plan | None) -> Prompts:  # noqa: ARG002
         return Prompts(self.config, loaded)
