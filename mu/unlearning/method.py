@@ -199,12 +199,16 @@ class TrainingMethod(Method[T]):
         """What the patch says of the method."""
         return {"train_method": self.config.train_method}
 
+    def told(self, inputs: Mapping[str, Path]) -> Result:  # noqa: ARG002
+        """What the result says of the plan's inputs."""
+        return {}
+
     def run_here(self) -> Result:
         """Fine-tune, check that nothing else moved, and write the unlearned checkpoint.
 
         Returns:
             `run`, the run's folder; `checkpoint`; `patch`, its path (None without); `pictures`, before and after (None
-            without); the inputs of the plan, such as `mask`; `weights_selected`; `weights_changed`, that differ
+            without); what `told` gives; `weights_selected`; `weights_changed`, that differ
             from the original in the file; `weights_moved`, that did so before they were rounded to the file's dtype,
             and `weights_rounded_back`, the others of them; `weights_total`; `steps`; `loss`, `forget_loss` and
             `retain_loss` of the last epoch; `seconds`; `peak_memory_bytes`, of the process so far.
@@ -281,8 +285,7 @@ class TrainingMethod(Method[T]):
                     lr=config.lr,
                 )
                 counted = {f"weights_{name}": model.counts[name] for name in ("selected", "total")}
-                found = {key.removesuffix("_path"): path for key, path in inputs.items()}
-                result = {**written, **found, **counted, "steps": batches.total_steps, **losses}
+                result = {**written, **self.told(inputs), **counted, "steps": batches.total_steps, **losses}
                 return tell(folder, pictures, result, started=started)
 
             return ranks.on_main(finish)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
 from mu.algorithms.saliency_unlearning.trainer import salun_loss
-from mu.config import resolve_path
+from mu.config import override, resolve_path
 from mu.ldm import LatentDiffusion, load_model
 from mu.ldm.unet import UNet
 from mu.unlearning import compute as compute_module
@@ -49,7 +48,7 @@ def gradients(ldm: LatentDiffusion, compute: Compute) -> Tensor:
     ldm.requires_grad_(True)
     with computing(ldm, compute):
         with compute.autocast(ldm.device):
-            loss, *_ = salun_loss(ldm, batch["forget"], batch["retain"], 0.5)
+            loss, *_ = salun_loss(ldm, batch.forget, batch.retain, 0.5)
         loss.backward()
         found = torch.cat([p.grad.float().reshape(-1) for p in ldm.unet.parameters()])  # type: ignore[union-attr]
         ldm.zero_grad(set_to_none=True)
@@ -58,7 +57,7 @@ def gradients(ldm: LatentDiffusion, compute: Compute) -> Tensor:
 
 def saliency(ldm: LatentDiffusion, compute: Compute) -> Tensor:
     """(n,), from one batch."""
-    latents, timesteps, noise, context, uncond = tiny_batch(0)["forget"]
+    latents, timesteps, noise, context, uncond = tiny_batch(0).forget
     with computing(ldm, compute):
         found = accumulate_saliency(
             ldm, [(latents, timesteps, noise, context, uncond)], c_guidance=7.5, compute=compute
@@ -319,7 +318,7 @@ def test_auto_is_tf32_for_a_mask_and_bf16_for_training(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
 
     def precision(device: str, **changes: Any) -> str:
-        return choose_for(replace(keys, **changes), torch.device(device)).precision
+        return choose_for(override(keys, **changes), torch.device(device)).precision
 
     assert precision("cuda") == expected
     assert precision("cpu") == "fp32"

@@ -186,5 +186,9 @@ class SaliencyUnlearningAlgorithm(TrainingMethod[TrainConfig]):
     def described(self) -> dict[str, Any]:
         return {**super().described(), "masking": self.config.masking}
 
+    def told(self, inputs: Mapping[str, Path]) -> Result:
+        """`mask`, its path; None without."""
+        return {"mask": inputs.get("mask_path")}
+
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm

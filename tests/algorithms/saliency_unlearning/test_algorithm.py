@@ -7,7 +7,6 @@ import gc
 import json
 import shutil
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from mu.algorithms.saliency_unlearning.utils import (
     UNET_PREFIX,
     unet_fingerprint,
 )
-from mu.config import ConfigError, load_config
+from mu.config import ConfigError, load_config, override
 from mu.ldm import LatentDiffusion, load_model
 from mu.ldm.model_config import load_model_config
 from mu.ldm.tensor_file import read_state_dict
@@ -534,7 +533,7 @@ def test_both_stages_on_a_folder_of_images(tiny_runs: Any, tmp_path: Path) -> No
 
 def test_a_ready_made_training_config_is_not_changed_by_overrides() -> None:
     ready = saliency_unlearning_train_emoji_canvas
-    assert SaliencyUnlearningAlgorithm(ready, template_name="Blob").config == replace(
+    assert SaliencyUnlearningAlgorithm(ready, template_name="Blob").config == override(
         ready, template_name="Blob"
     )
     assert ready == load_config(TrainConfig, config_path="emoji_canvas/train_style.yaml")
@@ -590,10 +589,9 @@ def test_promise_22_a_mask_is_the_same_to_rounding_when_memory_runs_out(
 def test_the_mask_stays_in_main_memory(tiny_runs: Any) -> None:
     """Wherever the model is; here on a device without values."""
     model = LatentDiffusion(load_model_config(tiny_runs.model_config), device="meta")
-    mask = SaliencyUnlearningAlgorithm(tiny_runs.train_config(masking="random"))._mask(model, None)
-    assert mask is not None
-    assert mask.keys() == dict(model.unet.named_parameters()).keys()
-    assert {marked.device.type for marked in mask.values()} == {"cpu"}
+    moving = SaliencyUnlearningAlgorithm(tiny_runs.train_config(masking="random")).moving(model, {})
+    assert moving.selected.keys() == dict(model.unet.named_parameters()).keys()
+    assert {marked.device.type for marked in moving.selected.values()} == {"cpu"}
 
 
 def test_nothing_of_a_run_stays_in_memory(
