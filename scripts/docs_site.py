@@ -13,7 +13,16 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("mu.ldm", "mu.datasets", "mu.algorithms.saliency_unlearning", "mu.evaluation", "mu.commands")
+PACKAGES = (
+    "mu.ldm",
+    "mu.datasets",
+    "mu.unlearning",
+    "mu.algorithms.saliency_unlearning",
+    "mu.algorithms.esd",
+    "mu.algorithms.uce",
+    "mu.evaluation",
+    "mu.commands",
+)
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 _IMAGE = re.compile(r"!\[([^\]]*)\]\((?!https?:)([^)\s]+)\)")
 

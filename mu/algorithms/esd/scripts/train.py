@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mu.algorithms.esd.configs import ESDConfig
 from mu.cli import Planned, run_door
+from mu.ranks import started_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,14 +17,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         module=ESDConfig.MODULE,
         summary=str(__doc__),
         argv=argv,
+        shares_work=True,
         plan=_plan,
     )
 
 
 def _run(config: ESDConfig) -> object:
     from mu.algorithms.esd.algorithm import ESDAlgorithm
+    from mu.evaluation.report import report_training
 
-    return ESDAlgorithm(config).run()
+    result = ESDAlgorithm(config).run()
+    if config.report and started_rank() == 0:
+        return {**result, "report": report_training(result["run"], show_unsafe=config.show_unsafe_pictures)}
+    return result
 
 
 def _plan(config: ESDConfig) -> Planned:
