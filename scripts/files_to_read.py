@@ -1,4 +1,6 @@
-"""Which files of `mu` run while a mask is made, and between two steps of training: docs/developing.md has the counts.
+"""Which files of `mu` run while a mask is made, and between two updates of training: docs/developing.md has the counts.
+
+Of Lightning it names those that run between two updates.
 
 python scripts/files_to_read.py
 """
@@ -32,12 +34,19 @@ class Watch:
     """Files of `mu` of which a function is called, while it is on."""
 
     def __init__(self) -> None:
-        self.files: dict[str, set[str]] = {"mask": set(), "gradient to mask": set(), "step": set()}
+        self.files: dict[str, set[str]] = {
+            "mask": set(),
+            "gradient to mask": set(),
+            "step": set(),
+            "step, of Lightning": set(),
+        }
         self.on: set[str] = set()
         self.steps = 0
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
+        if "step" in self.on and "site-packages/" in code.co_filename and "lightning" in code.co_filename:
+            self.files["step, of Lightning"].add(code.co_filename.split("site-packages/")[-1])
         if not code.co_filename.startswith(TOP):
             return
         if event == "call" and code.co_name == "accumulate_within_memory":
