@@ -1,4 +1,4 @@
-"""The keys that all methods share: how the network computes, how it is trained, what is written and shown."""
+"""The keys of methods that train: how the network computes, how it is trained, what a run shows and sends."""
 
 from __future__ import annotations
 
