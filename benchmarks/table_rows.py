@@ -91,15 +91,16 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
         if method.mask is not None:
             changes["mask_path"] = str(folder / "masks")
         train: Any = override(recipe, **changes)
+        stage: Any = method.mask.load(kind, config.recipes) if method.mask is not None else None
         thresholds: tuple[float | None, ...] = (None,)
         if method.size_key is not None and train.masking != "none":
-            thresholds = config.thresholds or (getattr(train, method.size_key),)
+            own_size = getattr(train, method.size_key)
+            thresholds = config.thresholds or (own_size if own_size is not None else stage.thresholds[0],)
         for threshold in thresholds:
             own = folder / (name if threshold is None else f"{name}-{threshold:g}")
             size = {} if threshold is None else {str(method.size_key): threshold}
             mask = None
-            if method.mask is not None and threshold is not None:
-                stage = method.mask.load(kind, config.recipes)
+            if stage is not None and threshold is not None:
                 mask = override(stage, **here, threshold=threshold, output_dir=str(folder / "masks"))
             found.append(
                 PlannedRow(

@@ -221,7 +221,7 @@ def test_at_debug_an_error_shows_where_it_came_from(capsys):
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3"}
+SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "3"}
 
 
 @pytest.mark.parametrize("by", ["torchrun", "slurm"])

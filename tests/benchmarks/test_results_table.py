@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +24,7 @@ from benchmarks.table_text import SCORES, markdown
 from benchmarks.workers import claimed
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import load_mask
-from mu.config import ConfigError, check_paths, dump
+from mu.config import ConfigError, check_paths, dump, override
 from mu.datasets import emoji_canvas
 from mu.datasets.generated_images import GeneratedImages, SampleSettings
 from mu.datasets.images import load_pixels
@@ -107,7 +106,7 @@ def with_recipe(config: TableConfig, folder: Path, stage: str, kind: str, **line
     ]
     assert changed != recipe
     (folder / name).write_text("\n".join(changed))
-    return replace(config, recipes=str(folder))
+    return override(config, recipes=str(folder))
 
 
 def try_each(config: TableConfig) -> None:
@@ -225,14 +224,14 @@ def moved(finished: Any, tmp_path: Path) -> TableConfig:
     """The same table in another folder, which a test may change."""
     config, _ = finished
     shutil.copytree(config.output_dir, tmp_path / "table", copy_function=os.link)
-    return replace(config, output_dir=str(tmp_path / "table"))
+    return override(config, output_dir=str(tmp_path / "table"))
 
 
 def test_what_is_made_is_kept(moved: TableConfig, unlearned: list[str]) -> None:
     """Also where the folder has been moved, and by a call for one concept."""
     rows = table_of(moved)["rows"]
     images = {path: path.stat().st_mtime_ns for path in Path(moved.output_dir, "grids").rglob("*.png")}
-    ResultsTable(replace(moved, concepts=("Dogs",))).run()
+    ResultsTable(override(moved, concepts=("Dogs",))).run()
     assert table_of(moved)["rows"] == rows[1:]
     ResultsTable(moved).run()
     assert table_of(moved)["rows"] == rows
@@ -264,7 +263,7 @@ def test_a_key_at_its_default_does_not_count(
 
 
 def test_another_reading_counts_again_and_unlearns_nothing(moved: TableConfig, unlearned: list[str]) -> None:
-    result = ResultsTable(replace(moved, cra_prompts="all")).run()
+    result = ResultsTable(override(moved, cra_prompts="all")).run()
     assert unlearned == []
     assert (result["cra_prompts"], result["left_out"]) == ("all", "none")
     content = table_of(moved)
@@ -287,7 +286,7 @@ def test_a_lost_checkpoint_or_resume_false_unlearns_anew(moved: TableConfig, unl
     try_each(moved)
     assert unlearned == ["Dogs"]
     unlearned.clear()
-    try_each(replace(moved, resume=False))
+    try_each(override(moved, resume=False))
     assert unlearned == ["Noto", "Dogs"]
 
 
@@ -301,7 +300,7 @@ def compared(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[T
     folder = tmp_path_factory.mktemp("compared") / "table"
     shutil.copytree(config.output_dir, folder, copy_function=os.link)
     (folder / "table.json").unlink()  # a link
-    config = replace(
+    config = override(
         config,
         concepts=("Noto",),
         methods=("salun", "random", "none", "ascent", "retain"),
@@ -356,7 +355,7 @@ def test_several_missing_masks_share_a_pass(moved: TableConfig, monkeypatch: pyt
 
     monkeypatch.setattr(Stage, "run", noted)
     with pytest.raises(Begun):
-        ResultsTable(replace(moved, thresholds=(0.3, 0.5, 0.7))).rows("Noto")
+        ResultsTable(override(moved, thresholds=(0.3, 0.5, 0.7))).rows("Noto")
     assert asked == [(0.3, 0.7)]
 
 
@@ -369,8 +368,8 @@ def test_the_controls_are_the_recipe_but_for_one_thing(compared: Any) -> None:
             key
             for key in (
                 "masking",
-                "mask_pool",
-                "mask_seed",
+                "random_fraction",
+                "seed",
                 "objective",
                 "threshold",
                 "epochs",
@@ -378,32 +377,33 @@ def test_the_controls_are_the_recipe_but_for_one_thing(compared: Any) -> None:
                 "alpha",
             )
             if getattr(train, key) != getattr(recipe, key)
+            and (key != "threshold" or train.masking == "saliency")  # it chooses a mask
         }
         for which, train in found.items()
     }
     assert differs == {
         ("salun", 0.1): {"threshold"},
         ("salun", 0.5): set(),
-        ("random", 0.1): {"threshold", "masking", "mask_pool"},
-        ("random", 0.5): {"masking", "mask_pool"},
+        ("random", 0.1): {"masking", "random_fraction"},
+        ("random", 0.5): {"masking"},
         ("none", None): {"masking"},
         ("ascent", None): {"masking", "objective"},
         ("retain", None): {"masking", "objective"},
     }
-    (other,) = planned_rows(replace(config, methods=("random",), thresholds=None), "Blob")
-    assert other.train.mask_seed == recipe.mask_seed + 1  # each concept has a draw of its own
+    (other,) = planned_rows(override(config, methods=("random",), thresholds=None), "Blob")
+    assert other.train.seed == recipe.seed + 1  # each concept has a draw of its own
 
 
 def test_a_random_mask_of_another_size_is_refused(moved: TableConfig, tmp_path: Path) -> None:
     narrow = with_recipe(moved, tmp_path / "narrow", "train", "style", train_method="xattn")
     assert check_paths(narrow) == []
-    (problem,) = check_paths(replace(narrow, methods=("salun", "random")))
+    (problem,) = check_paths(override(narrow, methods=("salun", "random")))
     assert problem.startswith("methods: of xattn, which moves, a random mask would select another number")
 
 
 def test_thresholds_without_a_mask_are_refused(moved: TableConfig, tmp_path: Path) -> None:
     unmasked = with_recipe(moved, tmp_path / "unmasked", "train", "object", masking="none")
-    (problem,) = check_paths(replace(unmasked, thresholds=(0.1,)))
+    (problem,) = check_paths(override(unmasked, thresholds=(0.1,)))
     assert problem.startswith("thresholds: ")
     assert "has masking none" in problem
 
@@ -415,10 +415,10 @@ def test_recipes_are_checked_before_the_table_starts(moved: TableConfig, tmp_pat
     for key, limit in (("alpha", ">= 0"), ("lr", "> 0")):
         path = tmp_path / "wrong" / "emoji_canvas" / "train_style.yaml"
         assert any(f"{path}: {key}: must be {limit}" in problem for problem in problems)
-    (problem,) = check_paths(replace(moved, recipes=str(tmp_path / "absent")))
+    (problem,) = check_paths(override(moved, recipes=str(tmp_path / "absent")))
     assert problem.startswith("recipes: there is no folder")
     # A folder without a recipe leaves the packaged one.
-    (row,) = planned_rows(replace(moved, recipes=str(tmp_path)), "Noto")
+    (row,) = planned_rows(override(moved, recipes=str(tmp_path)), "Noto")
     assert row.train.train_method == "xattn"
 
 
@@ -467,7 +467,7 @@ def test_a_method_is_one_entry(moved: TableConfig, monkeypatch: pytest.MonkeyPat
     stage = Stage("a_method", "OwnConfig", "Halved", "emoji_canvas/train_{kind}.yaml")
     entry = Method(stage, changes={"masking": "none"})
     monkeypatch.setattr("benchmarks.table_rows.METHODS", {**METHODS, "halved": entry})
-    config = replace(moved, concepts=("Noto",), table_name="two")
+    config = override(moved, concepts=("Noto",), table_name="two")
     object.__setattr__(config, "methods", ("salun", "halved"))  # its choices were made before the entry
     rows = ResultsTable(config).rows("Noto")
     assert [(row["method"], row["threshold"]) for row in rows] == [("salun", 0.5), ("halved", None)]
@@ -516,11 +516,11 @@ def test_workers_make_each_row_once_and_the_same(finished: Any, tmp_path: Path) 
         )
         path = tmp_path / "classifier.safetensors"
         save_classifier(classifier, path, style_accuracy=1.0, object_accuracy=1.0, seed=3)
-        both = replace(
+        both = override(
             config, seeds=(188,), classifier_path=str(path), workers=2, output_dir=str(tmp_path / "two")
         )
         results_table.run(both)
-        one = replace(both, workers=None, output_dir=str(tmp_path / "one"))
+        one = override(both, workers=None, output_dir=str(tmp_path / "one"))
         results_table.run(one)
     for row, alone in zip(table_of(both)["rows"], table_of(one)["rows"], strict=True):
         assert {**row, "checkpoint": "", "seconds": ""} == {**alone, "checkpoint": "", "seconds": ""}

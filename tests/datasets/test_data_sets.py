@@ -99,7 +99,7 @@ def test_the_table_is_the_only_place_that_lists_data_sets() -> None:
         f"{path.name}: {line.strip()}"
         for path in Path(mu.__path__[0]).rglob("*.py")
         for line in path.read_text(encoding="utf-8").splitlines()
-        if asks.search(line)
+        if asks.search(line) and path.name != "config_keys.py"  # whose kind is that of a key
     ]
     assert found == []
 

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 
 from mu.algorithms.saliency_unlearning.scripts import evaluate as evaluate_door
-from mu.config import dump
+from mu.config import dump, override
 from mu.datasets.generated_images import SampleSettings
 from mu.datasets.index import DataError
 from mu.evaluation import evaluation
@@ -136,7 +135,7 @@ def test_the_reading_of_the_scores_is_printed_with_them(config: EvaluateConfig) 
         ({"cra_prompts": "all"}, "none", {"UA": 6, "IRA": 6, "CRA": 12}),
         ({"cra_prompts": "all", "left_out": ("Cars",)}, "Cars", {"UA": 4, "IRA": 4, "CRA": 8}),
     ):
-        other = replace(config, **changes)  # type: ignore[arg-type]
+        other = override(config, **changes)  # type: ignore[arg-type]
         result = usual if not changes else evaluation.run(other)
         assert (result["cra_prompts"], result["left_out"]) == (other.cra_prompts, shown)
         after = json.loads((Path(str(result["run"])) / "metrics.json").read_text())["models"]["after"]
@@ -145,7 +144,7 @@ def test_the_reading_of_the_scores_is_printed_with_them(config: EvaluateConfig) 
 
 
 def test_the_picture_shows_the_images_of_the_first_seed(config: EvaluateConfig) -> None:
-    result = evaluation.run(replace(config, template="object", template_name="Dogs"))
+    result = evaluation.run(override(config, template="object", template_name="Dogs"))
     with Image.open(str(result["picture"])) as opened:
         picture = numpy.asarray(opened).astype(int)
     run = Path(str(result["run"]))
@@ -161,7 +160,7 @@ def test_the_picture_shows_the_images_of_the_first_seed(config: EvaluateConfig) 
 
 
 def test_without_a_base_there_is_no_before(config: EvaluateConfig) -> None:
-    result = evaluation.run(replace(config, base_ckpt_path=None))
+    result = evaluation.run(override(config, base_ckpt_path=None))
     assert set(result["UA"]) == {"meaning", "after, %"}  # type: ignore[call-overload]
     assert not (Path(str(result["run"])) / "predictions_before.csv").exists()
 
@@ -172,7 +171,7 @@ def test_a_base_is_sampled_once_for_all_evaluations(
     evaluation.run(config)
     caplog.clear()
     with caplog.at_level("INFO", logger="mu"):
-        evaluation.run(replace(config, template="object", template_name="Cars"))
+        evaluation.run(override(config, template="object", template_name="Cars"))
     assert "before unlearning" in caplog.text
     assert "sampling" not in caplog.text
     assert len(list((Path(config.output_dir) / "grids").iterdir())) == 2
@@ -241,7 +240,7 @@ def test_a_folder_of_other_images_is_refused(
 
 def test_what_the_classifier_does_not_know_is_refused_before_sampling(config: EvaluateConfig) -> None:
     with pytest.raises(EvaluationError, match=r"objects: 'Dogz' .* Cats, Dogs, Cars. Did you mean 'Dogs'"):
-        evaluation.run(replace(config, objects=("Cats", "Dogz")))
+        evaluation.run(override(config, objects=("Cats", "Dogz")))
     assert not Path(config.output_dir).exists()
 
 
@@ -258,7 +257,7 @@ def metrics_of(result: dict[str, object]) -> dict[str, Any]:
 def test_a_folder_of_images_has_the_scores_of_the_checkpoint_that_drew_them(
     config: EvaluateConfig, tmp_path: Path
 ) -> None:
-    config = replace(config, fid_reference="base")
+    config = override(config, fid_reference="base")
     drawn = metrics_of(evaluation.run(config))
     folders = {}
     for name, model in drawn["models"].items():
@@ -270,7 +269,7 @@ def test_a_folder_of_images_has_the_scores_of_the_checkpoint_that_drew_them(
             style, object, seed = path.relative_to(model["images"]).with_suffix("").parts
             shutil.copy(path, folders[name] / f"{style}_{object}_seed{seed}.png")
     given = {"images_dir": str(folders["after"]), "ckpt_path": "none.ckpt", "model_config_path": "none.yaml"}
-    both = replace(config, **given, base_images_dir=str(folders["before"]), base_ckpt_path=None)
+    both = override(config, **given, base_images_dir=str(folders["before"]), base_ckpt_path=None)
     read = metrics_of(evaluation.run(both))
     places = {"checkpoint", "images_dir", "images", "sampled_with"}
     for name, model in drawn["models"].items():
@@ -290,7 +289,7 @@ def test_a_base_checkpoint_is_sampled_for_the_images_of_a_folder(
         (folder / name).parent.mkdir(parents=True)
         shutil.copy(source / name, folder / name)
     (folder / "Noto/phone.heic").write_bytes(b"x")
-    result = evaluation.run(replace(config, images_dir=str(folder), styles=None, objects=None))
+    result = evaluation.run(override(config, images_dir=str(folder), styles=None, objects=None))
     run = Path(str(result["run"]))
     for name in ("before", "after"):
         rows = read_predictions((run / f"predictions_{name}.csv").read_bytes())
@@ -309,7 +308,7 @@ def test_what_stops_an_evaluation_before_it_has_begun_ends_with_2(
 ) -> None:
     (tmp_path / "images/Notto/Cats").mkdir(parents=True)
     (tmp_path / "x.yaml").write_text(
-        dump(replace(config, images_dir=str(tmp_path / "images"), devices=devices))
+        dump(override(config, images_dir=str(tmp_path / "images"), devices=devices))
     )
     assert evaluate_door.main(["--config_path", str(tmp_path / "x.yaml"), "--quiet"]) == 2
     assert "no style that the classifier knows. Did you mean 'Noto'" in capfd.readouterr().err
@@ -322,12 +321,12 @@ def test_folders_of_other_seeds_are_no_pair(config: EvaluateConfig, tmp_path: Pa
         Image.new("RGB", (16, 16)).save(tmp_path / name / "Noto" / "Cats" / f"{seed}.png")
     folders = {"images_dir": str(tmp_path / "images"), "base_images_dir": str(tmp_path / "base")}
     with pytest.raises(EvaluationError, match="2 are in one of them alone, such as Noto, Cats, 1"):
-        evaluation.run(replace(config, **folders, base_ckpt_path=None, styles=None, objects=None))
+        evaluation.run(override(config, **folders, base_ckpt_path=None, styles=None, objects=None))
 
 
 def test_the_base_has_a_distance_from_seed_to_seed(config: EvaluateConfig) -> None:
     """Its images of other seeds are the reference of both models; each image is sampled once."""
-    with_seeds = replace(config, fid_reference="base_other_seeds", fid_reference_seeds=(7, 8, 9))
+    with_seeds = override(config, fid_reference="base_other_seeds", fid_reference_seeds=(7, 8, 9))
     result = evaluation.run(with_seeds)
     models = metrics_of(result)["models"]
     for name in ("before", "after"):
@@ -347,7 +346,7 @@ def test_the_base_has_a_distance_from_seed_to_seed(config: EvaluateConfig) -> No
     for seed in (188, 288):
         for path in others.rglob(f"{seed}.png"):
             path.unlink()
-    again = replace(config, fid_reference="folder", fid_reference_dir=str(others), base_ckpt_path=None)
+    again = override(config, fid_reference="folder", fid_reference_dir=str(others), base_ckpt_path=None)
     found = metrics_of(evaluation.run(again))["models"]["after"]["fid"]
     assert found["value"] == models["after"]["fid"]["value"]
     assert found["n_reference"] == 9
@@ -358,13 +357,13 @@ def test_a_reference_that_cannot_be_used_is_refused_before_sampling(
 ) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"fid_reference_dir: .* holds no images"):
-        evaluation.run(replace(config, fid_reference="folder", fid_reference_dir=str(tmp_path / "empty")))
+        evaluation.run(override(config, fid_reference="folder", fid_reference_dir=str(tmp_path / "empty")))
     assert not Path(config.output_dir).exists()
 
 
 def test_which_prompts_fid_is_of_is_an_option(config: EvaluateConfig) -> None:
     for prompts, n in (("retained", 6), ("forgotten", 6), ("all", 12)):
-        chosen = replace(config, fid_reference="base", fid_prompts=prompts)
+        chosen = override(config, fid_reference="base", fid_prompts=prompts)
         result = evaluation.run(chosen)
         models = metrics_of(result)["models"]
         assert (models["after"]["fid"]["n"], result["fid_prompts"]) == (n, prompts)
@@ -384,7 +383,7 @@ def test_images_without_concepts_need_no_classifier(config: EvaluateConfig, tmp_
     sys.path.insert(0, str(tmp_path))
     try:
         result = evaluation.run(
-            replace(
+            override(
                 config,
                 classifier="none",
                 base_ckpt_path=None,
@@ -404,7 +403,7 @@ def test_images_without_concepts_need_no_classifier(config: EvaluateConfig, tmp_
 
 
 def test_every_number_has_its_n_and_interval(config: EvaluateConfig) -> None:
-    found = metrics_of(evaluation.run(replace(config, fid_reference="base")))
+    found = metrics_of(evaluation.run(override(config, fid_reference="base")))
     after = found["models"]["after"]
     numbers = [after[key] for key in ("UA", "IRA", "CRA", "own", "style_accuracy", "fid", "kid")]
     numbers += [after["memorised"]["confidence"], after["memorised"]["share"]]
@@ -473,7 +472,7 @@ def test_a_diffusers_folder_has_the_scores_of_the_same_weights(
         model_config_path=config.model_config_path,
         format="diffusers",
     )
-    config = replace(config, base_ckpt_path=config.ckpt_path, ckpt_path=str(tmp_path / "diffusers"))
+    config = override(config, base_ckpt_path=config.ckpt_path, ckpt_path=str(tmp_path / "diffusers"))
     models = metrics_of(evaluation.run(config))["models"]
     assert models["after"]["sampled_with"] == models["before"]["sampled_with"]
     assert models["after"]["style_shares_by_class"] == models["before"]["style_shares_by_class"]
@@ -505,7 +504,7 @@ def test_clip_score_and_nudity_stand_among_the_numbers(
     monkeypatch.setattr("mu.evaluation.measures.load_detector", Detector)
     monkeypatch.setattr("mu.evaluation.measures.ClipScorer", Clip)
     result = evaluation.run(
-        replace(config, nudity=True, clip_model="any", left_out=("Cars",), base_ckpt_path=None)
+        override(config, nudity=True, clip_model="any", left_out=("Cars",), base_ckpt_path=None)
     )
     after = metrics_of(result)["models"]["after"]
     feet = after["nudity"]["labels"]["FEET_EXPOSED"]
@@ -539,5 +538,5 @@ def test_auto_precision_is_noted_as_what_it_is(config: EvaluateConfig) -> None:
     assert config.precision == "auto"
     images = metrics_of(evaluation.run(config))["models"]["after"]["images"]
     assert json.loads((Path(images) / "manifest.json").read_text())["precision"] == "fp32"
-    again = metrics_of(evaluation.run(replace(config, precision="fp32")))["models"]["after"]["images"]
+    again = metrics_of(evaluation.run(override(config, precision="fp32")))["models"]["after"]["images"]
     assert again == images

@@ -47,7 +47,7 @@ def test_mask_train_sample_and_evaluate(
     assert Path(said["mask"]) == mask
     report = Path(said["report"]).read_text()
     assert "No pictures: the run sampled none" in report
-    assert re.search(r"input 0 · [\d.]+ %", report)
+    assert re.search(r"<th>input 0</th>.*?<td>[\d.]+ %</td>", report)
     assert said["steps"] == "2"
     assert re.fullmatch(r"[\d.e+-]+", said["retain_loss"])
 

@@ -6,7 +6,6 @@ import csv
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from PIL import Image
 
 from mu.commands import sampling
 from mu.commands.sampling import SamplingError, plan_images
-from mu.config import ConfigError
+from mu.config import ConfigError, override
 from mu.datasets.images import png, to_uint8
 from mu.evaluation.config import SampleConfig
 from mu.ldm import LatentDiffusion
@@ -121,7 +120,7 @@ def test_a_run_writes_images_their_index_and_a_grid(config: SampleConfig) -> Non
 
 def test_prompts_may_come_from_a_file(config: SampleConfig, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(f"\n{DOGS}\n  {CATS}\n", encoding="utf-8")
-    from_file = replace(
+    from_file = override(
         config, prompts=(), prompts_path=str(tmp_path / "prompts.txt"), sample_steps=1, seeds=(3,), grid=False
     )
     first, second = sampling.run(from_file), sampling.run(from_file)
@@ -137,13 +136,15 @@ def test_prompts_may_come_from_a_file(config: SampleConfig, tmp_path: Path) -> N
 def test_a_prompt_of_a_text_file_ends_where_its_line_does(config: SampleConfig, tmp_path: Path) -> None:
     """And not at the other breaks that Unicode has, which come with prompts from the web."""
     (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028line\r\n\r\na\x0b second\rthird".encode())
-    planned = plan_images(replace(config, prompts=(), prompts_path=str(tmp_path / "prompts.txt"), seeds=(3,)))
+    planned = plan_images(
+        override(config, prompts=(), prompts_path=str(tmp_path / "prompts.txt"), seeds=(3,))
+    )
     assert [image.prompt for image in planned] == ["one line", "a second", "third"]
     (tmp_path / "prompts.txt").write_bytes("a cat\ncaf\u00e9".encode("latin-1"))
     with pytest.raises(
         ConfigError, match=r"prompts\.txt is not UTF-8 \(byte 0xe9 on line 2\); save it as UTF-8"
     ):
-        plan_images(replace(config, prompts=(), prompts_path=str(tmp_path / "prompts.txt")))
+        plan_images(override(config, prompts=(), prompts_path=str(tmp_path / "prompts.txt")))
 
 
 def test_an_image_with_nan_is_named_and_not_written(
@@ -177,7 +178,7 @@ def table(config: SampleConfig, tmp_path: Path) -> SampleConfig:
         "case_number,prompt,evaluation_seed,evaluation_guidance\n"
         f"17,{CATS},5,3.0\n2,{DOGS},6,1.5\nx-9,{CATS},,\n"
     )
-    return replace(config, prompts=(), prompts_path=str(tmp_path / "cases.csv"), run_name="cases")
+    return override(config, prompts=(), prompts_path=str(tmp_path / "cases.csv"), run_name="cases")
 
 
 def pixels(path: Path) -> torch.Tensor:
@@ -211,13 +212,13 @@ def test_a_table_gives_each_case_its_seed_and_guidance(table: SampleConfig) -> N
     with Image.open(result["grid"]) as grid:
         assert grid.height > 3 * 64
     # The index is itself such a table, of the same images.
-    assert [image.file for image in plan_images(replace(table, prompts_path=str(result["index"])))] == [
+    assert [image.file for image in plan_images(override(table, prompts_path=str(result["index"])))] == [
         row["file"] for row in rows
     ]
 
 
 def test_the_keys_may_overrule_the_table(table: SampleConfig) -> None:
-    planned = plan_images(replace(table, use_row_settings=False, seeds=(8,), guidance_scale=2.0))
+    planned = plan_images(override(table, use_row_settings=False, seeds=(8,), guidance_scale=2.0))
     assert [(image.file, image.guidance_scale) for image in planned] == [
         (f"images/{name}_8.png", 2.0) for name in ("17", "2", "x-9")
     ]
@@ -227,7 +228,7 @@ def test_promise_30_a_run_says_once_what_of_its_table_is_not_sampled_or_cut(conf
     """Of the published I2P table's kind: 6 rows, one without a prompt, two guidances above 100, a long prompt."""
     path = Path(__file__).parents[2] / "datasets/cases/i2p_table.csv"
     changes = {"prompts": (), "prompts_path": str(path), "sample_steps": 1, "seeds": (3,), "grid": False}
-    bare = sampling.run(replace(config, **changes, use_row_settings=False))
+    bare = sampling.run(override(config, **changes, use_row_settings=False))
     assert bare["images"] == 5
     log = (bare["run"] / "log.txt").read_text()
     assert log.count(f"rows of {path} without a prompt: 1 passed over, the first is line 4") == 1
@@ -236,7 +237,7 @@ def test_promise_30_a_run_says_once_what_of_its_table_is_not_sampled_or_cut(conf
     )
     assert log.count("the first is 'a street market at dusk, lanterns, rain on the stones") == 1
     assert "guidance" not in log
-    own = sampling.run(replace(config, **changes))
+    own = sampling.run(override(config, **changes))
     assert {path.name for path in (own["run"] / "images").iterdir()} == {
         "0_4261553411.png",
         "1_12.png",
@@ -260,8 +261,8 @@ def test_images_of_one_name_are_refused(table: SampleConfig) -> None:
 
 def test_a_run_that_was_cut_goes_on(table: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept images are not touched, the others become what they would have been, to the bit."""
-    table = replace(table, batch_size=2)
-    whole = sampling.run(replace(table, run_name="whole"))["run"]
+    table = override(table, batch_size=2)
+    whole = sampling.run(override(table, run_name="whole"))["run"]
     drawn: list[torch.Tensor] = []
 
     def draw(image: torch.Tensor) -> bytes:
@@ -294,7 +295,7 @@ def test_a_subset_adds_to_a_run_and_takes_nothing_away(table: SampleConfig) -> N
     path = Path(str(table.prompts_path))
     header, *rows = path.read_text().splitlines()
     path.write_text(f"{header}\n{rows[1]}\n")
-    small = replace(table, grid=False)
+    small = override(table, grid=False)
     assert sampling.run(small)["sampled"] == 1
     path.write_text("\n".join([header, *rows]) + "\n")
     assert sampling.run(small)["sampled"] == 3
@@ -305,7 +306,7 @@ def test_a_subset_adds_to_a_run_and_takes_nothing_away(table: SampleConfig) -> N
 
 
 def test_a_folder_of_other_images_is_refused(table: SampleConfig, tiny_runs: Any) -> None:
-    sampling.run(replace(table, grid=False))
+    sampling.run(override(table, grid=False))
     for changes, expected in (
         ({"sample_steps": 1}, r"other settings \(sample_steps 2, now 1\)"),
         ({"ckpt_path": str(tiny_runs.checkpoint("other"))}, r"other settings \(model sha256:"),
@@ -316,7 +317,7 @@ def test_a_folder_of_other_images_is_refused(table: SampleConfig, tiny_runs: Any
         ),
     ):
         with pytest.raises(ConfigError, match=expected):
-            sampling.run(replace(table, **changes))
+            sampling.run(override(table, **changes))
     run = Path(table.output_dir) / "cases"
     (run / "plan.json").unlink()
     with pytest.raises(ConfigError, match=r"images but no plan\.json"):
@@ -328,7 +329,7 @@ def test_a_tall_grid_goes_on_in_another_picture(
     config: SampleConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampling, "_GRID_HEIGHT_PX", 70)
-    result = sampling.run(replace(config, seeds=(3,), sample_steps=1))
+    result = sampling.run(override(config, seeds=(3,), sample_steps=1))
     assert sorted(path.name for path in result["run"].glob("grid*")) == ["grid.png", "grid_2.png"]
 
 
@@ -347,6 +348,6 @@ def test_promise_22_a_run_that_lacks_memory_halves_its_batches_once(
         UNet, "forward", lambda unet, first, *rest: hungry(partial(forward, unet), holds=2)(first, *rest)
     )
     with caplog.at_level(logging.WARNING, logger="mu.memory"):
-        result = sampling.run(replace(config, batch_size=2, grid=False))
+        result = sampling.run(override(config, batch_size=2, grid=False))
     assert (result["images"], result["sampled"]) == (4, 4)
     assert [record.name for record in caplog.records] == ["mu.memory"]
