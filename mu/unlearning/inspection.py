@@ -237,7 +237,7 @@ class Inspection:
         return base_fingerprint(found.tensors)
 
     def training_plan(self, *, steps: int) -> Plan:
-        """The plan of a training run that moves all weights of its train method and needs no images of the user."""
+        """The plan of a training run that moves all weights of its train method; with rows, see `read_rows` first."""
         config = self.config
         assert isinstance(config, TrainingKeys)
         names = self.noting(lambda: names_of(self.unet, config.train_method)) or []
@@ -250,6 +250,7 @@ class Inspection:
             files=[
                 *self.output_files(selected, pictured=pictured),
                 *self.run_checkpoints(selected, steps=steps),
+                *(self.cache_files() if isinstance(config, DataKeys) else ()),
             ],
         )
 
