@@ -2,7 +2,7 @@
 
 Each is a Python of its own, with the environment that torchrun would give it; Lightning Fabric makes them a group
 (`mu.ranks`). Fabric's own launchers run the caller's script again or are refused in a notebook, hang with a result
-that a pipe does not hold, and hand no signal on: tried in docs/architecture.md, "Several processes".
+that a pipe does not hold, and hand no signal on: tried in docs/developing.md, "Why it is as it is".
 """
 
 from __future__ import annotations

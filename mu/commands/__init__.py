@@ -1,1 +1,1 @@
-"""What fetches data and models and makes environments: download_data, download_model, create_env. No torch here."""
+"""The doors that all methods have: sample, evaluate, convert, patch; downloads, environments, bug reports."""

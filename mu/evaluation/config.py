@@ -1,4 +1,4 @@
-"""The keys of sampling, evaluation and the whole table."""
+"""The keys of sampling and evaluation."""
 
 from __future__ import annotations
 

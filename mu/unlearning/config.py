@@ -1,4 +1,4 @@
-"""The keys that all methods share: which model, which concept, which images."""
+"""The keys that all methods share: which model, which concept, which images, what is written."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ from mu.ldm.unet_dtype import SAVE_DTYPES
 from mu.unlearning.checkpoints import find_run_state, run_checkpoint_bytes
 from mu.unlearning.config import DataKeys, OutputKeys, RunKeys
 from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
+from mu.unlearning.moving import names_of
 from mu.unlearning.output import check_save_dtype, original_of
 from mu.unlearning.plan import Plan, PlannedFiles, disk_problems
 from mu.unlearning.rows import checked_image_size, checked_rows, sampled_images
@@ -234,6 +235,24 @@ class Inspection:
         config, params = self.config, self.ldm.params
         found = read_checkpoint(self.checkpoint, params, use_ema=config.use_ema, read=open_state_dict)
         return base_fingerprint(found.tensors)
+
+    def training_plan(self, *, steps: int) -> Plan:
+        """The plan of a training run that moves all weights of its train method; with rows, see `read_rows` first."""
+        config = self.config
+        assert isinstance(config, TrainingKeys)
+        names = self.noting(lambda: names_of(self.unet, config.train_method)) or []
+        selected = {name: self.numel[name] for name in names}
+        pictured = 2 + (steps // config.sample_every_steps if config.sample_every_steps is not None else 0)
+        return self.plan(
+            "training",
+            steps=steps,
+            weights={"total": sum(self.numel.values()), "selected": sum(selected.values())},
+            files=[
+                *self.output_files(selected, pictured=pictured),
+                *self.run_checkpoints(selected, steps=steps),
+                *(self.cache_files() if isinstance(config, DataKeys) else ()),
+            ],
+        )
 
     def plan(
         self,

@@ -1,4 +1,4 @@
-"""The keys that all methods share: how the network computes, how it is trained, what is written and shown."""
+"""The keys of methods that train: how the network computes, how it is trained, what a run shows and sends."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class TrainingKeys(ComputeKeys, OutputKeys):
     batch_size: int = setting(8, "Images to forget in a step.", ge=1, le=100_000)
     micro_batch_size: int | None = setting(
         None,
-        "How many of each part of the batch, forget and retain, go through the UNet at once; the step is that of the whole "
-        "batch, to rounding. null: all of it. It is halved when memory runs out.",
+        "How many of each part of the batch, forget and retain, go through the UNet at once; the step is that of the "
+        "whole batch, to rounding. null: all of it. It is halved when memory runs out.",
         ge=1,
         le=100_000,
     )

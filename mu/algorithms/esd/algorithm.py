@@ -14,7 +14,7 @@ from mu.ldm.sampler import ddim_timesteps
 from mu.unlearning.embedding import embedded
 from mu.unlearning.inspection import Inspection
 from mu.unlearning.method import Loaded, TrainingMethod
-from mu.unlearning.moving import FrozenOriginal, MovingModel, names_of
+from mu.unlearning.moving import FrozenOriginal, MovingModel
 from mu.unlearning.plan import Plan
 
 
@@ -31,18 +31,7 @@ class ESDAlgorithm(TrainingMethod[ESDConfig]):
             seen.problems.append(
                 ConfigError([f"ddim_steps: {config.ddim_steps}; the model has {most} timesteps"])
             )
-        names = seen.noting(lambda: names_of(seen.unet, config.train_method)) or []
-        selected = {name: seen.numel[name] for name in names}
-        pictured = 2 + (config.iterations // config.sample_every_steps if config.sample_every_steps else 0)
-        return seen.plan(
-            "training",
-            steps=config.iterations,
-            weights={"total": sum(seen.numel.values()), "selected": sum(selected.values())},
-            files=[
-                *seen.output_files(selected, pictured=pictured),
-                *seen.run_checkpoints(selected, steps=config.iterations),
-            ],
-        )
+        return seen.training_plan(steps=config.iterations)
 
     def data(self, loaded: Loaded, plan: Plan | None) -> Prompts:  # noqa: ARG002
         return Prompts(self.config, loaded)

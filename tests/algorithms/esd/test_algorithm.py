@@ -96,6 +96,8 @@ def test_the_command_does_the_same_and_its_dry_run_nothing(
     assert main([*words, "--validate_every_steps", "2"]) == 0
     (run,) = (tmp_path / "runs").glob("style-Noto-*")
     assert len((run / "validation.csv").read_text().splitlines()) == 1 + 3
+    assert "report: " in capsys.readouterr().out
+    assert "Forgetting" in (run / "report.html").read_text(encoding="utf-8")
     assert main([*words, "--prompts", "a {stile}"]) == 2
     assert "only {concept}, {style} and {object} are filled in" in capsys.readouterr().err
 
