@@ -58,7 +58,7 @@ class Method:
         train: makes the unlearned checkpoint.
         mask: makes the mask that `train` finds at `mask_path`, for methods with one.
         changes: keys of `train` that have other values than the recipe's.
-        size_key: key of `train`, the fraction of the weights in its mask, for methods with one; of `mask`, threshold.
+        size_key: key of `train`, the fraction of the weights in its mask, for methods with one: that of SalUn's recipe.
         seed_key: key of `train` to which the number of the concept is added, so that no two share the luck of one draw.
     """
 
@@ -81,7 +81,7 @@ METHODS: Mapping[str, Method] = {
     "none": Method(_TRAIN, changes={"masking": "none"}),
     "random": Method(
         _TRAIN,
-        changes={"masking": "random"},
+        changes={"masking": "random", "threshold": None},
         size_key="random_fraction",
         seed_key="seed",
     ),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mu.ldm.text_encoder  # noqa: F401 (transformers, which each arm needs, is no part of its time)
 from benchmarks.stopwatch_arms import ALPHA, C_GUIDANCE, LR, attention_written_out
 from benchmarks.stopwatch_ours import ARMS
 from benchmarks.stopwatch_setup import (

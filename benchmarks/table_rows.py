@@ -94,8 +94,7 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
         stage: Any = method.mask.load(kind, config.recipes) if method.mask is not None else None
         thresholds: tuple[float | None, ...] = (None,)
         if method.size_key is not None and train.masking != "none":
-            own_size = getattr(train, method.size_key)
-            thresholds = config.thresholds or (own_size if own_size is not None else stage.thresholds[0],)
+            thresholds = config.thresholds or (_size(METHODS["salun"], kind, config.recipes),)
         for threshold in thresholds:
             own = folder / (name if threshold is None else f"{name}-{threshold:g}")
             size = {} if threshold is None else {str(method.size_key): threshold}
@@ -113,6 +112,14 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
                 )
             )
     return found
+
+
+def _size(method: Method, kind: str, recipes: str | None) -> float:
+    """The threshold of a method's recipe for training, else the first of that for the mask."""
+    assert method.mask is not None
+    train: Any = method.train.load(kind, recipes)
+    mask: Any = method.mask.load(kind, recipes)
+    return float(train.threshold if train.threshold is not None else mask.thresholds[0])
 
 
 def deciding(config: Config) -> dict[str, Any]:

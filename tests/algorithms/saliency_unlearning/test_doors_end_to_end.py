@@ -78,8 +78,7 @@ def test_mask_train_sample_and_evaluate(
         "Noto – forgotten",
         "Forget term",
         "Settings: mask",
-        "Time, evaluation",
-        "Size of the patch",
+        "The evaluation took",
     ):
         assert part in report
 

@@ -79,6 +79,11 @@ class UCEConfig(OutputKeys, PromptKeys):
                     )
                 )
                 yield at_odds[-1]
+        if self.substitute in self.concepts:
+            at_odds.append(
+                (("substitute", "template_name"), f"{self.substitute!r} is itself to be forgotten")
+            )
+            yield at_odds[-1]
         if not at_odds and all(prompt == substitute for prompt, substitute in self.pairs()):
             yield (
                 ("prompts", "substitute", "template_name"),
