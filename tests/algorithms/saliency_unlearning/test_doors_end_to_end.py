@@ -78,7 +78,7 @@ def test_mask_train_sample_and_evaluate(
         "Noto – forgotten",
         "Forget term",
         "Settings: mask",
-        "The evaluation took",
+        "The evaluation was made",
     ):
         assert part in report
 
