@@ -33,9 +33,12 @@ class ConfigFileError(MuError, ValueError):
 
 
 def config_folders() -> list[Path]:
-    """Where the packaged YAML files are: `configs/` (in a checkout beside the package), and each method's own."""
-    shared = next(at / "configs" for at in (_PACKAGE, _PACKAGE.parent) if (at / "configs").is_dir())
-    return [shared, *sorted(_PACKAGE.glob("algorithms/*/configs"))]
+    """Where the packaged YAML files are: `configs/` (in a checkout beside the package), and each method's own.
+
+    The first is not there where `mu/` was copied alone.
+    """
+    shared = [folder for at in (_PACKAGE, _PACKAGE.parent) if (folder := at / "configs").is_dir()]
+    return [*shared[:1], *sorted(_PACKAGE.glob("algorithms/*/configs"))]
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -55,7 +58,7 @@ def find_config(path: str | os.PathLike[str]) -> Path:
     Raises ConfigFileError, with the packaged names, when there is neither.
     """
     found = resolve_path(os.fspath(path))
-    if found.exists():
+    if os.path.exists(found):
         return found
     packaged = packaged_configs()
     name = found.as_posix()
@@ -79,7 +82,7 @@ def resolve_path(path: str) -> Path:
     if os.path.lexists(found) or ".." in rest or top not in ("mu", "configs"):
         return found
     folders = [_PACKAGE] if top == "mu" else config_folders()
-    return next((at for folder in folders if (at := folder.joinpath(*rest)).exists()), found)
+    return next((at for folder in folders if os.path.exists(at := folder.joinpath(*rest))), found)
 
 
 # ---- how they are read

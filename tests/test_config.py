@@ -356,6 +356,14 @@ def test_the_yaml_of_a_method_is_found_at_its_path_and_by_its_name(tmp_path, mon
     assert find_config(path).as_posix().endswith(path)
 
 
+def test_a_package_that_stands_alone_has_the_files_of_its_methods(tmp_path, monkeypatch):
+    """`mu/` was copied without the `configs/` beside it."""
+    own = tmp_path / "mu/algorithms/esd/configs"
+    own.mkdir(parents=True)
+    monkeypatch.setattr("mu.config_file._PACKAGE", tmp_path / "mu")
+    assert config_folders() == [own]
+
+
 def test_a_file_on_disk_comes_before_a_packaged_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(TrainConfig, config_path="train_config.yaml").lr == 1e-5

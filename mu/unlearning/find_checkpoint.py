@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,14 +30,14 @@ def checkpoint_file(
     promised of the file's existence; see `checkpoint_problems`.
     """
     resolved = resolve_path(path)
-    if not resolved.is_dir() or _is_diffusers_folder(resolved):
+    if not os.path.isdir(resolved) or _is_diffusers_folder(resolved):
         return resolved
     if inside := _models_in(resolved):
         return inside[0]
     runs = [
         folder
-        for folder in resolved.iterdir()
-        if folder.is_dir() and _run_matches(folder, template, template_name)
+        for folder in resolved.glob("*")  # of a folder that may not be read, nothing
+        if os.path.isdir(folder) and _run_matches(folder, template, template_name)
     ]
     models = [model for run in runs for model in _models_in(run)[:1]]
     if not models:
@@ -52,7 +53,7 @@ def checkpoint_problems(
         return
     if (told := _other_folder(resolve_path(path))) is not None:
         yield (key,), f"the folder {path} is {told}"
-    elif resolve_path(path).is_dir():
+    elif os.path.isdir(resolve_path(path)):
         concept = (
             f" that forgot {template} {concept_label(template_name)}" if template_name is not None else ""
         )
@@ -67,12 +68,12 @@ def checkpoint_problems(
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a file, or a diffusers folder."""
-    return path.is_file() or _is_diffusers_folder(path)
+    return os.path.isfile(path) or _is_diffusers_folder(path)
 
 
 def checkpoint_bytes(path: Path) -> int:
     """Size of a checkpoint: of a diffusers folder, the weights of its networks."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path.stat().st_size
     weights = [
         file for part in ("unet", "vae", "text_encoder") for file in (path / part).glob("*.safetensors")
@@ -84,14 +85,20 @@ def checkpoint_bytes(path: Path) -> int:
 
 
 def _is_diffusers_folder(path: Path) -> bool:
-    return (path / "model_index.json").is_file()
+    return os.path.isfile(path / "model_index.json")
 
 
 def _other_folder(path: Path) -> str | None:
     """What a folder of another program is, with advice; None for what is not known."""
-    if path.is_dir() and _is_diffusers_folder(path.absolute().parent) and (path / "config.json").is_file():
+    if (
+        os.path.isdir(path)
+        and _is_diffusers_folder(path.absolute().parent)
+        and os.path.isfile(path / "config.json")
+    ):
         return f"one network of a diffusers model; give the folder above it, {path.absolute().parent}"
-    if (path / "adapter_config.json").is_file() or (path / "pytorch_lora_weights.safetensors").is_file():
+    if os.path.isfile(path / "adapter_config.json") or os.path.isfile(
+        path / "pytorch_lora_weights.safetensors"
+    ):
         return (
             "a LoRA, small changes to a model and not the model; merge it into its base first (diffusers: "
             "pipe.load_lora_weights(...), pipe.fuse_lora(), pipe.save_pretrained(...)) and give the merged model"
@@ -113,12 +120,15 @@ def _other_folder(path: Path) -> str | None:
 def file_problems(key: str, path: str, *, advice: str) -> Iterator[Problem]:
     """Why no file can be read at `path`."""
     resolved = resolve_path(path)
-    if resolved.is_file():
+    if os.path.isfile(resolved):
         return
     if path.startswith(PACKAGE_PREFIX):
         yield (key,), f"{resolved} is missing from the installed package; install it again"
     else:
-        yield (key,), f"{resolved} is a folder" if resolved.is_dir() else f"there is no file {path}; {advice}"
+        yield (
+            (key,),
+            f"{resolved} is a folder" if os.path.isdir(resolved) else f"there is no file {path}; {advice}",
+        )
 
 
 def _models_in(folder: Path) -> list[Path]:
