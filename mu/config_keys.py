@@ -26,6 +26,12 @@ from mu.config_names import nearest
 
 _ITEM_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
+_INTEGER = re.compile(r"[-+]?[0-9]{1,30}")
+_NUMBER = re.compile(
+    r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,5})?|[-+]?\.?(?:inf|nan)",
+    re.ASCII | re.IGNORECASE,
+)
+"""Whole texts that are numbers: Python's own reading takes blanks, `1_0` and the digits of other scripts too."""
 _RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "multiple_of")
 
 
@@ -172,13 +178,13 @@ class Key:
             return given
         try:
             if isinstance(given, Text):
-                return self.item(given.lower().replace(".inf", "inf").replace(".nan", "nan"))
+                form = _INTEGER if self.item is int else _NUMBER
+                text = given.lower().replace(".inf", "inf").replace(".nan", "nan")
+                return self.item(text) if form.fullmatch(given) else given
             wanted = numbers.Integral if self.item is int else numbers.Real
             return self.item(typing.cast(float, given)) if isinstance(given, wanted) else given  # numpy's too
         except OverflowError:
             return math.inf
-        except ValueError:
-            return given
 
     def explain(self, error: ErrorDetails) -> str:
         """What pydantic found wrong with a value, in our words."""
@@ -188,7 +194,7 @@ class Key:
         if error["type"] == "finite_number":
             return f"must be finite, got {given}"
         if error["type"] in _RANGE_ERRORS:
-            return f"must be {self.rule.limits}, got {given:g}"
+            return f"must be {self.rule.limits}, got {_shown(given).removesuffix('.0')}"
         return f"must be {self.type_words}, got {_shown(given)}"
 
 
@@ -228,5 +234,9 @@ def _check_name(text: str) -> None:
 
 
 def _shown(value: object) -> str:
-    text = repr(str(value) if isinstance(value, Text) else value)
+    """The value in a message, cut where it is long."""
+    try:
+        text = repr(str(value) if isinstance(value, Text) else value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return f"a value of type {type(value).__name__} that is too long to be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."
