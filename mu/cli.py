@@ -198,16 +198,11 @@ class _Arguments:
                 raise
 
 
-def parse_cli(cls: type[C], argv: Sequence[str]) -> C:
+def _config(cls: type[C], asked: _Arguments, notes: list[str] | None = None) -> C:
     """A checked config from arguments: defaults < the file of `--config_path` < flags; paths must be there.
 
-    Raises ConfigError with all mistakes together, HelpAsked for `--help` or `-h`.
+    For `notes` see `assemble`. Raises ConfigError with all mistakes together, those of the arguments too.
     """
-    return _config(cls, _read_arguments(cls, argv))
-
-
-def _config(cls: type[C], asked: _Arguments, notes: list[str] | None = None) -> C:
-    """The config of arguments, whose mistakes are told with the others. For `notes` see `assemble`."""
     read: list[Entry] | None = []
     mistakes = list(asked.mistakes)
     if asked.config_path is not None:
@@ -286,6 +281,8 @@ def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -
 
 def help_text(cls: type[Config], *, module: str, summary: str, has_plan: bool = False) -> str:
     """What `--help` prints: every key with its type, range or choices, default and help."""
+    packaged = _configs_of(module)
+    looked_up = " A name that is not on disk is looked up among the packaged:"
     lines = [
         f"python -m {module} [--config_path X.yaml] [--key value ...]",
         "",
@@ -294,10 +291,8 @@ def help_text(cls: type[Config], *, module: str, summary: str, has_plan: bool = 
         "Values: defaults < config file < flags. Lists: a,b or '[a, b]'. `--key null` for no value.",
         "",
         "--config_path  a path or null",
-        *_wrapped(
-            "YAML file of `key: value` lines. A name that is not on disk is looked up among the packaged:"
-        ),
-        *(f"      {name}" for name in _configs_of(module)),
+        *_wrapped(f"YAML file of `key: value` lines.{looked_up if packaged else ''}"),
+        *(f"      {name}" for name in packaged),
         f"--log_level  one of: {', '.join(LEVELS)}; default: info",
         *_wrapped(
             "Log lines on the console from this level on; debug also gives errors their traceback. log.txt has all."

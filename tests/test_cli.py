@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command_lines import parse_cli
 
-from mu.cli import HelpAsked, command_line, help_text, parse_cli, run_door
+from mu.cli import HelpAsked, command_line, help_text, run_door
 from mu.config import Config, ConfigError, load_config, setting
 from mu.errors import MuError, Terminated
 from mu.run_folder import RunFolder
@@ -119,6 +121,43 @@ def test_help_lists_the_packaged_files_of_the_command(tmp_path, monkeypatch):
     text = help_text(Toy, module="mu.toy", summary="Does it.")
     assert "      a/one.yaml\n--log_level" in text
     assert "two.yaml" not in text
+    assert "is looked up among the packaged:\n      a/one.yaml" in text
+
+
+def test_help_of_a_command_without_packaged_files_speaks_of_none():
+    text = help_text(Toy, module="mu.of_nothing", summary="Does it.")
+    assert "    YAML file of `key: value` lines.\n--log_level" in text
+
+
+def test_promise_25_a_config_path_that_cannot_be_looked_at_is_one_mistake(capsys):
+    """The system refuses to look for a name of 300 letters; it is none of a file that could be there."""
+    for name in ("x" * 300, "mu/" + "x" * 300, "x" * 300 + "/train.yaml"):
+        assert door(lambda _: None, "--config_path", name) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"1 mistake in the configuration:\n  config_path: there is no file {name!r}. ")
+
+
+def test_numbers_that_are_written_as_python_alone_reads_them_are_mistakes(capsys):
+    for text in ("1_0", " 1", "1 ", "\u0661", "0x10", "infinity", "1e999999"):
+        assert door(lambda _: None, f"--lr={text}") == 2
+        assert capsys.readouterr().err.endswith(f"lr: must be a number, got {text!r} (--lr)\n")
+    for text in ("1_0", " 1", "\u0661", "9" * 400, "1.0"):
+        assert door(lambda _: None, f"--seeds={text}") == 2
+        shown = repr(text) if len(text) < 60 else "'" + "9" * 56 + "..."
+        assert capsys.readouterr().err.endswith(
+            f"seeds: must be a list of whole numbers, got {shown} (--seeds)\n"
+        )
+
+
+def test_numbers_out_of_range_are_shown_as_they_are():
+    for value, shown in ((-1, "-1"), (-1.0000001, "-1.0000001"), (-0.0, "-0"), (-1e300, "-1e+300")):
+        with pytest.raises(ConfigError, match=re.escape(f"lr: must be > 0, got {shown}") + "$"):
+            Toy(lr=value)
+    for value, shown in ((-1234567, "-1234567"), (-(10**400), "-1" + "0" * 55 + "...")):
+        with pytest.raises(ConfigError, match=re.escape(f"seeds: must be >= 0, got {shown}") + "$"):
+            Toy(seeds=(value,))
+    with pytest.raises(ConfigError, match="seeds: must be >= 0, got a value of type int that is too long"):
+        Toy(seeds=(-(10**5000),))
 
 
 def test_the_door_prints_the_merged_config_and_the_result(capsys, tmp_path):
@@ -307,7 +346,7 @@ PARSER = "from mu.console import ArgumentParser; ArgumentParser(epilog='x ' * 90
 )
 def test_a_reader_that_has_gone_ends_a_door_quietly(program, argv, code):
     """As in `--help | head`: the pipe has no reader any more when the door prints."""
-    program = f"import sys; sys.stdin.read(); {program}"
+    program = f"import sys; sys.path.append('importable'); sys.stdin.read(); {program}"
     process = subprocess.Popen(
         [sys.executable, "-c", program, *argv],
         stdin=subprocess.PIPE,

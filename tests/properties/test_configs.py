@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from command_lines import parse_cli
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mu.algorithms.saliency_unlearning import configs
-from mu.cli import HelpAsked, command_line, parse_cli
+from mu.cli import HelpAsked, command_line
 from mu.commands.apply_patch import ApplyPatchConfig
 from mu.config import Config, ConfigError, as_dict, assemble, dump, keys_of, load_config, override
 from mu.config_keys import Key

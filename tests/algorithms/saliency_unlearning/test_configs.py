@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from command_lines import parse_cli
 
 from mu.algorithms.saliency_unlearning import configs
 from mu.algorithms.saliency_unlearning.configs import (
@@ -15,7 +16,7 @@ from mu.algorithms.saliency_unlearning.configs import (
     TrainConfig,
     mask_command,
 )
-from mu.cli import _flag_value, parse_cli
+from mu.cli import _flag_value
 from mu.config import (
     Config,
     ConfigError,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_lines import parse_cli
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig
@@ -18,7 +19,6 @@ from mu.algorithms.saliency_unlearning.utils import (
     layer_groups,
     unet_fingerprint,
 )
-from mu.cli import parse_cli
 from mu.ldm import load_model
 
 # ---- which model
