@@ -12,8 +12,10 @@ import logging
 import math
 import os
 import sys
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import FrozenInstanceError
+from numbers import Number
 from typing import Any, ClassVar, TypeVar
 
 import yaml
@@ -240,7 +242,7 @@ def _fill(
         at = f" ({place})" if place else ""
         if name in keys:
             given[name], where[name] = plain(value), at
-        elif name in cls.without_effect or (name in cls.gone and value == cls.gone[name]):
+        elif name in cls.without_effect or (name in cls.gone and _is_text(value, cls.gone[name])):
             unused[name] = None
         else:
             found.append(f"{name}: there is no such key.{hint(name, keys)}{at}")
@@ -279,6 +281,12 @@ def _fill(
             notes.append(note)
         elif started_rank() == 0:
             _log.warning("%s", note)
+
+
+def _is_text(value: object, text: str) -> bool:
+    """Whether a value, from a file or from Python, is one that a flag takes as this text; no container is."""
+    value = plain(value)
+    return isinstance(value, (str, Number, types.NoneType)) and as_text(value) == text
 
 
 def _merged(cls: type[Config], levels: Iterable[Sequence[Entry] | None]) -> list[Entry]:

@@ -28,6 +28,8 @@ _ELSEWHERE: dict[str, str] = {
     "seeds": "seed_list evaluation_seed",
     "epochs": "num_epochs num_train_epochs max_train_epochs n_epochs max_epochs max_train_steps iterations num_iters "
     "train_steps",
+    "iterations": "max_train_steps epochs num_epochs num_train_epochs max_train_epochs n_epochs max_epochs num_iters "
+    "train_steps",
     "lr": "learning_rate unet_lr",
     "lr_schedule": "lr_scheduler scheduler lr_scheduler_type",
     "batch_size": "train_batch_size bs n_samples num_images_per_batch",
@@ -59,11 +61,18 @@ _ELSEWHERE: dict[str, str] = {
 }
 """Key here -> what others call it. A key counts only where the command has it; of several, the first that it has."""
 
-_OTHERWISE: dict[str, str] = {
-    "passes over the images to forget": "max_train_steps iterations num_iters train_steps",
-    "images at once; the step stays that of the whole batch": "gradient_accumulation_steps accumulate_grad_batches",
+_OTHERWISE: dict[str, tuple[str, str]] = {
+    "epochs": ("passes over the images to forget", "max_train_steps iterations num_iters train_steps"),
+    "iterations": (
+        "training steps",
+        "epochs num_epochs num_train_epochs max_train_epochs n_epochs max_epochs",
+    ),
+    "micro_batch_size": (
+        "images at once; the step stays that of the whole batch",
+        "gradient_accumulation_steps accumulate_grad_batches",
+    ),
 }
-"""What the key here counts, where that is not what these of others count."""
+"""Key here -> what it counts, where that is not what these of others count."""
 
 _NEEDLESS: dict[str, str] = {
     "latents are encoded once and kept": "num_workers dataloader_num_workers pin_memory cache_latents "
@@ -88,8 +97,8 @@ def hint(name: str, known: Collection[str]) -> str:
     """What to write instead of an unknown key: a sentence with a blank before it, or nothing."""
     own = _counterpart(name, known)
     if own is not None:
-        counts = _of_name(name, _OTHERWISE)
-        return f" Here it is {own!r}{f': {counts}' if counts else ''}."
+        counts, others = _OTHERWISE.get(own, ("", ""))
+        return f" Here it is {own!r}{f': {counts}' if name.replace('-', '_') in others.split() else ''}."
     if (why := _of_name(name, _NEEDLESS)) is not None:
         return f" Leave it out: {why}."
     return nearest(name, known)

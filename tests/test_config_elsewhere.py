@@ -9,14 +9,17 @@ import pwd
 from pathlib import Path
 
 import pytest
+from command_lines import parse_cli
+from omegaconf import OmegaConf
 
+from mu.algorithms.esd.configs import ESDConfig
 from mu.algorithms.saliency_unlearning import configs
 from mu.algorithms.saliency_unlearning.configs import (
     PACKAGED,
     MaskConfig,
     TrainConfig,
 )
-from mu.cli import help_text, parse_cli
+from mu.cli import help_text
 from mu.commands import door
 from mu.commands.apply_patch import ApplyPatchConfig
 from mu.commands.convert import ConvertConfig
@@ -42,6 +45,7 @@ from mu.evaluation.config import (
 CLASSES = (
     ApplyPatchConfig,
     ConvertConfig,
+    ESDConfig,
     EvaluateConfig,
     MaskConfig,
     SampleConfig,
@@ -271,10 +275,12 @@ def test_the_table_of_names_has_no_key_of_ours_as_anothers_and_none_twice():
             for name in names.split():
                 if own in known and name not in known:
                     assert hint(name, known).startswith(" Here it is ")
-    assert {name for names in _OTHERWISE.values() for name in names.split()} <= {
-        name for names in _ELSEWHERE.values() for name in names.split()
-    }
+    for own, (_, names) in _OTHERWISE.items():
+        assert set(names.split()) <= set(_ELSEWHERE[own].split())
     assert hint("max_train_steps", ["epochs"]) == " Here it is 'epochs': passes over the images to forget."
+    for name in ("max_train_steps", "num_iters"):
+        assert hint(name, ["iterations"]) == " Here it is 'iterations'."
+    assert hint("epochs", ["iterations"]) == " Here it is 'iterations': training steps."
     assert hint("gradient_accumulation_steps", ["micro_batch_size"]) == (
         " Here it is 'micro_batch_size': images at once; the step stays that of the whole batch."
     )
@@ -331,6 +337,16 @@ def test_a_key_that_is_gone_is_taken_at_its_default_alone(cls, key, default, oth
     assert f"--{key}: there is no such flag. Leave it out: " in "".join(
         mistakes_of(f"--{key}", other, cls=cls)
     )
+
+
+def test_a_key_that_is_gone_may_come_from_python_too():
+    """As a number, a truth value, or in OmegaConf's container; another value, or a list, is refused."""
+    old = {"mask_seed": 0, "validation_draws": 32, "wandb_unsafe_pictures": False}
+    assert TrainConfig(**old) == load_config(TrainConfig, base=OmegaConf.create(old)) == TrainConfig()
+    assert EvaluateConfig(fid_resamples=50) == EvaluateConfig()
+    for other in (1, 32.5, [32], {"draws": 32}, OmegaConf.create([32]), object()):
+        with pytest.raises(ConfigError, match=r"^1 mistake in .*\n  validation_draws: there is no such key"):
+            TrainConfig(validation_draws=other)
 
 
 @pytest.mark.parametrize("cls", [MaskConfig, TrainConfig])
