@@ -107,10 +107,11 @@ def _locked(path: Path, waiting: str) -> IO[str]:
             f"{path.parent}: cannot be written ({error.strerror}); see --output_dir"
         ) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(waiting, flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         file.close()
         raise DownloadError(f"{path}: cannot be locked ({error.strerror}); see --output_dir") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -226,6 +228,24 @@ def test_a_lock_goes_with_its_holder_and_is_one_at_a_time(tmp_path: Path) -> Non
             entered.result()
     assert most == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_waited_for_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that is full of locks says so only to who waits (stood in for: no local one does)."""
+
+    def flock(_: Any, operation: int) -> None:
+        if operation & fcntl.LOCK_NB:
+            raise BlockingIOError
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(DownloadError, match=r"x\.lock: cannot be locked \(No locks available\)"),
+        exclusive(tmp_path / ".x.lock", "waiting"),
+    ):
+        pass
 
 
 def test_nothing_is_left_beside_a_folder_that_could_not_be_filled(server: Any, tmp_path: Path) -> None:
