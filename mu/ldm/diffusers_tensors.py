@@ -293,7 +293,8 @@ def from_diffusers(
         pieces: dict[str, dict[str, Tensor]] = {}
         for given, tensor in found.items():
             name = given if given.startswith(names.root) else names.root + given
-            if name.endswith("position_ids"):  # 0, 1, 2, ...: no weight
+            # 0, 1, 2, ..., and the scale of CLIP's similarities: no weights of this model
+            if name.rpartition(".")[2] in ("position_ids", "logit_scale"):
                 continue
             if name in place_of:
                 pieces.setdefault(place_of[name], {})[name] = tensor

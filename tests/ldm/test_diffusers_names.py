@@ -123,6 +123,7 @@ def test_old_names_of_the_autoencoder_and_both_spellings_of_the_text_encoder(
         name.removeprefix("text_model."): tensor for name, tensor in parts["text_encoder"].items()
     }
     parts["text_encoder"]["embeddings.position_ids"] = torch.arange(77)[None]
+    parts["text_encoder"]["logit_scale"] = torch.tensor(4.6)
     back = from_diffusers(in_one(parts), model.params, source="old folder")
     assert back.keys() == state.keys() - SCHEDULE_KEYS
     assert all(torch.equal(back[key], state[key]) for key in back)
