@@ -126,7 +126,7 @@ class SampleConfig(ModelKeys):
 
 
 class ScoringKeys(Config):
-    """How images are sampled and scored, of one model or of a whole table; and how the scores are read."""
+    """How images are sampled and scored, and how the scores are read."""
 
     seeds: tuple[int, ...] = setting(
         SEEDS,
