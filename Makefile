@@ -59,7 +59,7 @@ check: $(VENV)/.installed-dev        ## lint, format, types, who imports whom, d
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet, which hides warnings from --strict too
 
 format: $(VENV)/.installed-dev       ## put the code into the house's form
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,8 @@
 """What mkdocs does with this repository (mkdocs.yml, `hooks`): README is the first page, and a reference is made.
 
 Links in README and in docs/ are made for who reads them in the repository. Those that leave docs/ become plain text on
-the site. The reference has a page for each package, with all of its modules in it.
+the site; the others stay as they are, so that mkdocs finds those that lead nowhere. The reference has a page for each
+package, with all of its modules in it.
 """
 
 from __future__ import annotations
@@ -24,16 +25,22 @@ PACKAGES = (
     "mu.commands",
 )
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
+_TARGET = re.compile(r"\]\((?!https?:|#|mailto:)")
 _IMAGE = re.compile(r"!\[([^\]]*)\]\((?!https?:)([^)\s]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are no files of docs/."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    pages = {"index.md": readme, **reference_pages()}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = {"index.md": from_docs(readme), **reference_pages()}
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def from_docs(readme: str) -> str:
+    """README with its links as they are from docs/, where it becomes a page."""
+    return _TARGET.sub("](../", readme).replace("](../docs/", "](")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
@@ -42,11 +49,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
     def plain(found: re.Match[str]) -> str:
         target = (folder / found[2].partition("#")[0]).resolve()
-        inside = target.is_relative_to(config.docs_dir) or target == Path(config.docs_dir)
-        return found[0] if inside and target.is_file() else found[1]
+        return found[0] if target.is_relative_to(config.docs_dir) else found[1]
 
     def shown(found: re.Match[str]) -> str:
-        return found[0] if (folder / found[2]).is_file() else f"*{found[1]}*"
+        inside = (folder / found[2]).resolve().is_relative_to(config.docs_dir)
+        return found[0] if inside else f"*{found[1]}*"
 
     return _LINK.sub(plain, _IMAGE.sub(shown, markdown))
 
