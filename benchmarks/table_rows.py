@@ -96,7 +96,7 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
         if method.size_key is not None and train.masking != "none":
             thresholds = config.thresholds or (_size(METHODS["salun"], kind, config.recipes),)
         for threshold in thresholds:
-            own = folder / (name if threshold is None else f"{name}-{threshold:g}")
+            own = folder / (name if threshold is None else f"{name}-{threshold!r}".removesuffix(".0"))
             size = {} if threshold is None else {str(method.size_key): threshold}
             mask = None
             if stage is not None and threshold is not None:

@@ -41,6 +41,14 @@ def test_a_file_opens_with_its_command_and_has_a_row_for_each_method(path: Path)
         assert [row.name for row in planned_rows(config, concept)] == list(config.methods)
 
 
+def test_each_threshold_has_a_folder_of_its_own() -> None:
+    """Also where two are equal in their first six digits; that of 1 is named as it always was."""
+    thresholds = (0.5, 0.1234567, 0.12345671, 1.0)
+    rows = planned_rows(TableConfig(methods=("salun",), thresholds=thresholds), CONCEPTS[0])
+    names = [row.folder.name for row in rows]
+    assert names == ["salun-0.5", "salun-0.1234567", "salun-0.12345671", "salun-1"]
+
+
 def test_a_mistake_is_told_and_nothing_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table.main(["--methods", "saln", "--output_dir", str(tmp_path / "out")]) == 2
     assert "Did you mean 'salun'?" in capsys.readouterr().err
