@@ -129,7 +129,7 @@ def test_help_of_a_command_without_packaged_files_speaks_of_none():
     assert "    YAML file of `key: value` lines.\n--log_level" in text
 
 
-def test_promise_25_a_config_path_that_cannot_be_looked_at_is_one_mistake(capsys):
+def test_a_config_path_that_cannot_be_looked_at_is_one_mistake(capsys):
     """The system refuses to look for a name of 300 letters; it is none of a file that could be there."""
     for name in ("x" * 300, "mu/" + "x" * 300, "x" * 300 + "/train.yaml"):
         assert door(lambda _: None, "--config_path", name) == 2
