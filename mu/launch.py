@@ -170,7 +170,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: list[int], fold
     """
     handed_on = 0
     failed_at: float | None = None
-    while any(process.poll() is None for process in processes):
+    while [
+        process for process in processes if process.poll() is None
+    ]:  # asks each of them, so that a failure is seen
         for number in signals[handed_on:]:
             handed_on += 1
             for place, process in enumerate(processes):

@@ -117,6 +117,7 @@ def test_a_process_that_waits_for_a_failed_one_is_ended_and_not_blamed(tmp_path,
     path = tmp_path / "waiting"
     with pytest.raises(RankError, match="KeyError: 'surprise'"):
         on_ranks(rank_work.one_hangs, str(path), "cpu,cpu")
+    assert time.time() - path.stat().st_mtime < 60  # the one that waits does so for 120 s
     assert not _alive(int(path.read_text()))
 
 
