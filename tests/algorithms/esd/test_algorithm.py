@@ -96,6 +96,7 @@ def test_the_command_does_the_same_and_its_dry_run_nothing(
     assert main([*words, "--validate_every_steps", "2"]) == 0
     (run,) = (tmp_path / "runs").glob("style-Noto-*")
     assert len((run / "validation.csv").read_text().splitlines()) == 1 + 3
+    assert "Noto" in (run / "report.html").read_text()
     assert "report: " in capsys.readouterr().out
     assert "Forgetting" in (run / "report.html").read_text(encoding="utf-8")
     assert main([*words, "--prompts", "a {stile}"]) == 2

@@ -24,6 +24,7 @@ from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.atomic import WriteError
 from mu.config import ConfigError, check_paths
+from mu.errors import Terminated
 from mu.ldm import LatentDiffusion
 from mu.run_folder import RunFolder
 from mu.unlearning import loggers
@@ -160,6 +161,42 @@ def test_promise_27_where_no_checkpoint_can_be_written_either_the_last_one_stays
         "step-00000003.safetensors",
     ]
     assert read_run_state(checkpoints / "step-00000002.safetensors").step == 2
+
+
+def test_promise_18_ctrl_c_while_the_logger_ends_is_not_swallowed(
+    train: Callable[..., dict[str, float]], monkeypatch: pytest.MonkeyPatch, tiny_runs: Any, tmp_path: Path
+) -> None:
+    """It may send what it has for minutes: the run does not go on to its files as if nothing had come."""
+
+    class Slow(CSVLogger):
+        def finalize(self, status: str) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            super().finalize(status)
+
+    monkeypatch.setattr(loggers, "wandb_logger", lambda *_: Slow(tmp_path / "logged"))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_runs.train_config())
+
+
+def test_promise_18_a_signal_during_the_last_save_stops_the_run_with_its_checkpoint(
+    train: Callable[..., dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_runs: Any,
+    folder: RunFolder,
+) -> None:
+    save, saved = Checkpoints.save, []
+
+    def told(self: Checkpoints, step: int, *rest: Any) -> Path:
+        if step == FourSteps.total_steps and step not in saved:
+            os.kill(os.getpid(), signal.SIGTERM)
+        saved.append(step)
+        return save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", told)
+    config = tiny_runs.train_config(checkpoint_every_steps=1)
+    with pytest.raises(Terminated):
+        train(config)
+    assert Checkpoints(folder.path, config).paths[0].name == "step-00000004.safetensors"
 
 
 @pytest.mark.parametrize("at_step", [0, 3])

@@ -132,6 +132,11 @@ def test_a_concept_becomes_the_next_of_its_kind_and_the_others_stay() -> None:
     assert not {prompt for prompt, _ in pairs} & set(config.preserved())
 
 
+def test_prompts_that_come_to_the_same_are_paired_once() -> None:
+    config = UCEConfig(template_name="Noto", prompts=("{concept}", "Blob"))
+    assert config.pairs() == [("Noto", "Blob"), ("Blob", "Blob")]
+
+
 def test_an_artist_becomes_art() -> None:
     config = UCEConfig(template_name="Van Gogh", substitute="art", prompts=("{concept}", "by {concept}"))
     assert config.pairs() == [("Van Gogh", "art"), ("by Van Gogh", "by art")]
@@ -148,6 +153,13 @@ def test_an_artist_becomes_art() -> None:
         ({"template_name": "Noto", "styles": ("Noto",)}, "'Noto' has no next style"),
         ({"template_name": "Noto", "devices": "cpu,cpu"}, "devices: cpu,cpu are several"),
         ({"template_name": "Noto", "substitute": "Noto"}, "'Noto' is itself to be forgotten"),
+        ({"prompts": ("a noto emoji",)}, "no prompt differs from its substitute's"),
+        ({"template_name": "Van_Gogh", "substitute": "Van Gogh"}, "no prompt differs from its substitute's"),
+        ({"prompts": ("{concept.upper}",)}, r"only \{concept\}, \{style\} and \{object\} are filled in"),
+        (
+            {"template_name": "Notto", "substitute": "Blob", "prompts": ("in {style} style",)},
+            "'Notto' is none of the styles .* Did you mean 'Noto'",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(keys: dict[str, Any], said: str) -> None:
