@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 from mu.config import setting
-from mu.unlearning.config import OutputKeys, RunKeys
+from mu.unlearning.config import DataKeys, OutputKeys, RunKeys
 from mu.unlearning.find_checkpoint import Problem
 from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
 
@@ -152,3 +152,9 @@ class TrainingKeys(ComputeKeys, OutputKeys):
         yield from super().disk_problems()
         if self.logger == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
             yield ("logger",), "tensorboard needs the package of that name: pip install tensorboard"
+
+
+class ImageTrainingKeys(TrainingKeys, DataKeys):
+    """The keys of a method that trains on images; with a retain term it has a key `retain_batch_size` too."""
+
+    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)

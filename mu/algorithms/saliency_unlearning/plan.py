@@ -15,10 +15,10 @@ from mu.algorithms.saliency_unlearning.mask_file import (
 )
 from mu.algorithms.saliency_unlearning.utils import find_mask
 from mu.config import ConfigError
+from mu.unlearning.image_data import training_steps
 from mu.unlearning.inspection import Inspection
 from mu.unlearning.moving import names_of
 from mu.unlearning.plan import Plan, PlannedFiles
-from mu.unlearning.rows import retained_places
 
 _HEADER_BYTES = 160
 """What the head of a mask takes for a tensor: name, place and shape."""
@@ -31,7 +31,7 @@ def plan_mask(config: MaskConfig) -> Plan:
         ModelConfigError: the model's YAML cannot be used; all else is in the plan's `problems`.
     """
     seen = Inspection(config)
-    seen.read_rows()
+    seen.read_rows(retain=False)
     images = max(1, len(seen.rows.forget)) * config.draws_per_image
 
     # Whether a threshold keeps anything.
@@ -67,8 +67,8 @@ def plan_training(config: TrainConfig) -> Plan:
         ModelConfigError: the model's YAML cannot be used; all else is in the plan's `problems`.
     """
     seen = Inspection(config)
-    seen.read_rows(lambda rows: retained_places(config, rows))
-    steps = config.epochs * math.ceil(max(1, len(seen.rows.forget)) / config.batch_size)
+    seen.read_rows(retain=True)
+    steps = training_steps(config, seen.rows)
 
     # The mask: found, of this structure, marks something that may move, made from these very weights.
     names = seen.noting(lambda: names_of(seen.unet, config.train_method)) or []

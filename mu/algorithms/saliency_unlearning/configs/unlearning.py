@@ -11,7 +11,7 @@ from mu.config import as_dict, keys_of, resolve_path, setting
 from mu.unlearning.config import OUTPUTS, DataKeys
 from mu.unlearning.find_checkpoint import Problem
 from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
-from mu.unlearning.training_config import PRECISION_HELP, PRECISIONS, ComputeKeys, TrainingKeys
+from mu.unlearning.training_config import PRECISION_HELP, PRECISIONS, ComputeKeys, ImageTrainingKeys
 
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
@@ -76,13 +76,13 @@ class MaskConfig(ComputeKeys, DataKeys):
             )
 
 
-class TrainConfig(TrainingKeys, DataKeys):
+class TrainConfig(ImageTrainingKeys):
     """Stage 2: masked fine-tuning."""
 
     MODULE: ClassVar[str] = TRAIN_MODULE
     without_effect: ClassVar[tuple[str, ...]] = ("start_guidance", "negative_guidance", "ddim_steps")
     gone: ClassVar[Mapping[str, str]] = {
-        **TrainingKeys.gone,
+        **ImageTrainingKeys.gone,
         "optimizer": "adam",
         "mask_seed": "0",
         "mask_pool": "unet",
@@ -136,7 +136,6 @@ class TrainConfig(TrainingKeys, DataKeys):
         "frozen original predicts, which disturbs less of what is kept, for one more prediction a step.",
         choices=("noise", "frozen"),
     )
-    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
     retain_batch_size: int | None = setting(
         None, "Images to retain in a step; null: as many as batch_size.", ge=1, le=100_000
     )
