@@ -203,8 +203,7 @@ class DataKeys(ConceptKeys):
     )
     missing_images: str | None = setting(
         None,
-        "i2p, generic: skip passes over rows of the table that have no image, and says so; error stops. null: skip, "
-        "or error in older files, which say use_sample: false for it.",
+        "i2p, generic: skip passes over rows of the table that have no image, and says so; error stops. null: skip.",
         choices=("skip", "error"),
     )
     styles: tuple[str, ...] | None = setting(

@@ -10,8 +10,14 @@ from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
 from mu.unlearning.config import OUTPUTS, DataKeys
 from mu.unlearning.find_checkpoint import Problem
-from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
-from mu.unlearning.training_config import PRECISION_HELP, PRECISIONS, ComputeKeys, ImageTrainingKeys
+from mu.unlearning.training_config import (
+    PRECISION_HELP,
+    PRECISIONS,
+    TRAIN_METHOD_HELP,
+    TRAIN_METHODS,
+    ComputeKeys,
+    ImageTrainingKeys,
+)
 
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
