@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mu.config import as_dict
 from mu.ldm import LatentDiffusion
 from mu.unlearning.config import DataKeys
 from mu.unlearning.image_data import ImageData, training_steps
@@ -26,7 +27,7 @@ def config(tmp_path: Path) -> SimpleNamespace:
         sample_precision="fp32",
         processed_dataset_dir=str(tmp_path),
     )
-    return SimpleNamespace(**keys.model_dump(), batch_size=3, epochs=2, seed=0)
+    return SimpleNamespace(**as_dict(keys), batch_size=3, epochs=2, seed=0)
 
 
 def sampled(folder: Path) -> set[str]:
