@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import mu.algorithms
-from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import load_mask, save_mask
-from mu.config import keys_of
+from mu.config import keys_of, load_config
 from mu.config_names import hint
 from mu.evaluation.config import EvaluateConfig, SampleConfig
 from mu.ldm import LatentDiffusion
@@ -109,6 +109,17 @@ def test_the_method_that_the_page_on_developing_makes_passes_its_tests(
     finally:
         for name in [name for name in sys.modules if name.startswith(EXAMPLE)]:
             del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_settings_of_data_sets_are_those_of_both_stages(page: str, tmp_path: Path) -> None:
+    examples = [block for block in blocks(ROOT / page, "yaml") if "dataset_type" in block]
+    assert examples
+    for number, example in enumerate(examples):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(example, encoding="utf-8")
+        for cls in (MaskConfig, TrainConfig):
+            load_config(cls, config_path=path)
 
 
 def test_keys_of_other_programs_lead_to_keys_that_are_there() -> None:
