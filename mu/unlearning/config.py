@@ -43,7 +43,7 @@ class ModelKeys(Config):
     devices: str = setting(
         "0",
         "CUDA device number such as 0, or cpu; several with commas, 0,1 or cpu,cpu, are as many processes that share "
-        "the work, see docs/devices.md. Without CUDA the run is on the CPU, and says so.",
+        "the work, see docs/running.md. Without CUDA the run is on the CPU, and says so.",
         pattern=DEVICES_PATTERN,
     )
 
