@@ -46,6 +46,7 @@ T = TypeVar("T")
 
 _TEXTS = "config.yaml, log.txt, metrics, report.html"
 _TEXTS_BYTES = 500_000
+_TOKENIZER_BYTES = 1_500_000  # CLIP's vocabulary, in a diffusers folder
 _PICTURED_PROMPTS = 8
 _CAPTION_TOKENS = 77
 _HEADER_BYTES, _PATCH_HEADER_BYTES = 150, 600
@@ -192,7 +193,8 @@ class Inspection:
         copies = 2 if ldm.file_has_ema else 1
         unet = sum(size for key, size in sizes.items() if key.startswith(UNET_PREFIX))
         head = _HEADER_BYTES * len(sizes)
-        yield planned(what=name, bytes=head + sum(sizes.values()) + (0 if diffusers else (copies - 1) * unet))
+        more = _TOKENIZER_BYTES if diffusers else (copies - 1) * unet
+        yield planned(what=name, bytes=head + sum(sizes.values()) + more)
         # 2. The patch: the values that may move, and where they lie, as a bit of each weight or as numbers.
         if config.patch:
             patch = sum(

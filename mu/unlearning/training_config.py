@@ -45,7 +45,7 @@ PRECISION_HELP = (
 
 
 class ComputeKeys(RunKeys):
-    """How the UNet computes in both stages; docs/speed.md says what each key costs and what is chosen by itself."""
+    """How the UNet computes in both stages; docs/running.md says what each key costs and what is chosen by itself."""
 
     AUTO_PRECISION: ClassVar[str] = "bf16-mixed"
     """What precision auto is on a GPU that has it."""

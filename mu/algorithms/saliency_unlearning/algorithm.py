@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
@@ -37,6 +36,7 @@ from mu.algorithms.saliency_unlearning.masking import (
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import objective_of
 from mu.algorithms.saliency_unlearning.utils import find_mask, layer_groups, unet_fingerprint
+from mu.bars import bar
 from mu.config import ConfigError
 from mu.datasets.index import concept_label
 from mu.ldm import LatentDiffusion
@@ -50,7 +50,6 @@ from mu.unlearning.output import model_of
 from mu.unlearning.plan import Plan, PlannedFiles
 from mu.unlearning.runs import Result, open_run, save_result
 from mu.unlearning.trainer import Objective
-from mu.verbosity import bars_off
 
 __all__ = ["MaskingAlgorithm", "SaliencyUnlearnAlgorithm", "SaliencyUnlearningAlgorithm"]
 
@@ -129,7 +128,10 @@ class MaskingAlgorithm(Method[MaskConfig]):
 
             def batches() -> Iterable[ForgetBatch]:
                 found, count = data.mask_batches(), data.mask_batch_count
-                return tqdm(found, total=count, desc="saliency", unit="batch", disable=bars_off())
+                with bar("summing gradients", total=count, unit="batches") as progress:
+                    for batch in found:
+                        yield batch
+                        progress.update()
 
             try:
                 with computing(model, compute):

@@ -34,7 +34,7 @@ class MaskConfig(ComputeKeys, DataKeys):
     precision: str = setting(
         "auto",
         f"{PRECISION_HELP} auto: tf32 on a GPU that has it, else fp32; in bf16 2 to 4 % of the marked weights "
-        "would be others (docs/masks.md).",
+        "would be others (docs/method.md).",
         choices=PRECISIONS,
     )
     c_guidance: float = setting(
