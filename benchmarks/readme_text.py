@@ -39,9 +39,9 @@ def scoreboard(rows: Sequence[Row], controls: Sequence[Row]) -> str:
         _line("the model before", salun, "before", seconds="-"),
     ]
     for method, name in _NAMES.items():
-        if own := measured.get(method):
-            seconds = sum(sum(row["seconds"].values()) for row in own) / len(own)
-            lines.append(_line(name, own, "after", seconds=f"{seconds:.0f}"))
+        if found := measured.get(method):
+            seconds = sum(sum(row["seconds"].values()) for row in found) / len(found)
+            lines.append(_line(name, found, "after", seconds=f"{seconds:.0f}"))
     return "\n".join(lines)
 
 
