@@ -16,7 +16,8 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from mu.config import (
     Config,
@@ -29,29 +30,32 @@ from mu.config import (
     keys_of,
     nearest,
 )
-from mu.config_file import Text, find_config, packaged_configs, read_list
+from mu.config_file import ConfigFileError, Text, find_config, packaged_configs, read_list
 from mu.config_keys import Key
 from mu.config_names import hint, meant
-from mu.console import OutputClosed, say, terminable
+from mu.console import Answer, OutputClosed, as_json, called, opening, say, terminable
 from mu.errors import MuError, Terminated
 from mu.memory import telling
 from mu.ranks import leave, started_local_rank, started_rank, started_world_size
-from mu.verbosity import LEVELS, console_level, is_quiet, verbosity
+from mu.verbosity import LEVELS, bars_off, console_level, is_quiet, verbosity
 
 C = TypeVar("C", bound=Config)
 _log = logging.getLogger(__name__)
 _WIDTH = 110
-_OPTIONS = {"log_level": LEVELS, "quiet": ("true", "false"), "dry_run": ("true", "false")}
+_TRUE_OR_FALSE = ("true", "false")
+_OPTIONS = {"log_level": LEVELS, "quiet": _TRUE_OR_FALSE, "json": _TRUE_OR_FALSE, "dry_run": _TRUE_OR_FALSE}
 """Flags that are no keys of a config -> what they take. `dry_run` is one of commands that have a plan."""
-_ALONE = ("quiet", "dry_run")
+_ALONE = ("quiet", "json", "dry_run")
 """Flags that mean true without a value."""
 
 
 class Planned(Protocol):
-    """What a command would do; its text is printed."""
+    """What a command would do; its text is printed, or what `as_json` gives."""
 
     @property
     def exit_code(self) -> int: ...
+
+    def as_json(self) -> object: ...
 
 
 class HelpAsked(Exception):
@@ -67,10 +71,12 @@ def run_door(
     *,
     module: str,
     summary: str,
+    examples: Sequence[tuple[str, str]] = (),
     argv: Sequence[str] | None = None,
     first_words: Sequence[str] = (),
     shares_work: bool = False,
     plan: Callable[[C], Planned] | None = None,
+    answer: Callable[[C, Any, str | None], Answer] | None = None,
 ) -> int:
     """A whole command: settings, their print, the run, its result; returns the exit code.
 
@@ -78,12 +84,15 @@ def run_door(
     is printed there; a mistake in the settings once on each machine, as their files may differ.
 
     Args:
-        run: does the work and returns what is printed at the end, a mapping of names to paths and numbers. It
+        run: does the work and returns its result, a mapping of names to paths and numbers: what `--json` prints. It
             imports what is heavy itself, so that mistakes and help come without the wait.
         module: name after `python -m`.
+        examples: (module, arguments) of what can be typed as it stands, this command last: `--help` opens with it.
         first_words: keys whose values may come first without their names, in this order.
         shares_work: `run` works in as many processes as are started together; otherwise they are refused.
         plan: what `--dry_run` prints in the place of a run, and then ends with the exit code that the run would.
+        answer: what is said at the end: of the settings, the result, and the settings file that was given, None
+            without one. Left out, the result is printed, name by name.
     """
     words = _named(sys.argv[1:] if argv is None else argv, first_words)
     config: C | None = None
@@ -100,16 +109,18 @@ def run_door(
                     _log.warning("%s", note)
             # 2. The plan, or the run
             if plan is not None and asked.dry_run:
-                planned = plan(config)
-                say(str(planned))
+                with asked.stdout_kept():
+                    planned = plan(config)
+                say(as_json(planned.as_json()) if asked.json else str(planned))
                 return planned.exit_code
-            if not is_quiet():
+            if not bars_off():
                 say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
-            result = run(config)
+            with asked.stdout_kept():
+                result = run(config)
         leave()
     except HelpAsked:
         with contextlib.suppress(OutputClosed):
-            say(help_text(cls, module=module, summary=summary, has_plan=plan is not None))
+            say(help_text(cls, module=module, summary=summary, examples=examples, has_plan=plan is not None))
         return 0
     except OutputClosed:
         return 141
@@ -134,8 +145,27 @@ def run_door(
     # 3. The result
     if isinstance(result, Mapping):
         with contextlib.suppress(OutputClosed):
-            say("\n".join(_result_lines(result)))
+            if asked.json:
+                say(as_json(result))
+            elif answer is None:
+                say("\n".join(_result_lines(result)))
+            else:
+                said = answer(config, result, asked.config_path)
+                say("\n".join(said.paths) if asked.quiet else f"\n{said}")
     return 0
+
+
+def recipe_beside(config_path: str | None, command: str) -> str | None:
+    """The settings file of another command beside one: `x/train_style.yaml` of `x/mask_style.yaml`; None without."""
+    if config_path is None:
+        return None
+    name = Path(config_path).name.partition("_")[2]
+    beside = Path(config_path).with_name(f"{command}_{name}").as_posix()
+    try:
+        find_config(beside)
+    except ConfigFileError:
+        return None
+    return beside
 
 
 def _named(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -150,7 +180,7 @@ def _named(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
 def _check_alone(module: str) -> None:
     if (count := started_world_size()) > 1:
         error = ConfigError(
-            [f"{module} is one process and was started as {count}: leave out torchrun or srun"]
+            [f"{called(module)} is one process and was started as {count}: leave out torchrun or srun"]
         )
         error.in_all_processes = True
         raise error
@@ -184,12 +214,17 @@ class _Arguments:
     config_path: str | None = None
     log_level: str = "info"
     quiet: bool = False
+    json: bool = False
     dry_run: bool = False
+
+    def stdout_kept(self) -> contextlib.AbstractContextManager[object]:
+        """While it lasts, with `--json`, what others print goes to stderr."""
+        return contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def verbosity(self) -> Iterator[None]:
-        """What `--log_level` and `--quiet` ask for; at debug, errors show where they came from."""
-        with verbosity(self.log_level, quiet=self.quiet):
+        """What `--log_level`, `--quiet` and `--json` ask for; at debug, errors show where they came from."""
+        with verbosity(self.log_level, quiet=self.quiet, json=self.json):
             try:
                 yield
             except MuError as error:
@@ -207,7 +242,11 @@ def _config(cls: type[C], asked: _Arguments, notes: list[str] | None = None) -> 
     mistakes = list(asked.mistakes)
     if asked.config_path is not None:
         read = file_entries(asked.config_path, mistakes)
-        if read and not os.path.exists(os.path.expanduser(asked.config_path)) and not asked.quiet:
+        if (
+            read
+            and not os.path.exists(os.path.expanduser(asked.config_path))
+            and not (asked.quiet or asked.json)
+        ):
             say(f"config_path: {asked.config_path} is not on disk; using {find_config(asked.config_path)}")
     keys = {key.name: key for key in keys_of(cls)}
     given: list[Entry] = []
@@ -256,6 +295,7 @@ def _read_arguments(cls: type[Config], argv: Sequence[str], *, has_plan: bool = 
             )
     asked.log_level = flags.pop("log_level", "info")
     asked.quiet = flags.pop("quiet", "false") == "true"
+    asked.json = flags.pop("json", "false") == "true"
     asked.dry_run = has_plan and flags.pop("dry_run", "false") == "true"
     return asked
 
@@ -269,22 +309,30 @@ def _flag_value(key: Key, text: str) -> Text | list[Text]:
 
 def command_line(module: str, cls: type[Config], values: Mapping[str, object]) -> str:
     """The command that runs `module` with `values`, of which `cls`' defaults and other classes' keys are left out."""
-    words = ["python", "-m", module]
+    words = []
     for key in keys_of(cls):
         if key.name in values and values[key.name] != key.default:
             words += [f"--{key.name}", as_text(values[key.name], split=key.rule.split)]
-    return shlex.join(words)
+    return f"{called(module)} {shlex.join(words)}".rstrip()
 
 
 # ---- help
 
 
-def help_text(cls: type[Config], *, module: str, summary: str, has_plan: bool = False) -> str:
-    """What `--help` prints: every key with its type, range or choices, default and help."""
+def help_text(
+    cls: type[Config],
+    *,
+    module: str,
+    summary: str,
+    examples: Sequence[tuple[str, str]] = (),
+    has_plan: bool = False,
+) -> str:
+    """What `--help` prints: what can be typed, then every key with its type, range or choices, default and help."""
     packaged = _configs_of(module)
     looked_up = " A name that is not on disk is looked up among the packaged:"
     lines = [
-        f"python -m {module} [--config_path X.yaml] [--key value ...]",
+        *([opening(examples)] if examples else []),
+        f"Usage: {called(module)} [--config_path X.yaml] [--key value ...]",
         "",
         *_wrapped(summary, ""),
         "",
@@ -298,7 +346,12 @@ def help_text(cls: type[Config], *, module: str, summary: str, has_plan: bool = 
             "Log lines on the console from this level on; debug also gives errors their traceback. log.txt has all."
         ),
         "--quiet",
-        *_wrapped("No settings, no progress bars, of the log only warnings: errors and the result."),
+        *_wrapped(
+            "No settings, no progress bars, of the log only warnings and errors; at the end, the paths of what was "
+            "made alone, one a line."
+        ),
+        "--json",
+        *_wrapped("On stdout nothing but the result, with all its numbers, as one JSON object."),
     ]
     if has_plan:
         lines.append("--dry_run")

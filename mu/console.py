@@ -4,15 +4,88 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mu.errors import Terminated
 from mu.ranks import started_rank
+
+UCE_EXAMPLE = ("mu.algorithms.uce.scripts.train", "--config_path emoji_canvas/uce_style.yaml")
+"""(module, arguments) of a run that takes seconds and needs nothing: what other commands' examples begin with."""
+_names: Mapping[str, str] = {}
+
+
+@contextlib.contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """While it lasts, commands are called as here: module of a door -> what a user types for it."""
+    global _names
+    before, _names = _names, names
+    try:
+        yield
+    finally:
+        _names = before
+
+
+def called(module: str) -> str:
+    """What a user types for the command of a module: `unlearn_diff mask`, or `python -m ...`, as for this one."""
+    return _names.get(module, f"python -m {module}")
+
+
+def opening(examples: Sequence[tuple[str, str]]) -> str:
+    """The first lines of a command's help: what can be typed as it stands. (module, arguments) for each line."""
+    return "\n".join(
+        f"{'Try:   ' if number == 0 else '       '}{called(module)} {arguments}".rstrip()
+        for number, (module, arguments) in enumerate(examples)
+    )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command says at its end.
+
+    Attributes:
+        sentences: what was done.
+        made: what -> its path, the most important first; None is left out. `--quiet` prints these paths alone.
+        following: (what for, command) of what may be typed next.
+    """
+
+    sentences: Sequence[str]
+    made: Mapping[str, object]
+    following: Sequence[tuple[str, str]] = ()
+
+    @property
+    def paths(self) -> list[str]:
+        return [str(path) for path in self.made.values() if path is not None]
+
+    def __str__(self) -> str:
+        there = {what: path for what, path in self.made.items() if path is not None}
+        width = max(map(len, there), default=0)
+        lines = [*self.sentences, *(f"  {what:<{width}}  {path}" for what, path in there.items())]
+        for what, command in self.following:
+            lines += [f"{what}:", f"  {command}"]
+        return "\n".join(lines)
+
+
+def as_json(value: object) -> str:
+    """A result as JSON text; paths, and other keys than texts, as text. NaN and Inf, which JSON has not, as null."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 class OutputClosed(Exception):
@@ -56,7 +129,18 @@ def terminable() -> Iterator[None]:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's own, whose `--help` ends quietly when nobody reads it any more."""
+    """argparse's own, whose `--help` opens with an example, and ends quietly when nobody reads it any more.
+
+    Args:
+        example: arguments with which the command can be called as it stands.
+    """
+
+    def __init__(self, *args: Any, example: str = "", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.example = example
+
+    def format_help(self) -> str:
+        return f"Try:   {self.prog} {self.example}".rstrip() + "\n\n" + super().format_help()
 
     def print_help(self, file: Any = None) -> None:
         if file is not None:

@@ -33,7 +33,7 @@ from mu.devices import check_devices, device_names
 from mu.errors import MuError, Terminated
 from mu.memory import telling
 from mu.ranks import RankError, is_grouped, joined, leave, sendable, started_rank
-from mu.verbosity import console_level, is_quiet, verbosity
+from mu.verbosity import console_level, is_json, is_quiet, verbosity
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -52,6 +52,7 @@ class _Task:
     devices: tuple[str, ...]
     log_level: str
     quiet: bool
+    json: bool
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def on_ranks(run: Callable[[C], T], config: C, devices: str) -> T:
     level = logging.getLevelName(console_level()).lower()
     with tempfile.TemporaryDirectory(prefix="unlearn_diff-") as name:
         folder = Path(name)
-        _write(folder / "task", _Task(run, config, names, level, is_quiet()))
+        _write(folder / "task", _Task(run, config, names, level, is_quiet(), is_json()))
         with _taking_signals() as signals, _started(folder, len(names)) as processes:
             codes = _wait(processes, signals, folder)
         ends = [_end(folder, place, code, signals) for place, code in enumerate(codes) if code is not None]
@@ -149,12 +150,15 @@ def _started(folder: Path, count: int) -> Iterator[list[subprocess.Popen[bytes]]
             "GROUP_RANK": "0",
             "TORCHELASTIC_RUN_ID": secrets.token_hex(8),
         }
+        stdout = sys.__stderr__ if is_json() else None  # what others print there
         command = [sys.executable, "-c", "from mu.launch import main; main()", str(folder)]
         try:
             for place in range(count):
                 env = environ | {"RANK": str(place), "LOCAL_RANK": str(place)}
                 processes.append(
-                    subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+                    subprocess.Popen(
+                        command, env=env, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True
+                    )
                 )
             yield processes
         finally:
@@ -210,7 +214,7 @@ def main() -> None:
         stack.enter_context(terminable())
         (folder / f"ready-{started_rank()}").touch()
         task: _Task = pickle.loads((folder / "task").read_bytes())
-        stack.enter_context(verbosity(task.log_level, quiet=task.quiet))
+        stack.enter_context(verbosity(task.log_level, quiet=task.quiet, json=task.json))
         stack.enter_context(telling("in one of the processes"))
         _write(folder / f"end-{started_rank()}", _End(_as_one(task.run, task.config, task.devices)))
     leave()

@@ -11,29 +11,31 @@ from mu.ranks import started_rank
 LEVELS = ("debug", "info", "warning", "error")
 """Of the console; `debug` also gives errors their traceback."""
 
-_level, _quiet = "info", False
+_level, _quiet, _json = "info", False, False
 
 
 @contextmanager
-def verbosity(log_level: str = "info", *, quiet: bool = False) -> Iterator[None]:
+def verbosity(log_level: str = "info", *, quiet: bool = False, json: bool = False) -> Iterator[None]:
     """While it lasts, the console gets log lines from `log_level` on.
 
     Of the processes of a run the first one speaks; from the others come errors alone.
 
     Args:
         quiet: no progress bars, no settings, and of the log lines only warnings and errors.
+        json: no progress bars, no settings, and nothing but the result, as JSON, on stdout.
     """
-    global _level, _quiet
+    global _level, _quiet, _json
     logger = logging.getLogger("mu")
-    before = _level, _quiet, logger.level
+    before = _level, _quiet, _json, logger.level
     if started_rank() > 0:
         log_level, quiet = "error", True
         logger.setLevel(logging.ERROR)  # Python itself prints warnings that nobody handles
-    _level, _quiet = "warning" if quiet and log_level in ("debug", "info") else log_level, quiet
+    _level = "warning" if quiet and log_level in ("debug", "info") else log_level
+    _quiet, _json = quiet, json
     try:
         yield
     finally:
-        _level, _quiet, level = before
+        _level, _quiet, _json, level = before
         logger.setLevel(level)
 
 
@@ -47,6 +49,11 @@ def is_quiet() -> bool:
     return _quiet
 
 
-def bars_off() -> bool | None:
-    """What tqdm takes as `disable`: None leaves a bar out only where nobody watches."""
-    return True if _quiet else None
+def is_json() -> bool:
+    """Whether stdout is for the result alone, as JSON."""
+    return _json
+
+
+def bars_off() -> bool:
+    """Whether nothing is said of progress."""
+    return _quiet or _json

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import re
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 from command_lines import parse_cli
 
-from mu.cli import HelpAsked, command_line, help_text, run_door
+from mu.cli import HelpAsked, command_line, help_text, recipe_beside, run_door
 from mu.config import Config, ConfigError, load_config, setting
+from mu.console import Answer
 from mu.errors import MuError, Terminated
 from mu.run_folder import RunFolder
 from mu.verbosity import bars_off
@@ -209,20 +211,65 @@ def test_quiet_and_log_level_decide_what_the_console_hears(capsys, tmp_path):
         return {"off": bars_off()}
 
     for flags, heard, off in (
-        ([], {20, 30, 40}, None),
-        (["--log_level", "debug"], {10, 20, 30, 40}, None),
-        (["--log_level=warning"], {30, 40}, None),
-        (["--log_level", "error"], {40}, None),
+        ([], {20, 30, 40}, False),
+        (["--log_level", "debug"], {10, 20, 30, 40}, False),
+        (["--log_level=warning"], {30, 40}, False),
+        (["--log_level", "error"], {40}, False),
         (["--quiet"], {30, 40}, True),
         (["--quiet", "--log_level", "error", "--lr", "0.5"], {40}, True),
-        (["--quiet", "false"], {20, 30, 40}, None),
+        (["--quiet", "false"], {20, 30, 40}, False),
     ):
         assert door(run, *flags) == 0
         printed, said = capsys.readouterr()
         assert {level for level in (10, 20, 30, 40) if f"at level {level}\n" in said} == heard, flags
         assert printed.endswith(f"off: {off}\n")
-        assert ("defaults < config file < flags" in printed) == (off is None)
-    assert bars_off() is None
+        assert ("defaults < config file < flags" in printed) == (not off)
+    assert not bars_off()
+
+
+def test_quiet_prints_paths_alone_and_json_the_whole_result_alone(capsys, tmp_path):
+    (tmp_path / "x.yaml").write_text("lr: 0.25\n")
+
+    def run(_):
+        print("somebody else's note")
+        return {"run": tmp_path, "loss": float("nan"), "kept": {0.5: 3}, "off": bars_off()}
+
+    def answer(config, result, config_path):
+        return Answer(
+            [f"Done at {config.lr}, as {Path(config_path).name} says."],
+            made={"model": result["run"] / "m", "patch": None, "numbers": result["run"] / "n"},
+            following=[("To look", "look at it")],
+        )
+
+    def said(*flags):
+        argv = ["--config_path", str(tmp_path / "x.yaml"), *flags]
+        assert run_door(Toy, run, module="m", summary="s", argv=argv, answer=answer) == 0
+        return capsys.readouterr()
+
+    assert said().out.endswith(
+        f"somebody else's note\n\nDone at 0.25, as x.yaml says.\n  model    {tmp_path}/m\n  numbers  {tmp_path}/n\n"
+        "To look:\n  look at it\n"
+    )
+    assert said("--quiet").out == f"somebody else's note\n{tmp_path}/m\n{tmp_path}/n\n"
+    printed, error = said("--json")
+    assert json.loads(printed) == {"run": str(tmp_path), "loss": None, "kept": {"0.5": 3}, "off": True}
+    assert error == "somebody else's note\n"
+    assert json.loads(said("--json", "--quiet").out)["off"] is True
+
+    assert door(run, "--json", "--lr", "0") == 2
+    printed, error = capsys.readouterr()
+    assert (printed, "lr: must be > 0" in error) == ("", True)
+
+
+def test_the_settings_of_the_next_command_lie_beside_those_that_were_given(tmp_path):
+    assert recipe_beside("emoji_canvas/mask_style.yaml", "train") == "emoji_canvas/train_style.yaml"
+    assert recipe_beside("emoji_canvas/esd_style.yaml", "evaluate") == "emoji_canvas/evaluate_style.yaml"
+    assert recipe_beside("emoji_canvas/sample.yaml", "train") is None
+    assert recipe_beside(None, "train") is None
+    for name in ("mask_mine.yaml", "train_mine.yaml"):
+        (tmp_path / name).write_text("")
+    assert recipe_beside(str(tmp_path / "mask_mine.yaml"), "train") == str(tmp_path / "train_mine.yaml")
+    assert recipe_beside(str(tmp_path / "mask_mine.yaml"), "evaluate") is None
 
 
 def test_the_note_on_keys_without_effect_heeds_quiet_and_log_level(caplog, tmp_path):

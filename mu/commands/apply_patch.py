@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mu.bars import loading, waiting
 from mu.cli import run_door
+from mu.commands.answers import patched
 from mu.config import Config, resolve_path, setting
+from mu.console import UCE_EXAMPLE
 from mu.run_folder import space_problem, writable_problem
 from mu.unlearning.config import SD_MODEL_CONFIG
 from mu.unlearning.find_checkpoint import (
@@ -35,7 +38,8 @@ class ApplyPatchConfig(Config):
     )
     patches: tuple[str, ...] | None = setting(
         None,
-        "Patch files, or folders of training runs. Several must be of the same base; their order makes no difference.",
+        "Patch files, or folders of training runs; of a folder of runs, the newest. Several must be of the same base; "
+        "their order makes no difference.",
         kind="path",
     )
     remove: bool = setting(False, "Take the patches off again, to the bit, instead of applying them.")
@@ -103,8 +107,12 @@ class ApplyPatchConfig(Config):
 
 
 def _patch_file(path: str) -> Path:
+    """The file itself; of a run folder its patch; of a folder of runs that of the newest."""
     resolved = resolve_path(path)
-    return resolved / PATCH_NAME if resolved.is_dir() else resolved
+    if not resolved.is_dir() or (resolved / PATCH_NAME).is_file():
+        return resolved / PATCH_NAME if resolved.is_dir() else resolved
+    found = resolved.glob(f"*/{PATCH_NAME}")
+    return max(found, key=lambda patch: patch.stat().st_mtime_ns, default=resolved / PATCH_NAME)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,25 +122,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=MODULE,
         summary=str(__doc__),
+        examples=[
+            UCE_EXAMPLE,
+            (
+                MODULE,
+                "package:assets/emoji_canvas/model.safetensors forgotten.safetensors --patches outputs/uce",
+            ),
+        ],
         argv=argv,
+        answer=patched,
         first_words=("input_path", "output_path"),
     )
 
 
 def _run(config: ApplyPatchConfig) -> object:
-    from mu.ldm.patch import patch_checkpoint
+    with loading():
+        from mu.ldm.patch import patch_checkpoint
 
     assert config.output_path is not None
-    return patch_checkpoint(
-        config.checkpoint(),
-        config.output_path,
-        config.patch_files(),
-        remove=config.remove,
-        overlap=config.overlap,
-        use_ema=config.use_ema,
-        model_config_path=resolve_path(config.model_config_path),
-        overwrite=config.overwrite,
-    )
+    with waiting(f"reading {config.checkpoint().name} and writing {config.output_path}"):
+        return patch_checkpoint(
+            config.checkpoint(),
+            config.output_path,
+            config.patch_files(),
+            remove=config.remove,
+            overlap=config.overlap,
+            use_ema=config.use_ema,
+            model_config_path=resolve_path(config.model_config_path),
+            overwrite=config.overwrite,
+        )
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mu.errors import MuError
-from mu.verbosity import console_level
+from mu.verbosity import console_level, is_json
 
 CONDAS = ("mamba", "micromamba", "conda")
 """In the order in which they are looked for: the quick ones first."""
@@ -39,7 +40,9 @@ class Runner:
         if self.dry:
             return
         try:
-            out = subprocess.DEVNULL if console_level() > logging.INFO else None
+            out: Any = sys.__stderr__ if is_json() else None
+            if console_level() > logging.INFO:
+                out = subprocess.DEVNULL
             done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, check=False)
         except OSError as error:
             raise EnvironmentProblem(f"{command[0]} cannot be run ({error.strerror})") from error

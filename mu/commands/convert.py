@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mu.bars import loading, waiting
 from mu.cli import run_door
+from mu.commands.answers import converted
 from mu.config import Config, resolve_path, setting
 from mu.run_folder import writable_problem
 from mu.unlearning.config import SD_MODEL_CONFIG
@@ -16,6 +18,7 @@ from mu.unlearning.find_checkpoint import (
 )
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.convert"
+_BUNDLED = "package:assets/emoji_canvas"
 _SUFFIXES = {"compvis": (".safetensors", ".ckpt", ".pth"), "unet": (".pt", ".bin", ".safetensors")}
 
 
@@ -103,12 +106,15 @@ class ConvertConfig(Config):
                 f"a variant is for format diffusers, not {self.output_kind}; leave it out (dtype is for all formats)",
             )
         kind, suffix = self.output_kind, Path(self.output_path).suffix
+        known = {own for suffixes in _SUFFIXES.values() for own in suffixes}
+        if suffix not in known and suffix.lower() in known:
+            yield ("output_path", "format"), f"write the suffix {suffix} in small letters: {suffix.lower()}"
         if kind in _SUFFIXES and suffix not in _SUFFIXES[kind]:
             yield (
                 ("output_path", "format"),
                 f"format {kind} is written to a file with one of the suffixes {', '.join(_SUFFIXES[kind])}",
             )
-        elif kind == "diffusers" and suffix in {suffix for known in _SUFFIXES.values() for suffix in known}:
+        elif kind == "diffusers" and suffix in known:
             yield (
                 ("output_path", "format"),
                 f"format diffusers is a folder; {self.output_path} looks like a file",
@@ -138,32 +144,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=MODULE,
         summary=str(__doc__),
+        examples=[
+            (
+                MODULE,
+                f"{_BUNDLED}/model.safetensors emoji_diffusers --model_config_path {_BUNDLED}/model_config.yaml",
+            )
+        ],
         argv=argv,
+        answer=converted,
         first_words=("input_path", "output_path"),
     )
 
 
 def _run(config: ConvertConfig) -> object:
-    from mu.ldm.convert import convert_checkpoint
+    with loading():
+        from mu.ldm.convert import convert_checkpoint
 
     assert config.output_path is not None
     source = config.checkpoint()  # once: the output may be the newest in a folder of runs
     base = resolve_path(config.base_ckpt_path) if config.base_ckpt_path is not None else None
-    type_ = f", {config.written_dtype}" if config.written_dtype != "source" else ""
-    description = convert_checkpoint(
-        source,
-        config.output_path,
-        model_config_path=resolve_path(config.model_config_path),
-        format=config.output_kind,
-        use_ema=config.use_ema,
-        base=base,
-        dtype=config.written_dtype,
-        variant=config.variant,
-        overwrite=config.overwrite,
-    )
+    with waiting(f"reading {source.name} and writing {config.output_path}"):
+        description = convert_checkpoint(
+            source,
+            config.output_path,
+            model_config_path=resolve_path(config.model_config_path),
+            format=config.output_kind,
+            use_ema=config.use_ema,
+            base=base,
+            dtype=config.written_dtype,
+            variant=config.variant,
+            overwrite=config.overwrite,
+        )
     return {
-        "read": f"{source} ({description})",
-        "wrote": f"{config.output_path} ({config.output_kind}{type_})",
+        "read": source,
+        "kind": description,
+        "wrote": Path(config.output_path),
+        "format": config.output_kind,
+        "dtype": config.written_dtype,
     }
 
 

@@ -28,7 +28,7 @@ from mu.commands.backends import (
     find_executable,
     find_python,
 )
-from mu.commands.door import add_verbosity, guarded, notes_as_asked, path
+from mu.commands.door import Outcome, add_verbosity, guarded, path, program
 from mu.console import ArgumentParser
 
 ALGORITHMS = Path(mu.__file__).parent / "algorithms"
@@ -52,7 +52,8 @@ class EnvironmentFile:
 def main(argv: Sequence[str] | None = None, *, root: Path = ALGORITHMS) -> int:
     """The command; returns its exit code. `root` holds the algorithms' folders."""
     parser = ArgumentParser(
-        prog="create_env",
+        prog=program("create_env"),
+        example="uce --backend venv --dry_run",
         description="Makes the environment that an algorithm's environment.yaml describes, installs this package "
         "there, and says how to activate it.",
         epilog="exit codes: 0 made, 1 an error with its message, 2 a mistake in the arguments, 130 interrupted",
@@ -87,14 +88,10 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ALGORITHMS) -> int:
     except EnvironmentProblem as error:
         parser.error(str(error))
 
-    def action() -> None:
-        with notes_as_asked():
-            create(arguments, file)
-
-    return guarded(action, arguments)
+    return guarded(lambda: create(arguments, file), arguments)
 
 
-def create(arguments: argparse.Namespace, file: Path) -> None:
+def create(arguments: argparse.Namespace, file: Path) -> Outcome:
     """Makes the environment that the arguments ask for, from `file`. Raises EnvironmentProblem."""
     # 1. What, by whom, and from where?
     wanted = read_environment(file, arguments.name)
@@ -115,8 +112,9 @@ def create(arguments: argparse.Namespace, file: Path) -> None:
             executable, backend, wanted.name, file, prefix=prefix, source=source, force=force, run=run
         )
     else:
+        prefix = (prefix or Path(f".venv-{wanted.name}")).absolute()
         activation = create_venv(
-            (prefix or Path(f".venv-{wanted.name}")).absolute(),
+            prefix,
             lambda: find_python(wanted.python, file, arguments.python),
             wanted.pip,
             file.parent,
@@ -131,7 +129,13 @@ def create(arguments: argparse.Namespace, file: Path) -> None:
             "This package itself was not installed from a folder that is still there. After activating, install\n"
             "it from its source: pip install PATH (not by its name: the index holds another project under it)."
         )
-    print(f"{'Would be made' if arguments.dry_run else 'Made'}. To use it:\n  {activation}")
+    made = "Would be made" if arguments.dry_run else "Made"
+    return Outcome(
+        f"{made}. To use it:\n  {activation}",
+        {"name": wanted.name, "backend": backend, "prefix": prefix, "made": not arguments.dry_run,
+         "activate": activation},
+        [] if prefix is None else [prefix],
+    )  # fmt: skip
 
 
 def algorithm_names(root: Path = ALGORITHMS) -> list[str]:

@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 
 from mu.atomic import write_atomically
-from mu.commands.door import add_verbosity, guarded, path
+from mu.commands.door import Outcome, add_verbosity, guarded, path
 from mu.commands.redaction import redacted
-from mu.console import ArgumentParser
+from mu.console import ArgumentParser, called
 from mu.errors import MuError
 from mu.run_folder import environment
 
@@ -34,7 +34,7 @@ class ReportError(MuError, ValueError):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = ArgumentParser(
-        prog="python -m mu.commands.debug_report",
+        prog=called("mu.commands.debug_report"),
         description=" ".join(str(__doc__).split()),
         epilog="exit codes: 0 written, 1 an error with its message, 2 a mistake in the arguments, 130 interrupted",
         allow_abbrev=False,
@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.lines < 1:
         parser.error("--lines must be at least 1")
 
-    def action() -> None:
+    def action() -> Outcome:
         text = report(arguments.run, lines=arguments.lines)
         if arguments.output is None:
-            print(text)
-        else:
-            write_atomically(arguments.output, f"{text}\n".encode())
+            return Outcome(text, {"report": text}, [text])
+        write_atomically(arguments.output, f"{text}\n".encode())
+        return Outcome(f"Wrote {arguments.output}.", {"report": arguments.output}, [arguments.output])
 
     return guarded(action, arguments)
 

@@ -13,15 +13,16 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mu.commands.archive import Limits
 from mu.commands.download import Result, download
 from mu.commands.origins import Wish
 from mu.commands.sources import MIRROR_VARIABLE, Source
-from mu.console import ArgumentParser
+from mu.console import ArgumentParser, as_json, called
 from mu.errors import MuError
-from mu.verbosity import LEVELS, console_level, is_quiet, verbosity
+from mu.verbosity import LEVELS, console_level, is_json, is_quiet, verbosity
 
 _LISTED = 20
 _EPILOG = f"""\
@@ -33,11 +34,14 @@ environment variables:
 exit codes: 0 the folder is whole, 1 an error with its message, 2 a mistake in the arguments, 130 interrupted"""
 
 
-def download_parser(prog: str, description: str, sources: Sequence[Source], note: str = "") -> ArgumentParser:
+def download_parser(
+    command: str, description: str, sources: Sequence[Source], *, example: str, note: str = ""
+) -> ArgumentParser:
     """The parser of a download command with all its options; the caller adds what names the source."""
     folders = "\n".join(["folders:", *(f"  {source.name:<22}{source.folder}" for source in sources)])
     parser = ArgumentParser(
-        prog=prog,
+        prog=program(command),
+        example=example,
         description=f"{description}: resumed, checked, and only once.",
         epilog=f"{folders}\n{note}\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,6 +72,11 @@ def download_parser(prog: str, description: str, sources: Sequence[Source], note
     return parser
 
 
+def program(command: str) -> str:
+    """What a user types for a command of this folder that is a console script too."""
+    return called(f"mu.commands.{command}").replace(f"python -m mu.commands.{command}", command)
+
+
 def run_download(source: Source, arguments: argparse.Namespace) -> int:
     """Downloads, prints the summary; returns the exit code."""
     wish = Wish(
@@ -78,14 +87,14 @@ def run_download(source: Source, arguments: argparse.Namespace) -> int:
         sha256=arguments.sha256,
         force=arguments.force,
         limits=Limits(arguments.max_files, arguments.max_bytes, arguments.max_ratio),
-        progress=not (arguments.no_progress or arguments.quiet),
+        progress=not (arguments.no_progress or arguments.quiet or arguments.json),
     )
 
-    def action() -> None:
-        with notes_as_asked():
-            result = download(wish)
-        if not is_quiet():
-            print(summary(result), flush=True)
+    def action() -> Outcome:
+        result = download(wish)
+        files = {name: (result.folder / name).stat().st_size for name in result.files}
+        about = {"folder": result.folder, "note": result.note, "bytes": sum(files.values()), "files": files}
+        return Outcome(summary(result), about, [result.folder])
 
     return guarded(
         action, arguments, interrupted="interrupted; what was downloaded is kept for the next time"
@@ -160,25 +169,49 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
         default="info",
         help="notes are printed up to info; debug also gives errors their traceback",
     )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--quiet", action="store_true", help="print paths of what was made alone, and errors")
+    parser.add_argument(
+        "--json", action="store_true", help="on stdout nothing but the result, as one JSON object"
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command found or made: in words, in all its details, and where it is."""
+
+    text: str
+    details: Mapping[str, object]
+    paths: Sequence[object] = ()
 
 
 @contextlib.contextmanager
 def notes_as_asked() -> Iterator[None]:
-    """What is printed meanwhile goes nowhere where it is not asked for."""
+    """What is printed meanwhile goes nowhere where it is not asked for, and to stderr where stdout is for JSON."""
     with contextlib.ExitStack() as stack:
         if console_level() > logging.INFO:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        elif is_json():
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield
 
 
 def guarded(
-    action: Callable[[], object], arguments: argparse.Namespace, *, interrupted: str = "interrupted"
+    action: Callable[[], Outcome], arguments: argparse.Namespace, *, interrupted: str = "interrupted"
 ) -> int:
-    """Runs `action` as loud as asked; returns 0, or 1 for an error that its message explains, 130 when interrupted."""
-    with verbosity(arguments.log_level, quiet=arguments.quiet):
+    """Runs `action` and prints what it gives, as loud as asked.
+
+    Returns 0, or 1 for an error that its message explains, 130 when interrupted.
+    """
+    with verbosity(arguments.log_level, quiet=arguments.quiet, json=arguments.json):
         try:
-            action()
+            with notes_as_asked():
+                outcome = action()
+            if is_json():
+                print(as_json(outcome.details), flush=True)
+            elif not is_quiet():
+                print(outcome.text, flush=True)
+            elif outcome.paths:
+                print(*outcome.paths, sep="\n", flush=True)
         except (MuError, OSError) as error:
             if console_level() <= logging.DEBUG:
                 traceback.print_exc()

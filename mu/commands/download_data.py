@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "download_data",
         "Downloads a data set into its folder",
         list(DATA.values()),
+        example="sample quick_canvas",
         note="unlearn_canvas is another name of quick_canvas.\n",
     )
     names = list(dict.fromkeys(name for _, name in DATA))

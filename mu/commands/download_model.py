@@ -12,7 +12,10 @@ from mu.commands.sources import MODELS
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = download_parser(
-        "download_model", "Downloads a model, or the classifiers, into its folder", list(MODELS.values())
+        "download_model",
+        "Downloads a model, or the classifiers, into its folder",
+        list(MODELS.values()),
+        example="compvis",
     )
     parser.add_argument("model", type=one_of(list(MODELS)), help=", ".join(MODELS))
     arguments = parser.parse_args(argv)

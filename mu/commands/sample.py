@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mu.bars import loading
 from mu.cli import run_door
+from mu.commands.answers import sampled
 from mu.evaluation.config import SampleConfig
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.sample"
@@ -17,13 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=MODULE,
         summary=str(__doc__),
+        examples=[(MODULE, "--config_path emoji_canvas/sample.yaml")],
         argv=argv,
+        answer=sampled,
         shares_work=True,
     )
 
 
 def _run(config: SampleConfig) -> object:
-    from mu.commands import sampling
+    with loading():
+        from mu.commands import sampling
 
     return sampling.run(config)
 

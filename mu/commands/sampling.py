@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mu import ranks
 from mu.atomic import finish_writes, write_atomically, write_together
+from mu.bars import bar
 from mu.config import ConfigError, override, require_paths
 from mu.datasets.images import png
 from mu.datasets.seen_prompts import cut_notes
+from mu.devices import peak_memory_bytes
 from mu.evaluation.config import SampleConfig
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
@@ -32,7 +34,7 @@ from mu.ldm.text_to_image import SamplingError, TextToImage, sampling_precision
 from mu.pictures import image_grid
 from mu.run_folder import RunFolder, shared_folder
 from mu.unlearning.output import model_of
-from mu.verbosity import bars_off
+from mu.unlearning.runs import save_result
 
 PLAN_JSON = "plan.json"
 COLUMNS = ("case_number", "prompt", "evaluation_seed", "evaluation_guidance", "file")
@@ -182,7 +184,8 @@ def run(config: SampleConfig) -> dict[str, Any]:
 
     Returns:
         `run`, the folder; `images`, how many of those asked for it has; `sampled`, how many of them are new; `index`,
-        the path of images.csv; `grid`, the path of the (first) grid (with `grid: true`).
+        the path of images.csv; `grid`, the path of the (first) grid (with `grid: true`); `seconds`;
+        `peak_memory_bytes`, of the process so far. metrics.json has the same.
 
     Raises:
         ConfigError: a path is missing, or the folder has images of other settings.
@@ -195,6 +198,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
 
 def _run(config: SampleConfig) -> dict[str, Any]:
     """In each process of the run."""
+    started = time.monotonic()
     images = ranks.on_main(lambda: plan_images(config))
     with contextlib.closing(shared_folder(lambda: _open_folder(config))) as folder:
         for note in ranks.on_main(lambda: config.prompt_table().notes):
@@ -225,13 +229,17 @@ def _run(config: SampleConfig) -> dict[str, Any]:
         def finish() -> dict[str, Any]:
             grid = {"grid": _write_grids(images, listed)} if config.grid else {}
             _log.info("%s has %d images", folder.path / "images", len(images))
-            return {
+            result = {
                 "run": folder.path,
                 "images": len(images),
                 "sampled": len(missing),
                 "index": index,
                 **grid,
+                "seconds": time.monotonic() - started,
+                "peak_memory_bytes": peak_memory_bytes(),
             }
+            save_result(folder, result)
+            return result
 
         return ranks.on_main(finish)
 
@@ -275,7 +283,8 @@ def _sample(
         eta=config.eta,
         precision=config.precision,
     )
-    with tqdm(total=count, desc="sampling", unit="image", disable=bars_off()) as progress:
+    with bar("drawing images", total=count, unit="images") as progress:
+        sampler.done = progress.update
         for batch in batches:
             sampled = sampler.images(
                 [image.prompt for image in batch],
@@ -290,7 +299,6 @@ def _sample(
                     )
                 files[image.file] = png(pixels)
             write_together(listed.folder.path, files)
-            progress.update(len(batch))
 
 
 def _write_grids(images: Sequence[PlannedImage], listed: ImageList) -> Path:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mu import ranks
 from mu.atomic import finish_writes, write_atomically, write_together
+from mu.bars import bar
 from mu.datasets.canvas import CANVAS_TEMPLATE
 from mu.datasets.images import png
 from mu.datasets.index import DataError, Row, check_choice
@@ -29,7 +29,6 @@ from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.params import LatentDiffusionParams
 from mu.ldm.tensor_file import fingerprint
 from mu.ldm.text_to_image import PRECISIONS, TextToImage, sampling_precision
-from mu.verbosity import bars_off
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +130,8 @@ class GeneratedImages:
             shape=self.model.latent_shape(self.settings.image_size),
             precision=self.settings.precision,
         )
-        with tqdm(total=count, desc="sampling images", unit="image", disable=bars_off()) as progress:
+        with bar("drawing images", total=count, unit="images") as progress:
+            sampler.done = progress.update
             for batch in batches:
                 files = {}
                 for row, image in zip(batch, self._sample(batch, sampler), strict=True):
@@ -141,7 +141,6 @@ class GeneratedImages:
                         )
                     files[row.image.relative_to(self.path).as_posix()] = png(image)
                 write_together(self.path, files)
-                progress.update(len(batch))
 
     def _sample(self, rows: Sequence[Row], sampler: TextToImage) -> Iterator[Tensor]:
         """Images (3, H, W), about [-1, 1], on the CPU."""

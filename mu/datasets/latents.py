@@ -16,20 +16,19 @@ from contextlib import closing
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from mu import ranks
+from mu.bars import bar
 from mu.datasets.images import ADVICE, UNUSABLE, load_pixels, read_ahead, to_unit_range
 from mu.datasets.index import DataError, Row, raise_problems
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.ldm.tensor_file import fingerprint, write_state_dict
 from mu.memory import ENCODING_ADVICE, telling
-from mu.verbosity import bars_off
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -103,9 +102,7 @@ class LatentCache:
         known = set(kept).intersection(*ranks.gathered(set(kept)))
         new = [prompt for prompt in wanted if prompt not in known]
         size = _TOGETHER * ranks.world_size()
-        with tqdm(
-            total=len(new), desc="embedding prompts", unit="prompt", disable=bars_off(), leave=False
-        ) as progress:
+        with bar("embedding prompts", total=len(new), unit="prompts") as progress:
             for first in range(0, len(new), size):
                 prompts = new[first : first + size]
                 kept |= zip(prompts, _together(prompts, self._embed, progress), strict=True)
@@ -152,9 +149,7 @@ class LatentCache:
         mine = [place for places in pieces for place in ranks.share(places)]
         with (
             closing(read_ahead(mine, read)) as loaded,
-            tqdm(
-                total=len(todo), desc="encoding images", unit="image", disable=bars_off(), leave=False
-            ) as progress,
+            bar("encoding images", total=len(todo), unit="images") as progress,
         ):
             for places in pieces:
                 found = _together(places, encode, progress)
@@ -280,7 +275,7 @@ def _whole_groups(rows: Sequence[Row], todo: Sequence[int]) -> Iterator[list[int
         yield piece
 
 
-def _together(items: Sequence[S], work: Callable[[S], T], progress: tqdm) -> list[T]:
+def _together(items: Sequence[S], work: Callable[[S], T], progress: Any) -> list[T]:
     """What `work` gives for each item, of which each process does its share."""
     mine = []
     for item in ranks.share(items):
@@ -306,11 +301,13 @@ def _hash_files(rows: Sequence[Row]) -> tuple[dict[int, str], dict[int, str]]:
             return None, f"{image}: unreadable ({error})"
 
     mine = ranks.share(range(len(rows)))
-    for place, (found, problem) in zip(mine, read_ahead(mine, digest), strict=True):
-        if found is None:
-            problems[place] = problem
-        else:
-            hashes[place] = found
+    with bar("looking at images", total=len(mine), unit="images") as progress:
+        for place, (found, problem) in zip(mine, read_ahead(mine, digest), strict=True):
+            progress.update()
+            if found is None:
+                problems[place] = problem
+            else:
+                hashes[place] = found
     for their_hashes, their_problems in ranks.gathered((hashes, problems)):
         hashes |= their_hashes
         problems |= their_problems

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from mu.bars import bar
 from mu.datasets.images import read_ahead
 from mu.datasets.seen_prompts import cut_at
 from mu.errors import MuError
 from mu.evaluation.asked_images import AskedImage
 from mu.memory import SCORING_ADVICE, AtOnce
-from mu.verbosity import bars_off
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ class ClipScorer:
         seeing = AtOnce("image", advice=SCORING_ADVICE)
         with (
             closing(read_ahead([image.path for image in images], _picture)) as pictures,
-            tqdm(total=len(images), desc="CLIP score", unit="image", disable=bars_off()) as progress,
+            bar("CLIP score", total=len(images), unit="images") as progress,
         ):
             for start in range(0, len(images), batch_size):
                 batch = images[start : start + batch_size]

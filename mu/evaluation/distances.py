@@ -15,12 +15,11 @@ from typing import TypeVar
 import numpy
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from mu.bars import bar
 from mu.errors import MuError
 from mu.evaluation.intervals import Estimate, normal_interval, spread_interval
 from mu.memory import is_out_of_memory, reason_of, telling
-from mu.verbosity import bars_off
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ def fid(
             rows, others = _draw(generator, len(features), len(reference), paired=paired)
             return frechet_distance(*sets, counts=_counts(rows, sets[0]), others=_counts(others, sets[1]))
 
-        with tqdm(total=resamples, desc="interval of FID", disable=bars_off(), leave=False) as progress:
+        with bar("interval of FID", total=resamples, unit="resamples") as progress:
             return normal_interval(value, resampled, resamples=resamples, done=progress.update)
 
     return Distance(value, len(features), _where_it_fits(interval, device), len(reference))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mu import ranks
 from mu.atomic import write_atomically
+from mu.bars import waiting
 from mu.config import resolve_path
 from mu.datasets.generated_images import GeneratedImages, SampleSettings
 from mu.datasets.index import concept_label
@@ -111,12 +112,13 @@ class _Sampled:
 def _sample(config: EvaluateConfig, wanted: _Wanted, folder: RunFolder) -> _Sampled:
     folder.logger.info("%s unlearning: %s", wanted.name, wanted.checkpoint)
     with ranks.in_step():
-        model = load_model(
-            resolve_path(config.model_config_path),
-            wanted.checkpoint,
-            device=resolve_devices(config.devices),
-            use_ema=config.use_ema,
-        )
+        with waiting(f"reading {wanted.checkpoint.name}"):
+            model = load_model(
+                resolve_path(config.model_config_path),
+                wanted.checkpoint,
+                device=resolve_devices(config.devices),
+                use_ema=config.use_ema,
+            )
         settings = SampleSettings(
             config.sample_steps, config.guidance_scale, model.image_size, config.precision
         )
@@ -232,6 +234,7 @@ class _Evaluation:
             scores=scores,
             numbers=numbers,
             classifier=self.classifier,
+            seconds=time.monotonic() - started,
         )
         picture = draw(run.path / "pictures" / "before_after.png", config, measured)
         result = {

@@ -12,15 +12,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from mu.bars import bar
 from mu.datasets.images import load_pixels, read_ahead, to_unit_range
 from mu.evaluation.asked_images import AskedImage
 from mu.evaluation.classifiers import FeatureClassifier, import_named
 from mu.evaluation.emoji_classifier import ClassifierError
 from mu.ldm.tensor_file import CheckpointError, read_state_dict
 from mu.memory import SCORING_ADVICE, AtOnce
-from mu.verbosity import bars_off
 
 
 class FeatureExtractor(Protocol):
@@ -147,7 +146,7 @@ def image_features(
 
     with (
         closing(_batches(paths, extractor.input_size, batch_size, interpolation)) as batches,
-        tqdm(total=len(paths), desc="features", unit="image", disable=bars_off()) as progress,
+        bar("features for FID and KID", total=len(paths), unit="images") as progress,
     ):
         for batch in batches:
             found += at_once.pieces(batch, features)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from mu.bars import bar
 from mu.datasets.canvas import canvas_prompt
 from mu.datasets.generated_images import GeneratedImages, SampleSettings
 from mu.datasets.images import load_pixels, read_ahead, to_unit_range
@@ -26,7 +26,6 @@ from mu.evaluation.classifiers import Classifier
 from mu.evaluation.metrics import Prediction
 from mu.ldm.latent_diffusion import LatentDiffusion
 from mu.memory import SCORING_ADVICE, AtOnce
-from mu.verbosity import bars_off
 
 
 class EvaluationError(MuError, ValueError):
@@ -147,7 +146,7 @@ def classify(
 
     with (
         closing(read_ahead(images, read)) as loaded,
-        tqdm(total=len(images), desc="classifying", unit="image", disable=bars_off()) as progress,
+        bar("classifying images", total=len(images), unit="images") as progress,
     ):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]

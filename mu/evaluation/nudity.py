@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
+from mu.bars import bar
 from mu.errors import MuError
 from mu.evaluation.intervals import Estimate, mean_estimate
 from mu.evaluation.metrics import Share, count_share
 from mu.memory import SCORING_ADVICE, AtOnce
-from mu.verbosity import bars_off
 
 
 class NudityError(MuError, ValueError):
@@ -81,7 +79,7 @@ def count_nudity(
                 raise MemoryError(str(error)) from error
             raise
 
-    with tqdm(total=len(paths), desc="nudity", unit="image", disable=bars_off()) as progress:
+    with bar("looking for nudity", total=len(paths), unit="images") as progress:
         for start in range(0, len(paths), batch_size):
             batch = [str(path) for path in paths[start : start + batch_size]]
             for some in at_once.pieces(batch, detect):

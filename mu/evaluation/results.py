@@ -12,6 +12,7 @@ from torch import nn
 
 from mu.atomic import write_atomically
 from mu.datasets.index import concept_label
+from mu.devices import peak_memory_bytes
 from mu.evaluation.asked_images import AskedImage
 from mu.evaluation.before_after import before_after_grid
 from mu.evaluation.classifiers import Classifier
@@ -155,6 +156,7 @@ def write_metrics(
     scores: Mapping[str, UnlearningScores],
     numbers: Mapping[str, Mapping[str, Any]],
     classifier: Classifier | None,
+    seconds: float,
 ) -> None:
     """Writes `metrics.json`, and the accuracies as `metrics.csv`."""
     models: dict[str, object] = {}
@@ -183,6 +185,8 @@ def write_metrics(
         "readings": readings(config),
         "meanings": (score_meanings(scores["after"]) if scores else {}) | meanings(numbers["after"]),
         "models": models,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
     }
     run.save_json("metrics.json", content)
     if not scores:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ def sample_ddim(
     initial_noise: Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     stop_after: int | None = None,
+    after_step: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Sample latents with DDIM.
 
@@ -81,6 +82,7 @@ def sample_ddim(
         generator: for what is drawn here (the initial noise, and the noise of eta > 0); one for each image makes an
             image independent of the batch it is in.
         stop_after: do only so many steps; the latents are then as noisy as the timestep at that place. None: all.
+        after_step: is told after each step how many are done.
 
     Between the steps latents are fp32 (or wider), whatever the networks compute in.
 
@@ -118,4 +120,6 @@ def sample_ddim(
         latents = a_next**0.5 * clean + max(1 - a_next - sigma**2, 0.0) ** 0.5 * noise
         if sigma:
             latents = latents + sigma * draw()
+        if after_step is not None:
+            after_step(i + 1)
     return latents.to(context.dtype)

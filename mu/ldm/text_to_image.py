@@ -6,7 +6,7 @@ takes far more memory than the UNet: its pixels then follow from its latent alon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class TextToImage:
         shape: (C, h, w) of a latent.
         eta: 0 is deterministic, 1 has the variance of DDPM.
         precision: one of `PRECISIONS`; latents stay fp32 between the steps, only the networks compute in bf16.
+
+    Attributes:
+        done: is told how much of an image, or of several, has been done since it was last told; may be set.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TextToImage:
         self.shape = shape
         self.eta = eta
         self.half = sampling_precision(precision, model.device) == "bf16"
+        self.done: Callable[[float], object] | None = None
         self._sampling = AtOnce("image", advice=SAMPLING_ADVICE, note=_NOTE)
 
     @torch.no_grad()
@@ -83,7 +87,16 @@ class TextToImage:
             OutOfMemoryError: memory does not suffice for one image.
         """
 
+        told = 0.0  # images: of a batch that is begun again with less at once, no step is told twice
+
+        def tell(upto: float) -> None:
+            nonlocal told
+            if self.done is not None and upto > told:
+                self.done(upto - told)
+                told = upto
+
         def sample(places: Sequence[int]) -> Tensor:
+            part = len(places) / (self.steps + 1)  # the last is for decoding
             context = self.model.embed([prompts[place] for place in places])  # (B, L, D)
             uncond_context = self.model.embed([""])  # (1, L, D)
             with self._arithmetic():
@@ -99,13 +112,18 @@ class TextToImage:
                     generator=None
                     if seeds is None
                     else [torch.Generator().manual_seed(seeds[place]) for place in places],
+                    after_step=lambda step: tell(places[0] + step * part),
                 )  # (B, C, h, w)
 
+        first = 0
         for latents in self._sampling.pieces(range(len(prompts)), sample):
-            for latent in latents:
+            steps_done = self.steps * len(latents) / (self.steps + 1)
+            for number, latent in enumerate(latents, start=1):
                 with telling("while decoding an image", advice=SAMPLING_ADVICE), self._arithmetic():
                     image = self.model.decode(latent[None])[0].float().cpu()  # (3, H, W)
+                tell(first + steps_done + number / (self.steps + 1))
                 yield image
+            first += len(latents)
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.half)
@@ -121,11 +139,13 @@ def sample_images(
     batch_size: int = 8,
     image_size: int | None = None,
     precision: str = "fp32",
+    done: Callable[[float], object] | None = None,
 ) -> Iterator[Tensor]:
     """One image for each (prompt, seed). A seed belongs to its image: the batch it is in does not matter.
 
     Args:
         precision: "fp32", "bf16" (autocast; latents stay fp32 between the steps) or "auto", see `sampling_precision`.
+        done: see `TextToImage`.
 
     Yields:
         (3, H, W), about [-1, 1], on the CPU.
@@ -140,6 +160,7 @@ def sample_images(
         eta=eta,
         precision=precision,
     )
+    sampler.done = done
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
         prompts, seeds = zip(*batch, strict=True)

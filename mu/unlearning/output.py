@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mu.bars import counted, waiting
 from mu.config import resolve_path
 from mu.datasets.index import concept_label
 from mu.devices import resolve_devices
@@ -43,9 +44,10 @@ def model_of(config: ModelKeys) -> LatentDiffusion:
     checkpoint = config.checkpoint()
     device = resolve_devices(config.devices)
     _log.info("loading %s on %s", checkpoint, device)
-    return load_model(
-        resolve_path(config.model_config_path), checkpoint, device=device, use_ema=config.use_ema
-    )
+    with waiting(f"reading {checkpoint.name}"):
+        return load_model(
+            resolve_path(config.model_config_path), checkpoint, device=device, use_ema=config.use_ema
+        )
 
 
 def original_of(
@@ -97,7 +99,8 @@ def write_and_prove(
         TrainingError: it differs from the source elsewhere, or from what is in memory.
     """
     # 1. Write.
-    checkpoint = write_unlearned(ldm, config, folder.path, source=source)
+    with waiting("writing the unlearned model"):
+        checkpoint = write_unlearned(ldm, config, folder.path, source=source)
 
     # 2. Prove: nothing else differs from the source, and what moved is in the file. Every bit of it is compared, so its
     # SHA-256 is not taken again.
@@ -119,7 +122,7 @@ def write_and_prove(
     # 4. What was unlearned is on disk: a patch that cannot be written loses nothing.
     patch = None
     if config.patch:
-        with decorating(PATCH_NAME):
+        with decorating(PATCH_NAME), waiting("writing the patch"):
             patch = write_patch(
                 original, written, config, folder.path, source=source, metadata=metadata, base=base
             )
@@ -211,7 +214,7 @@ def verify_tensors(
     allowed_in = {UNET_PREFIX + name: marked.cpu() for name, marked in selected.items()}
     allowed_in |= {ema_name(name): marked for name, marked in allowed_in.items()}
     changed = 0
-    for name, tensor in new.items():
+    for name, tensor in counted(list(new.items()), f"comparing {after.name} with its source", unit="tensors"):
         # Newer releases of transformers name the text encoder's weights without `text_model.`.
         original = old.get(name, old.get(name.replace(".transformer.text_model.", ".transformer.")))
         if name in SCHEDULE_KEYS and (original is None or original.dtype.itemsize < 4):

@@ -102,6 +102,26 @@ class Plan:
         for warning in self.warnings:
             logger.warning("%s", warning)
 
+    def as_json(self) -> dict[str, object]:
+        """What `--dry_run --json` prints."""
+        problems = [
+            mistake for each in (*self.problems, *self.later_problems) for mistake in _mistakes_of(each)
+        ]
+        return {
+            "can_run": self.can_run,
+            "stage": self.stage,
+            "device": self.device,
+            "processes": self.processes,
+            "checkpoint": self.checkpoint,
+            "inputs": self.inputs,
+            "images": self.images,
+            "steps": self.steps,
+            "weights": self.weights,
+            "files": [vars(planned) for planned in self.files],
+            "warnings": self.warnings,
+            "problems": problems,
+        }
+
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 

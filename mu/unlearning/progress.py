@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mu import ranks
 from mu.arithmetic import products
+from mu.bars import bar
 from mu.datasets.images import to_picture
 from mu.datasets.index import concept_label
 from mu.ldm import LatentDiffusion
@@ -26,7 +26,6 @@ from mu.unlearning.config import OutputKeys
 from mu.unlearning.loggers import LossLog, RunLogger
 from mu.unlearning.runs import decorating
 from mu.unlearning.training_config import TrainingKeys
-from mu.verbosity import bars_off
 
 _PROMPTS_OF_EACH_KIND = 4
 
@@ -91,10 +90,12 @@ class Progress:
 def validation_losses(losses: Losses, batches: Sequence[Batch]) -> dict[str, float]:
     """`loss`, `forget` and `retain`, means over all images of the batches; a term that the method has not is 0."""
     sums = torch.zeros(len(LossLog.TERMS), dtype=torch.float64)
-    for batch in batches:
-        found = losses(batch)
-        terms = [found.get(name, found["loss"].new_zeros(())) for name in LossLog.TERMS]
-        sums += len(batch.forget[0]) * torch.stack(terms).double().cpu()
+    with bar("validating", total=len(batches), unit="batches") as progress:
+        for batch in batches:
+            found = losses(batch)
+            terms = [found.get(name, found["loss"].new_zeros(())) for name in LossLog.TERMS]
+            sums += len(batch.forget[0]) * torch.stack(terms).double().cpu()
+            progress.update()
     means = sums / sum(len(batch.forget[0]) for batch in batches)
     return dict(zip(LossLog.TERMS, means.tolist(), strict=True))
 
@@ -149,15 +150,18 @@ class ProgressPictures:
 
     def _sample(self, moment: str) -> list[Tensor]:
         pairs = [(prompt, seed) for prompt in self.prompts for seed in self.config.sample_seeds]
-        sampled = sample_images(
-            self.model,
-            pairs,
-            steps=self.config.sample_steps,
-            guidance_scale=self.config.guidance_scale,
-            image_size=self.config.image_size,
-            precision=self.config.sample_precision,
-        )
-        return list(tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", disable=bars_off()))
+        with bar(f"drawing pictures {moment}", total=len(pairs), unit="images") as progress:
+            return list(
+                sample_images(
+                    self.model,
+                    pairs,
+                    steps=self.config.sample_steps,
+                    guidance_scale=self.config.guidance_scale,
+                    image_size=self.config.image_size,
+                    precision=self.config.sample_precision,
+                    done=progress.update,
+                )
+            )
 
     def _write(self, taken: Mapping[str, Sequence[Tensor]], path: Path) -> Path:
         seeds = self.config.sample_seeds

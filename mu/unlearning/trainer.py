@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
-from tqdm import tqdm
 
 from mu import ranks
 from mu.atomic import WriteError
+from mu.bars import bar
 from mu.errors import Terminated
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import CheckpointError
@@ -44,7 +44,6 @@ from mu.unlearning.run_state import (
     table_tensors,
     training_tensors,
 )
-from mu.verbosity import bars_off
 
 TERMS = ("forget", "retain")
 """The terms that an objective may have."""
@@ -148,14 +147,8 @@ class Trainer:
             self.restore_(resumed)
             ranks.on_main(lambda: restore_tables(resumed, checkpoints.run))
         total = batches.total_steps
-        bar = tqdm(
-            initial=self.steps_done,
-            total=total,
-            desc="training",
-            unit="step",
-            disable=bars_off() if ranks.is_main() else True,
-        )
-        with log.open(), stopping_between_steps() as stop, bar:
+        shown = bar("training", total=total, unit="steps", initial=self.steps_done)
+        with log.open(), stopping_between_steps() as stop, shown:
             if self.steps_done == 0:
                 progress.look(0, self.losses)
             for step in range(self.steps_done, total):
@@ -164,8 +157,8 @@ class Trainer:
 
                 # 2. The losses on disk and in the loggers; validation and pictures where they are due
                 unwritten = log.append(self.steps_done, terms)
-                bar.update()
-                bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()}, refresh=False)
+                shown.set_postfix({name: f"{value:.3g}" for name, value in terms.items()}, refresh=False)
+                shown.update()
                 progress.look(self.steps_done, self.losses)
 
                 # 3. A checkpoint where one is due, at the end of a run that was worth some, and before a stop.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_a_failure_is_exit_code_1_and_one_message(
     assert capsys.readouterr().err.startswith(f"error: {server.url('gone.zip')}: the server answered 404")
 
 
-def test_quiet_prints_nothing_but_errors(
+def test_quiet_prints_the_folder_alone_and_errors_and_json_all_of_it(
     server: Any,
     canvas_zip: bytes,
     tmp_path: Path,
@@ -102,7 +103,13 @@ def test_quiet_prints_nothing_but_errors(
     monkeypatch.chdir(tmp_path)
     command = ["sample", "unlearn_canvas", "--quiet"]
     assert download_data.main([*command, "--url", server.put("x.zip", canvas_zip)]) == 0
-    assert capsys.readouterr() == ("", "")
+    folder = tmp_path / "data/quick-canvas-dataset/sample"
+    assert capsys.readouterr() == (f"{folder}\n", "")
+    as_json = [*command[:2], "--json", "--no_progress"]
+    assert download_data.main([*as_json, "--url", server.put("x.zip", canvas_zip)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["folder"], len(found["files"])) == (str(folder), 12)
+    assert found["bytes"] == sum(found["files"].values())
     assert download_data.main([*command, "--url", server.url("gone.zip")]) == 1
     printed, said = capsys.readouterr()
     assert printed == ""

@@ -69,10 +69,13 @@ def test_the_patch_of_a_run_makes_its_checkpoint_and_undoes_it(
     }
     assert all("attn2" in key for key in patch.tensors)
     capsys.readouterr()
-    # The folder of the run stands for its patch.
+    # The folder of the run stands for its patch, and one of runs for that of the newest.
+    assert run(base, tmp_path / "newest.safetensors", "--patches", tmp_path / "runs", "--quiet") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'newest.safetensors'}\n"
+    assert differing(tmp_path / "newest.safetensors", result["checkpoint"]) == []
     assert run(base, tmp_path / "there.safetensors", "--patches", result["run"]) == 0
     assert capsys.readouterr().out.endswith(
-        f"wrote: {tmp_path / 'there.safetensors'}\nentries: {patch.weights_changed}\n"
+        f"Put on 1 patch: {patch.weights_changed:,} weights changed.\n  model  {tmp_path / 'there.safetensors'}\n"
     )
     assert differing(tmp_path / "there.safetensors", result["checkpoint"]) == []
     argv = [result["run"], tmp_path / "back.safetensors", "--patches", result["patch"], "--remove", "true"]
@@ -142,7 +145,7 @@ def test_patches_that_overlap(tiny_runs: Any, tmp_path: Path, capsys: Any) -> No
     assert not sum_.exists()
     assert run(base, sum_, "--patches", f"{one},{two}", "--overlap", "add") == 0
     combined = tmp_path / "sum.patch.safetensors"
-    assert f"combined_patch: {combined}" in capsys.readouterr().out
+    assert f"patch to take it off again  {combined}\n" in capsys.readouterr().out
     argv = ["--patches", f"{two},{one}", "--overlap", "add"]
     assert run(base, tmp_path / "other.safetensors", *argv) == 0
     assert differing(sum_, tmp_path / "other.safetensors") == []

@@ -30,8 +30,10 @@ def test_every_format_comes_out_of_the_command(tiny_runs: Any, tmp_path: Path, c
     source, yaml = str(tiny_runs.checkpoint()), ["--model_config_path", str(tiny_runs.model_config)]
     assert main([source, str(tmp_path / "folder"), *yaml]) == 0
     printed = capsys.readouterr().out
-    assert f"read: {source} (CompVis checkpoint: UNet of " in printed
-    assert printed.endswith(f"wrote: {tmp_path / 'folder'} (diffusers)\n")
+    assert f"Read {source} (CompVis checkpoint: UNet of " in printed
+    assert " and wrote it as diffusers.\n" in printed
+    assert f"\n  model  {tmp_path / 'folder'}\n" in printed
+    assert printed.endswith(f'  StableDiffusionPipeline.from_pretrained("{tmp_path / "folder"}")\n')
     for name in ("back.safetensors", "back.ckpt"):
         assert main([str(tmp_path / "folder"), str(tmp_path / name), *yaml]) == 0
         original, back = read_state_dict(source)[0], read_state_dict(tmp_path / name)[0]
@@ -69,6 +71,13 @@ def test_help_and_mistakes_come_without_torch(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert "Did you mean 'format'?" in wrong.stderr
     assert "input_path: there is no file absent.ckpt" in wrong.stderr
+
+
+def test_a_suffix_in_capitals_makes_no_folder_of_that_name() -> None:
+    with pytest.raises(
+        ConfigError, match=r"output_path: write the suffix \.SafeTensors in small letters: \.s"
+    ):
+        ConvertConfig(input_path="a.ckpt", output_path="b.SafeTensors")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +188,7 @@ def test_an_ema_copy_with_old_values_is_noticed(tmp_path: Path) -> None:
 def test_half_precision_by_the_command(tiny_runs: Any, tmp_path: Path, capsys: Any) -> None:
     source, yaml = str(tiny_runs.checkpoint()), ["--model_config_path", str(tiny_runs.model_config)]
     assert main([source, str(tmp_path / "f"), *yaml, "--variant", "fp16"]) == 0
-    assert capsys.readouterr().out.endswith(f"wrote: {tmp_path / 'f'} (diffusers, fp16)\n")
+    assert " and wrote it as diffusers, in fp16.\n" in capsys.readouterr().out
     file = tmp_path / "f" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     assert {tensor.dtype for tensor in read_state_dict(file)[0].values()} == {torch.float16}
     assert main([source, str(tmp_path / "b.safetensors"), *yaml, "--dtype", "bf16"]) == 0

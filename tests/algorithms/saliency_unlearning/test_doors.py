@@ -20,6 +20,62 @@ DOORS = {
     "sample": ("SampleConfig", "mu.commands.sampling", "run"),
     "evaluate": ("EvaluateConfig", "mu.evaluation.evaluation", "run"),
 }
+RUN = Path("outputs/run")
+RESULT = {
+    "run": RUN,
+    "masks": {0.5: RUN / "mask_0.5.safetensors"},
+    "kept": {0.5: 5},
+    "total": 10,
+    "checkpoint": RUN / "model.safetensors",
+    "patch": RUN / "model.patch.safetensors",
+    "pictures": None,
+    "mask": RUN / "mask_0.5.safetensors",
+    "weights_changed": 4,
+    "weights_selected": 5,
+    "weights_total": 10,
+    "steps": 3,
+    "images": 2,
+    "sampled": 1,
+    "index": RUN / "images.csv",
+    "images of each model": 4,
+    "UA": {"meaning": "images that are not seen as it", "before, %": None, "after, %": 98.25},
+    "FID": {"meaning": "distance", "after": "3.5 (n = 4)"},
+    "report": RUN / "report.html",
+    "seconds": 123.4,
+}
+"""What all doors' work gives, in one."""
+SAID = {
+    "generate_mask": """Found the weights that matter most for style Abstractionism: 5 (50.0%) of the 10 weights of \
+the UNet, from 2 images, in 2 min 3 s.
+  mask     outputs/run/mask_0.5.safetensors
+  numbers  outputs/run/metrics.json
+To forget it, moving these weights alone:
+  python -m mu.algorithms.saliency_unlearning.scripts.train --config_path YOUR.yaml --template_name Abstractionism \
+--mask_path outputs/run/mask_0.5.safetensors
+""",
+    "train": """Made the model forget style Abstractionism by 3 steps, in 2 min 3 s: 4 of its 10 UNet weights changed, \
+and not one bit of the file outside the 5 in the mask.
+  model    outputs/run/model.safetensors
+  patch    outputs/run/model.patch.safetensors
+  report   outputs/run/report.html
+  numbers  outputs/run/metrics.json
+For diffusers:
+  python -m mu.algorithms.saliency_unlearning.scripts.convert outputs/run/model.safetensors outputs/run/diffusers \
+--model_config_path model.yaml
+""",
+    "sample": """Drew 1 of 2 images in 2 min 3 s; the rest was there already.
+  images   outputs/run/images
+  index    outputs/run/images.csv
+  numbers  outputs/run/metrics.json
+""",
+    "evaluate": """Measured 4 images of each model, in 2 min 3 s; style Abstractionism was to be forgotten.
+                                       before    after
+UA    images that are not seen as it        -   98.2 %
+FID, after: 3.5 (n = 4)
+  report   outputs/run/report.html
+  numbers  outputs/run/metrics.json
+""",
+}
 # Runs a door as `python -m` does, then tells which heavy packages it has imported.
 PROGRAM = """
 import json, runpy, sys
@@ -117,7 +173,7 @@ def handed_on(monkeypatch, tmp_path):
             handed.append(config)
 
         def run(self):
-            return {"path": "result", "UA": 0.5}
+            return RESULT
 
     def run(config):
         return Algorithm(config).run()
@@ -163,7 +219,9 @@ def test_a_door_hands_the_checked_config_on_and_prints_what_comes_back(door, han
         assert value == expected
     printed = capsys.readouterr().out
     assert dump(config) in printed
-    assert "\npath: result\nUA: 0.5\n" in printed
+    assert printed.endswith(f"\n\n{SAID[door]}")
+    assert module.main([*flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(RESULT, default=str))
 
 
 def test_a_packaged_recipe_is_used_by_name(handed_on, tmp_path, capsys):

@@ -106,7 +106,11 @@ def test_the_command_does_the_same_and_its_dry_run_nothing(
     assert not (tmp_path / "runs").exists()
     assert main(words) == 0
     (checkpoint,) = (tmp_path / "runs").glob("style-Noto-*/model.safetensors")
-    assert f"checkpoint: {checkpoint}" in capsys.readouterr().out
+    assert f"\n  model     {checkpoint}\n" in capsys.readouterr().out
+    assert main([*words, "--dry_run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["stage"], plan["can_run"], plan["problems"]) == ("uce", True, [])
+    assert {"what", "folder", "bytes"} <= plan["files"][0].keys()
     assert main([*words, "--substitute", "Noto"]) == 2
     assert "substitute: 'Noto' is itself to be forgotten" in capsys.readouterr().err
 

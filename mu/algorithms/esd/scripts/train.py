@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mu.algorithms.esd.configs import ESDConfig
+from mu.bars import loading
 from mu.cli import Planned, run_door
+from mu.commands.answers import trained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,21 +17,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=ESDConfig.MODULE,
         summary=str(__doc__),
+        examples=[(ESDConfig.MODULE, "--config_path emoji_canvas/esd_style.yaml")],
         argv=argv,
+        answer=trained,
         shares_work=True,
         plan=_plan,
     )
 
 
 def _run(config: ESDConfig) -> object:
-    from mu.algorithms.esd.algorithm import ESDAlgorithm
-    from mu.evaluation.report import with_report
+    with loading():
+        from mu.algorithms.esd.algorithm import ESDAlgorithm
+        from mu.evaluation.report import with_report
 
     return with_report(ESDAlgorithm(config).run(), config)
 
 
 def _plan(config: ESDConfig) -> Planned:
-    from mu.algorithms.esd.algorithm import ESDAlgorithm
+    with loading():
+        from mu.algorithms.esd.algorithm import ESDAlgorithm
 
     return ESDAlgorithm(config).plan()
 

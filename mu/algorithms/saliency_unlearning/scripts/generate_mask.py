@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig
+from mu.bars import loading
 from mu.cli import Planned, run_door
+from mu.commands.answers import masked
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 
@@ -17,20 +19,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         module=MODULE,
         summary=str(__doc__),
+        examples=[(MODULE, "--config_path emoji_canvas/mask_style.yaml")],
         argv=argv,
+        answer=masked,
         shares_work=True,
         plan=_plan,
     )
 
 
 def _run(config: MaskConfig) -> object:
-    from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
+    with loading():
+        from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
 
     return MaskingAlgorithm(config).run()
 
 
 def _plan(config: MaskConfig) -> Planned:
-    from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
+    with loading():
+        from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
 
     return MaskingAlgorithm(config).plan()
 
