@@ -202,6 +202,7 @@ def test_any_key_of_the_stages_may_be_set(tiny_runs: Any) -> None:
 
 def test_the_command_that_goes_on_asks_for_the_same(tiny_runs: Any) -> None:
     config = sd(tiny_runs, "a church, old", keep=("a dog, sitting", "a cat"), set=("train.lr=1e-4",))
-    program, name, *words = shlex.split(command(config))
-    assert (program, name) == ("unlearn_diff", "forget")
+    *program, what = shlex.split(command(config))[:4]
+    assert (program, what) == (["python", "-m", "mu.commands.forget"], "a church, old")
+    words = shlex.split(command(config))[3:]
     assert parse_cli(ForgetConfig, _named(words)) == config

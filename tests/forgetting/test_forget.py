@@ -23,7 +23,9 @@ from mu.forgetting.plan import finished
 from mu.forgetting.recipes import recipe_of
 from mu.ldm.tensor_file import read_state_dict
 from mu.unlearning.checkpoints import Checkpoints
-from tests.forked_commands import flags
+from tests.algorithms.saliency_unlearning.test_kills import tensors
+from tests.forked_commands import Commands, flags
+from tests.kills import Found, assert_kills_change_nothing, contents
 
 
 def tree(folder: Path) -> set[str]:
@@ -75,9 +77,9 @@ def test_one_call_from_a_word_to_the_answer(
     text = str(found)
     assert text == (found.folder / "answer.txt").read_text().removesuffix("\n")
     for part in (
-        "the object church. Asked for it, the model now gives a landscape.",
+        "Forgotten: the object church. Asked for it, the model is now to give a landscape.",
         "2 prompts of yours",
-        f"unlearn_diff convert {found.checkpoint} my_model",
+        f"scripts.convert {found.checkpoint} {found.folder / 'diffusers'}",
         "whether it is forgotten, the pictures must show",
         str(found.report),
     ):
@@ -178,7 +180,7 @@ def test_killed_between_and_within_stages_it_comes_to_the_same_bits(
         patched.setattr(Checkpoints, "is_due", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mu.forget("church", **quick_keys)
-    assert "To go on: unlearn_diff forget church --keep" in capsys.readouterr().err
+    assert "goes on: python -m mu.commands.forget church --keep" in capsys.readouterr().err
     (begun,) = (recipe.folder / "train").glob("*")
     assert (begun / "checkpoints").is_dir()
 
@@ -243,3 +245,45 @@ def test_mistakes_are_told_before_anything_is_loaded(
     assert main(["church", "--ckpt_path", str(tmp_path / "none.ckpt")]) == 2
     assert "ckpt_path" in capsys.readouterr().err
     assert not (tmp_path / "forget").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_comes_to_the_same_files(
+    commands: Commands, quick_keys: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    places = {"processed_dataset_dir": str(out / "processed"), "output_dir": str(out / "forget")}
+    keys = {**quick_keys, **places, "set": (*quick_keys["set"], "checkpoint_every_steps=1")}
+
+    def found(folder: Path) -> Found:
+        return {
+            **tensors(folder, "model.safetensors"),
+            **contents(folder, "*.png", "mask_*.safetensors", "model.patch.safetensors"),
+        }
+
+    assert_kills_change_nothing(
+        commands,
+        "mu.commands.forget",
+        lambda: ["church", *flags(keys)],
+        folder=out,
+        found=found,
+        kills=20,
+        seed=5,
+    )
+
+
+def test_quiet_prints_paths_and_json_the_result(
+    quick_keys: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["church", *flags({**quick_keys, "method": "uce", "set": ("sample_steps=1",)})]
+    assert main([*words, "--quiet"]) == 0
+    told = capsys.readouterr()
+    paths = [Path(line) for line in told.out.splitlines()]
+    assert [path.suffix for path in paths] == [".safetensors", ".safetensors", ".png", ".html"]
+    assert all(path.is_file() for path in paths)
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["checkpoint"] == str(paths[0])
+    assert result["moved"]["n_pictures"]["kept"] == 4
+    assert main([*words, "--json", "--dry_run"]) == 0
+    assert json.loads(capsys.readouterr().out)["asked"]["kind"] == "object"
