@@ -151,10 +151,11 @@ def _looked_at(recipe: Recipe, train: OutputKeys, trained: Path, checkpoint: Pat
         paths = {"pictures": result["picture"], "report": result.get("report")}
         return {**paths, "scores": numbers, "moved": None}
 
-    # The picture lies among those of the training, whose report shows it.
+    # Picture and numbers lie with those of the training, whose report shows them.
     picture = trained / "pictures" / "before_after.png"
     title = f"{named(recipe)} forgotten (framed): same prompts, same noise"
     moved = compare(train, checkpoint, recipe.prompts, recipe.kept, path=picture, title=title)
+    write_atomically(trained / "moved.json", f"{json.dumps(moved.as_dict(), indent=2)}\n".encode())
     report = report_training(trained, show_unsafe=False)
     return {
         "pictures": str(picture),
