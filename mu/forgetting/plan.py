@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.forgetting.pictures import SEEDS, shown_prompts
 from mu.forgetting.recipes import Recipe
 from mu.forgetting.timing import Timed, timed
-from mu.run_folder import is_finished
+from mu.run_folder import RESULT, is_finished
 from mu.unlearning.method import Method
 from mu.unlearning.plan import Plan, size
 from mu.unlearning.training_config import TrainingKeys
@@ -58,6 +59,19 @@ class ForgetPlan:
         for plan in self.plans.values():
             plan.require()
         return self
+
+    def as_json(self) -> dict[str, object]:
+        """What `--dry_run --json` prints."""
+        return {
+            "can_run": self.exit_code == 0,
+            "asked": vars(self.recipe.asked),
+            "prompts": self.recipe.prompts,
+            "kept": self.recipe.kept,
+            "notes": self.recipe.notes,
+            "folder": self.recipe.folder,
+            "seconds": {work.stage: work.seconds for work in self.work},
+            "plans": {stage: plan.as_json() for stage, plan in self.plans.items()},
+        }
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -102,9 +116,14 @@ def _stages(recipe: Recipe) -> dict[str, Method[Any]]:
 
 
 def finished(recipe: Recipe, stage: str) -> Path | None:
-    """The folder of the run in which a stage was done; None: it was not."""
-    found = [run for run in sorted((recipe.folder / stage).glob("*")) if is_finished(run)]
-    return found[-1] if found else None
+    """The folder of the run in which a stage was done, and whose files are still there; None: there is none."""
+    for run in sorted((recipe.folder / stage).glob("*"), reverse=True):
+        if is_finished(run):
+            result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+            made = [result["checkpoint"]] if stage == "train" else result["masks"].values()
+            if all(Path(path).exists() for path in made):
+                return run
+    return None
 
 
 def _work(recipe: Recipe, plans: Mapping[str, Plan], once: Timed) -> Iterator[Work]:
@@ -158,9 +177,9 @@ def _lines(plan: ForgetPlan) -> Iterator[str]:
         yield "All of it is done already."
         return
     yield ""
-    yield f"It will take about {duration(plan.seconds)}, by the time that one step takes here:"
+    yield f"It will take about {_about(plan.seconds)}, by the time that one step takes here:"
     for work in plan.work:
-        yield f"  {work.stage:<9}{work.does:<36}{duration(work.seconds)}"
+        yield f"  {work.stage:<9}{work.does:<36}{_about(work.seconds)}"
     files = {file.what: file for each in plan.plans.values() for file in each.files if file.bytes}
     yield f"It will write about {size(sum(file.bytes for file in files.values()))}:"
     width = max(map(len, files), default=0)
@@ -176,7 +195,7 @@ def named(recipe: Recipe) -> str:
     return f"the {asked.kind}{'s' if len(names) > 1 else ''} {joined}"
 
 
-def duration(seconds: float) -> str:
+def _about(seconds: float) -> str:
     """`40 s`, `3 min`, `2 h 10 min`."""
     if seconds < 100:
         return f"{max(1, round(seconds))} s"

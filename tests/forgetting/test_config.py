@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from mu.algorithms.saliency_unlearning.configs import (
     saliency_unlearning_train_emoji_canvas,
 )
 from mu.algorithms.uce.configs import UCEConfig
+from mu.commands.forget import _named
 from mu.config import ConfigError
 from mu.datasets.data_sets import data_set_of
 from mu.forgetting.config import ForgetConfig, asked_of, mentions
 from mu.forgetting.recipes import everyday_prompts, recipe_of
 from mu.forgetting.run import command
-from tests.importable.command_lines import parsed
+from tests.importable.command_lines import parse_cli
 
 PLACES = ("output_dir", "processed_dataset_dir", "mask_path", "devices")
 
@@ -200,6 +202,7 @@ def test_any_key_of_the_stages_may_be_set(tiny_runs: Any) -> None:
 
 def test_the_command_that_goes_on_asks_for_the_same(tiny_runs: Any) -> None:
     config = sd(tiny_runs, "a church, old", keep=("a dog, sitting", "a cat"), set=("train.lr=1e-4",))
-    words = command(config).split(" ")
-    assert words[:2] == ["unlearn_diff", "forget"]
-    assert parsed(command(config)) == config
+    *program, what = shlex.split(command(config))[:4]
+    assert (program, what) == (["python", "-m", "mu.commands.forget"], "a church, old")
+    words = shlex.split(command(config))[3:]
+    assert parse_cli(ForgetConfig, _named(words)) == config
