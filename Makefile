@@ -39,7 +39,7 @@ demo: $(VENV)/.installed             ## mask, unlearn, sample and evaluate one s
 	$(DOOR).train --config_path emoji_canvas/train_style.yaml --validate_every_steps 20 --sample_every_steps 40
 	$(DOOR).evaluate --config_path emoji_canvas/evaluate_style.yaml
 
-table: $(VENV)/.installed            ## the results table of README.md: every style and object; goes on where it stopped
+table: $(VENV)/.installed            ## the results table of docs/results.md: every style and object; goes on where it stopped
 	$(BIN)/python -m benchmarks.table --config_path benchmarks/emoji_canvas_table.yaml
 
 test: $(VENV)/.installed-dev         ## the tests; ARGS="-k mask -x" is handed to pytest

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import speed_text
+from benchmarks import readme_text, speed_text
 from benchmarks.table_text import by_method, differences_markdown, markdown, means_markdown, reading
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,14 +37,33 @@ def controls() -> str:
 
 def speed() -> str:
     """All measurements of the stopwatch."""
-    files = sorted(MEASURED.glob("speed_*.json"))
-    return "\n\n".join(speed_text.table(_read(file.name)) for file in files)
+    return "\n\n".join(speed_text.table(report) for report in _speed_reports())
+
+
+def scoreboard() -> str:
+    """The methods of the results table side by side, with the controls that it has not."""
+    return readme_text.scoreboard(
+        _read("emoji_canvas_table.json")["rows"], _read("emoji_canvas_controls.json")["rows"]
+    )
+
+
+def speed_rows() -> str:
+    """A row for each measurement of the stopwatch."""
+    return readme_text.speed_rows(_speed_reports())
+
+
+def objective() -> str:
+    """ESD's loss as it stands in the code."""
+    return readme_text.method_source(ROOT / "mu/algorithms/esd/objective.py", "ESD", "terms")
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[], str]], ...] = (
-    ("README.md", "table", results),
-    ("README.md", "speed", speed),
-    ("docs/controls.md", "controls", controls),
+    ("README.md", "scoreboard", scoreboard),
+    ("README.md", "speed", speed_rows),
+    ("README.md", "objective", objective),
+    ("docs/results.md", "table", results),
+    ("docs/results.md", "controls", controls),
+    ("docs/results.md", "speed", speed),
 )
 """Page, the name in its markers, and what makes the text between them."""
 
@@ -82,6 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
     return wrong
+
+
+def _speed_reports() -> list[dict[str, Any]]:
+    return [_read(file.name) for file in sorted(MEASURED.glob("speed_*.json"))]
 
 
 def _read(name: str) -> Any:

@@ -11,17 +11,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims import claimed
 from benchmarks.table_config import CONCEPTS, TableConfig
 from benchmarks.table_rows import PlannedRow, concept_folder, planned_rows
 from benchmarks.table_text import SCORES, Row, by_method, label, markdown, mean_of, reading, scores_of
-from benchmarks.workers import at_work, claimed
 from mu.arithmetic import CUBLAS_WORKSPACE, run_arithmetic
 from mu.atomic import write_atomically
 from mu.config import override, require_paths, resolve_path
@@ -66,7 +64,7 @@ class ResultsTable:
         self.grid = Grid(STYLES, OBJECTS, config.seeds)
         # A recipe may ask for deterministic kernels, when CUDA has long begun; cuBLAS reads this once.
         os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
-        self.device = resolve_devices(config.devices[0])
+        self.device = resolve_devices(config.devices)
         self.classifier: EmojiClassifier = load_classifier(resolve_path(config.classifier_path), self.device)
         self._bases: dict[tuple[Path, tuple[int, ...]], MeasuredModel] = {}
         self._features = features_of(ClassifierFeatures(self.classifier, Path(config.classifier_path).name))
@@ -76,38 +74,21 @@ class ResultsTable:
         config = self.config
         wanted = config.concepts or CONCEPTS
         rows: dict[str, list[Row]] = {}
-        with self._workers(wanted) as wait_for:
-            for wait in (False, True):  # concepts that another command is at come last
-                for number, name in enumerate(wanted):
-                    if name in rows:
-                        continue
-                    wait_for(name)
-                    _log.info("concept %d of %d: %s", number + 1, len(wanted), name)
-                    with claimed(concept_folder(config, name), wait=wait) as mine:
-                        if mine:
-                            rows[name] = self.rows(name)
-                            self.write([row for name in wanted for row in rows.get(name, ())])
+        for wait in (False, True):  # concepts that another command is at come last
+            for number, name in enumerate(wanted):
+                if name in rows:
+                    continue
+                _log.info("concept %d of %d: %s", number + 1, len(wanted), name)
+                with claimed(concept_folder(config, name), wait=wait) as mine:
+                    if mine:
+                        rows[name] = self.rows(name)
+                        self.write([row for name in wanted for row in rows.get(name, ())])
         return {
             **_summary([row for name in wanted for row in rows[name]]),
             "cra_prompts": config.cra_prompts,
             "left_out": ", ".join(config.left_out) or "none",
             "table": self.folder / f"{config.table_name}.md",
         }
-
-    @contextmanager
-    def _workers(self, wanted: Sequence[str]) -> Iterator[Callable[[str], None]]:
-        """Processes that make the concepts; the function that is yielded waits for one. With one worker, none."""
-        config = self.config
-        workers = config.workers or len(config.devices)
-        if workers == 1:
-            yield lambda _: None
-            return
-        with at_work(
-            _make, wanted, start=partial(_start, config), devices=config.devices, workers=workers
-        ) as wait_for:
-            # Here they are only gathered: what the workers have made anew is not made anew again.
-            self.config = override(config, resume=True)
-            yield wait_for
 
     @run_arithmetic()
     def rows(self, concept: str) -> list[Row]:
@@ -266,23 +247,6 @@ class ResultsTable:
         write_atomically(f"{path}.csv", table_csv(columns, cells))
         text = markdown(rows) + reading(config.cra_prompts, config.left_out)
         write_atomically(f"{path}.md", text.encode())
-
-
-_worker: ResultsTable | None = None
-"""The table, in a process of `at_work`."""
-
-
-def _start(config: TableConfig, device: str) -> None:
-    global _worker
-    _worker = ResultsTable(override(config, devices=(device,)))
-
-
-def _make(name: str) -> None:
-    """Make the rows of a concept, unless another command is at it."""
-    assert _worker is not None
-    with claimed(concept_folder(_worker.config, name), wait=False) as mine:
-        if mine:
-            _worker.rows(name)
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

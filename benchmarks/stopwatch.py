@@ -1,4 +1,4 @@
-"""Time and memory of unlearning, by this library and by two other ways, all in one run (docs/benchmark.md).
+"""Time and memory of unlearning, by this library and by two other ways, all in one run (docs/results.md).
 
 python scripts/benchmark.py --scale emoji --device cpu                   # writes benchmarks/speed_emoji_cpu.json
 python scripts/benchmark.py --scale sd1-narrow --device cpu --parts mask,threshold --arms plain,ours

@@ -49,15 +49,11 @@ class TableConfig(ScoringKeys):
         lt=1_000_000,
         may_be_empty=True,
     )
-    devices: tuple[str, ...] = setting(
-        ("0",), "CUDA device numbers such as 0, or cpu; workers take them in turn.", pattern=DEVICE_PATTERN
-    )
-    workers: int | None = setting(
-        None,
-        "Processes, each of which takes the next free concept; on the CPU they share its threads. null: one for each "
-        "device. The same command, begun a second time beside the first, shares the concepts with it too.",
-        ge=1,
-        le=1000,
+    devices: str = setting(
+        "0",
+        "CUDA device number such as 0, or cpu. The same command, begun again beside the first (on another device), "
+        "shares the concepts with it.",
+        pattern=DEVICE_PATTERN,
     )
     resume: bool = setting(
         True,

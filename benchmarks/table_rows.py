@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.methods import METHODS, Method
 from benchmarks.table_config import CONCEPTS, TableConfig
+from benchmarks.table_text import exact
 from mu.config import Config, keys_of, override
 from mu.datasets.emoji_canvas import STYLES
 
@@ -78,7 +79,7 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
     here = {
         "template": kind,
         "template_name": concept,
-        "devices": config.devices[0],
+        "devices": config.devices,
         "processed_dataset_dir": str(Path(config.output_dir) / "processed"),
     }
     found = []
@@ -96,7 +97,7 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
         if method.size_key is not None and train.masking != "none":
             thresholds = config.thresholds or (_size(METHODS["salun"], kind, config.recipes),)
         for threshold in thresholds:
-            own = folder / (name if threshold is None else f"{name}-{threshold!r}".removesuffix(".0"))
+            own = folder / (name if threshold is None else f"{name}-{exact(threshold)}")
             size = {} if threshold is None else {str(method.size_key): threshold}
             mask = None
             if stage is not None and threshold is not None:

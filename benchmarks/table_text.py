@@ -63,7 +63,12 @@ def by_method(rows: Sequence[Row]) -> dict[tuple[str, float | None], list[Row]]:
 
 def label(method: str, threshold: float | None) -> str:
     """`salun 0.5`, or `ascent`."""
-    return method if threshold is None else f"{method} {threshold:g}"
+    return method if threshold is None else f"{method} {exact(threshold)}"
+
+
+def exact(threshold: float) -> str:
+    """The threshold as it was given, so that no two have the same text."""
+    return f"{threshold!r}".removesuffix(".0")
 
 
 # ---- differences

@@ -1,7 +1,7 @@
 """Files that are always whole: at a path there is the old file or the whole new one, also after a kill.
 
-What is written goes to a temporary file beside its place (`.<name>.<random>.tmp`), is synced, and is renamed over it.
-Imports nothing heavy, so that every module may use it.
+What is written goes to a temporary file beside its place (`.<name>.<random>.tmp`, a long name cut), is synced, and is
+renamed over it. Imports nothing heavy, so that every module may use it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def written_beside(path: str | Path, needed_bytes: int) -> Iterator[Path]:
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    temporary = staged_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -57,6 +57,12 @@ def written_beside(path: str | Path, needed_bytes: int) -> Iterator[Path]:
     finally:
         if os.path.lexists(temporary):
             temporary.unlink()
+
+
+def staged_beside(target: Path) -> Path:
+    """A new hidden name beside `target`: a long one is cut, as file systems take 255 bytes."""
+    stem = target.name.encode()[:200].decode(errors="ignore")
+    return target.with_name(f".{stem}.{secrets.token_hex(6)}.tmp")
 
 
 def write_atomically(path: str | Path, content: bytes) -> Path:

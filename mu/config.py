@@ -7,6 +7,7 @@ allowed (`mu.config_keys`). However it is built, by constructor, `load_config`, 
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import math
@@ -22,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mu.config_file import ConfigFileError, find_config, read_flat_file, resolve_path
-from mu.config_keys import Key, Rule, as_text, is_null, setting
+from mu.config_keys import Key, Rule, as_text, is_null, setting, shown
 from mu.config_names import hint, meant, nearest
 from mu.errors import MuError
 from mu.ranks import started_rank
@@ -47,6 +48,13 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+_REFUSED = {
+    errno.ENAMETOOLONG: "most file systems take 255 bytes for a name and 4095 for the whole; give a shorter path",
+    errno.EACCES: "give another path, or change the permissions of its folders",
+    errno.ELOOP: "the links in it lead in a circle; mend them, or give another path",
+}
+"""Why a file system does not even look for a path -> what to do."""
 
 
 class ConfigError(MuError, ValueError):
@@ -261,7 +269,15 @@ def _fill(
         wrong |= said
         BaseModel.__init__(config, **{name: value for name, value in given.items() if name not in said})
 
-    # 3. What is at odds between keys, and what is not on disk; not where a mistake is told of the keys already.
+    # 3. Paths that cannot be looked for: their defaults stand in too.
+    if on_disk and (refused := _refused_paths(config)):
+        found += [f"{name}: {message}{where[name]}" for name, message in refused.items()]
+        wrong |= refused.keys()
+        BaseModel.__init__(
+            config, **{name: value for name, value in as_dict(config).items() if name not in refused}
+        )
+
+    # 4. What is at odds between keys, and what is not on disk; not where a mistake is told of the keys already.
     if None not in levels:
         for names, message in config.conflicts():
             if wrong.isdisjoint(names):
@@ -281,6 +297,25 @@ def _fill(
             notes.append(note)
         elif started_rank() == 0:
             _log.warning("%s", note)
+
+
+def _refused_paths(config: Config) -> dict[str, str]:
+    """Key -> why the file system does not look for its path, and what to do; a path that is not there is none."""
+    found = {}
+    for key in keys_of(type(config)):
+        given = getattr(config, key.name)
+        if key.rule.kind != "path" or given in (None, key.default):
+            continue
+        for path in given if isinstance(given, tuple) else (given,):
+            try:
+                os.stat(resolve_path(path))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                advice = _REFUSED.get(error.errno or 0, "give another path")
+                named = shown(path) if error.errno == errno.ENAMETOOLONG else repr(path)
+                found[key.name] = f"{named} cannot be looked for ({error.strerror}); {advice}"
+    return found
 
 
 def _is_text(value: object, text: str) -> bool:
@@ -319,7 +354,14 @@ def dump(config: Config) -> str:
 
 def check_paths(config: Config) -> list[str]:
     """What `config` needs and is not on disk; one message each, naming the command that makes it."""
-    return [f"{keys[0]}: {message}" for keys, message in config.disk_problems()]
+    refused = _refused_paths(config)
+    if refused:  # their defaults stand in while the rest is looked for
+        given = {name: value for name, value in config if name not in refused}
+        config = type(config).__new__(type(config))
+        BaseModel.__init__(config, **given)
+    return [f"{name}: {message}" for name, message in refused.items()] + [
+        f"{keys[0]}: {message}" for keys, message in config.disk_problems() if refused.keys().isdisjoint(keys)
+    ]
 
 
 def require_paths(config: Config) -> None:

@@ -81,20 +81,20 @@ class Rule:
         if not text and not self.may_be_empty:
             raise ValueError("must not be empty")
         if "${" in text:
-            raise ValueError(f"{_shown(text)}: values are not interpolated; write the value itself")
+            raise ValueError(f"{shown(text)}: values are not interpolated; write the value itself")
         if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text):
-            raise ValueError(f"{_shown(text)} contains a control character")
+            raise ValueError(f"{shown(text)} contains a control character")
         if self.choices is not None and text not in self.choices:
             listed = ", ".join(self.choices)
-            raise ValueError(f"{_shown(text)} is not one of: {listed}.{nearest(text, self.choices)}")
+            raise ValueError(f"{shown(text)} is not one of: {listed}.{nearest(text, self.choices)}")
         if self.pattern is not None and not re.fullmatch(self.pattern, text):
-            raise ValueError(f"{_shown(text)} is not what this key takes: {self.help}")
+            raise ValueError(f"{shown(text)} is not what this key takes: {self.help}")
         if self.kind == "name":
             _check_name(text)
         if self.kind != "path":
             return text
         if text.startswith(PACKAGE_PREFIX) and ".." in Path(text).parts:
-            raise ValueError(f"{_shown(text)} leaves the package's folder")
+            raise ValueError(f"{shown(text)} leaves the package's folder")
         return os.path.expanduser(text)
 
 
@@ -142,6 +142,14 @@ class Key:
         return " or ".join([", ".join(forms[:-1]), forms[-1]] if len(forms) > 1 else forms)
 
     @property
+    def allowed(self) -> str:
+        """What a mistake names instead: the type in words, or the choices."""
+        if self.rule.choices is None:
+            return self.type_words + (f": {self.rule.help}" if self.rule.pattern is not None else "")
+        many = "a list of these" if not self.scalar else "one of these"
+        return f"{many}: {', '.join(self.rule.choices)}{', or null' if self.optional else ''}"
+
+    @property
     def default_text(self) -> str:
         return as_text(self.default)
 
@@ -151,14 +159,14 @@ class Key:
             if self.optional:
                 return None
             none = ", or [] for none" if self.listed and self.rule.may_be_empty else ""
-            raise ValueError(f"must not be null; give {self.type_words}{none}")
+            raise ValueError(f"must not be null; give {self.allowed}{none}")
         if isinstance(given, str) and self.listed and self.rule.split and "," in given:
             given = [type(given)(part.strip()) for part in given.split(",")]
         if not isinstance(given, (list, tuple)):
             items = check((self._item(given),))
             return items[0] if self.scalar else items
         if not self.listed:
-            raise ValueError(f"takes one value, {self.type_words}, not a list")
+            raise ValueError(f"takes one value, {self.allowed}, not a list")
         if not given and not self.rule.may_be_empty:
             raise ValueError("the list is empty; give at least one")
         items = check(tuple(self._item(item) for item in given))
@@ -194,8 +202,8 @@ class Key:
         if error["type"] == "finite_number":
             return f"must be finite, got {given}"
         if error["type"] in _RANGE_ERRORS:
-            return f"must be {self.rule.limits}, got {_shown(given).removesuffix('.0')}"
-        return f"must be {self.type_words}, got {_shown(given)}"
+            return f"must be {self.rule.limits}, got {shown(given).removesuffix('.0')}"
+        return f"must be {self.allowed}, got {shown(given)}"
 
 
 def is_null(value: object) -> bool:
@@ -224,16 +232,14 @@ def as_text(value: object, *, split: bool = True) -> str:
 def _check_name(text: str) -> None:
     """A name becomes a folder or file name: it must not lead out of the folder it stands in."""
     if "/" in text or "\\" in text or ".." in text or text == ".":
-        raise ValueError(f"{_shown(text)} is used as a folder's name: no '/', '\\' or '..'")
+        raise ValueError(f"{shown(text)} is used as a folder's name: no '/', '\\' or '..'")
     if not text.isprintable() or text != text.strip():
-        raise ValueError(
-            f"{_shown(text)} is used as a folder's name: no blanks around it, no invisible signs"
-        )
+        raise ValueError(f"{shown(text)} is used as a folder's name: no blanks around it, no invisible signs")
     if len(text.encode()) > 100:
-        raise ValueError(f"{_shown(text)} is used as a folder's name: at most 100 bytes")
+        raise ValueError(f"{shown(text)} is used as a folder's name: at most 100 bytes")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """The value in a message, cut where it is long."""
     try:
         text = repr(str(value) if isinstance(value, Text) else value)

@@ -336,6 +336,8 @@ def _not_made(output_dir: str | Path, error: OSError) -> RunFolderError:
 def writable_problem(folder: str | Path) -> str | None:
     """Why nothing could be written into `folder` (which need not exist yet), or None."""
     place = _nearest_existing(Path(folder))
+    if place.is_symlink() and not place.exists():
+        return f"{place} is a link to {os.readlink(place)}, which is not there; make that folder, or mend the link"
     if not place.is_dir():
         return f"{place} is a file, not a folder"
     if not os.access(place, os.W_OK | os.X_OK):
@@ -345,7 +347,7 @@ def writable_problem(folder: str | Path) -> str | None:
 
 def space_problem(folder: str | Path, needed_bytes: int) -> str | None:
     """Why `needed_bytes` do not fit on the disk of `folder` (which need not exist yet), or None."""
-    free = shutil.disk_usage(_nearest_existing(Path(folder))).free
+    free = shutil.disk_usage(_nearest_existing(Path(folder).resolve())).free
     if free >= needed_bytes:
         return None
     return f"{needed_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB free; choose another disk or make room"
@@ -353,6 +355,6 @@ def space_problem(folder: str | Path, needed_bytes: int) -> str | None:
 
 def _nearest_existing(folder: Path) -> Path:
     folder = folder.absolute()
-    while not folder.exists():
+    while not os.path.lexists(folder):
         folder = folder.parent
     return folder

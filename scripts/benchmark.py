@@ -1,4 +1,4 @@
-"""Time and memory of unlearning: `python -m benchmarks.stopwatch` under the name that docs/benchmark.md gives."""
+"""Time and memory of unlearning: `python -m benchmarks.stopwatch` under the name that docs/results.md gives."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ The drawings come as SVG in npm packages. Get them with npm into any folder, the
         --output_dir data/emoji-canvas --size 128
 
 The result is <output_dir>/<Style>/<Object>/<n>.png, n = 1..4, RGB on white. Styles, objects, icon names and
-licences are in mu/datasets/emoji_canvas.py. The drawings are an input of the training scripts; they are not
+licences are in scripts/emoji_drawings.py. The drawings are an input of the training scripts; they are not
 kept in the repository.
 """
 
@@ -26,9 +26,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emoji_drawings import ICONS, SOURCES, StyleSource
 from PIL import Image, ImageDraw
 
-from mu.datasets.emoji_canvas import ICONS, SOURCES, StyleSource
 from mu.errors import MuError
 
 

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can answer, in one run: correctness, speed, memory (docs/speed.md, "Checking a GPU").
+"""Everything that only a GPU can answer, in one run: correctness, speed, memory (docs/results.md, "On a GPU").
 
 python scripts/gpu_check.py --minutes 8                       # writes benchmarks/gpu_<device>.json
 python scripts/gpu_check.py --list                            # the parts, and which of them fit

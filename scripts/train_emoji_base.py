@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
+from augment import augment
 from PIL import Image
 from torch import Tensor, nn
 
-from mu.datasets.augment import augment
 from mu.datasets.canvas import canvas_prompt
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.ldm import LatentDiffusion, load_model, sample_posterior, save_checkpoint

@@ -8,7 +8,7 @@ The two bundled ones, after scripts/build_emoji_canvas.py has drawn the data set
         --output mu/assets/emoji_canvas/classifier_score.safetensors
 
 The first is for tuning, the second for scoring only. They judge images that a diffusion model made, so besides
-the base model's own augmentation (mu/datasets/augment.py) they train on softened, noisy, compressed and slightly
+the base model's own augmentation (scripts/augment.py) they train on softened, noisy, compressed and slightly
 recoloured drawings. The accuracy in the file's header is that on fresh augmentations without those.
 """
 
@@ -24,11 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from augment import augment
+from emoji_drawings import DRAWINGS_PER_OBJECT
 from PIL import Image
 from torch import Tensor
 
-from mu.datasets.augment import augment
-from mu.datasets.emoji_canvas import DRAWINGS_PER_OBJECT, OBJECTS, STYLES
+from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.evaluation.emoji_classifier import ARCHITECTURES, EmojiClassifier, save_classifier
 
 INPUT_SIZE = 64

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import mu.algorithms
-from mu.algorithms.saliency_unlearning.configs import TrainConfig
+from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import load_mask, save_mask
-from mu.config import keys_of
+from mu.config import keys_of, load_config
 from mu.config_names import hint
 from mu.evaluation.config import EvaluateConfig, SampleConfig
 from mu.ldm import LatentDiffusion
@@ -38,11 +38,31 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page: Path) -> None:
+    """Named as GitHub and the site name them: small letters, hyphens for blanks, no other signs."""
+    text = page.read_text(encoding="utf-8")
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+        target = (page.parent / file).read_text(encoding="utf-8") if file else text
+        target = re.sub(r"^```.*?^```", "", target, flags=re.M | re.S)
+        headings = re.findall(r"^#+ (.*)$", target, flags=re.M)
+        slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert anchor in slugs, f"{file or page.name} has no heading {anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_name_modules_and_files_that_exist(page: Path) -> None:
     shell = "\n".join(blocks(page, "sh"))
-    for module, config in re.findall(r"python -m (mu[\w.]*) +--config_path (\S+)", shell):
-        assert find_spec(module) is not None
-        assert (ROOT / "configs" / config).is_file()
+    for module in re.findall(r"python -m (mu[\w.]*)", shell):
+        assert module.startswith(EXAMPLE) or find_spec(module) is not None
+    configs = re.findall(r"--config_path (\w+/\S+)", shell)
+    known = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "benchmarks").glob("*.yaml")]
+    names = {
+        str(path.relative_to(folder))
+        for path in known
+        for folder in (ROOT, ROOT / "configs")
+        if folder in path.parents
+    }
+    assert [config for config in configs if config not in names] == []
     scripts = re.findall(r"python (scripts/\w+\.py)", shell)
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
     targets = re.findall(r"^make ([a-z-]+)", shell, flags=re.M)
@@ -91,8 +111,19 @@ def test_the_method_that_the_page_on_developing_makes_passes_its_tests(
             del sys.modules[name]
 
 
-def test_the_page_on_migrating_names_keys_that_are_there_and_that_a_mistake_leads_to() -> None:
-    text = (ROOT / "docs/migrating.md").read_text(encoding="utf-8").split("## Keys")[1]
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_settings_of_data_sets_are_those_of_both_stages(page: str, tmp_path: Path) -> None:
+    examples = [block for block in blocks(ROOT / page, "yaml") if "dataset_type" in block]
+    assert examples
+    for number, example in enumerate(examples):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(example, encoding="utf-8")
+        for cls in (MaskConfig, TrainConfig):
+            load_config(cls, config_path=path)
+
+
+def test_keys_of_other_programs_lead_to_keys_that_are_there() -> None:
+    text = (ROOT / "docs/start.md").read_text(encoding="utf-8").split("### Keys")[1]
     classes = (TrainConfig, EvaluateConfig, SampleConfig)
     keys = [[key.name for key in keys_of(cls)] for cls in classes]
     rows = re.findall(r"^\| (`.*) \| (.*) \|$", text, flags=re.M)
@@ -124,7 +155,7 @@ def test_the_page_on_keys_has_every_command() -> None:
     assert listed == classes
 
 
-def test_a_mask_is_read_as_the_page_on_masks_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_is_read_as_the_page_on_methods_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     marked = {
         "in.weight": torch.rand((3, 5, 7), generator=generator) < 0.5,
@@ -132,7 +163,7 @@ def test_a_mask_is_read_as_the_page_on_masks_shows(tmp_path: Path, monkeypatch: 
     }
     save_mask(marked, tmp_path / "mask_0.5.safetensors", {"concept": "Cubism"})
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks(ROOT / "docs/masks.md", "python")
+    (example,) = (block for block in blocks(ROOT / "docs/method.md", "python") if "safe_open" in block)
     variables: dict[str, dict[str, np.ndarray]] = {}
     exec(example, variables)
     read, own = variables["mask"], load_mask(tmp_path / "mask_0.5.safetensors")

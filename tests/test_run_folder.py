@@ -159,6 +159,14 @@ def test_promise_17_space_and_permission_are_found_before_a_run(tmp_path):
     assert writable_problem(tmp_path / "not" / "yet") is None
     (tmp_path / "file").write_text("")
     assert "is a file" in str(writable_problem(tmp_path / "file" / "below"))
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for below in ("link", "link/deeper"):
+        assert f"link is a link to {tmp_path / 'gone'}, which is not there" in str(
+            writable_problem(tmp_path / below)
+        )
+    (tmp_path / "good").symlink_to(tmp_path)
+    assert writable_problem(tmp_path / "good" / "deeper") is None
+    assert space_problem(tmp_path / "link" / "deeper", 1) is None
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

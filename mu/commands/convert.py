@@ -106,12 +106,15 @@ class ConvertConfig(Config):
                 f"a variant is for format diffusers, not {self.output_kind}; leave it out (dtype is for all formats)",
             )
         kind, suffix = self.output_kind, Path(self.output_path).suffix
+        known = {own for suffixes in _SUFFIXES.values() for own in suffixes}
+        if suffix not in known and suffix.lower() in known:
+            yield ("output_path", "format"), f"write the suffix {suffix} in small letters: {suffix.lower()}"
         if kind in _SUFFIXES and suffix not in _SUFFIXES[kind]:
             yield (
                 ("output_path", "format"),
                 f"format {kind} is written to a file with one of the suffixes {', '.join(_SUFFIXES[kind])}",
             )
-        elif kind == "diffusers" and suffix in {suffix for known in _SUFFIXES.values() for suffix in known}:
+        elif kind == "diffusers" and suffix in known:
             yield (
                 ("output_path", "format"),
                 f"format diffusers is a folder; {self.output_path} looks like a file",

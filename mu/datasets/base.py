@@ -1,7 +1,7 @@
 """What a data set is: the rules of its keys, its disk check, its rows, and whether images are sampled for it.
 
-A new one is a subclass of `DataSet` in a file of its own and a line in `mu.datasets.data_sets`; docs/data.md has the
-steps. Nothing here imports torch, so that a data set is checked before a model is loaded.
+A new one is a subclass of `DataSet` in a file of its own and a line in `mu.datasets.data_sets`; docs/developing.md has
+the steps. Nothing here imports torch, so that a data set is checked before a model is loaded.
 """
 
 from __future__ import annotations

@@ -85,8 +85,6 @@ class CategoryTable(DataSet):
             DataError: a category is not in the table, folders or images are missing, or images cannot be used.
         """
         root, targets, retain_set = Path(self.config.raw_dataset_dir), self.targets, self.retain_set
-        # `use_sample` decided this too, before there was a key for it.
-        missing: str = self.config.missing_images or ("skip" if self.config.use_sample else "error")
 
         # 1. The table.
         table, prompts, more_notes = self.table(root)
@@ -138,18 +136,13 @@ class CategoryTable(DataSet):
             )
 
         # 4. What is no row.
-        notes = []
-        if self.config.missing_images is None and missing == "error":
-            notes = [
-                f"use_sample: false means missing_images: error to dataset_type {self.kind}; say that instead"
-            ]
-        notes += passed_over(
+        notes = passed_over(
             [f"line {row.line}" for row in prompts if not row.prompt], f"rows of {table} without a prompt"
         )
-        if missing == "skip":
-            notes += passed_over(without_image, f"rows of {table} without an image (missing_images: skip)")
-        else:
+        if self.config.missing_images == "error":
             problems += [f"{path}: missing" for path in without_image]
+        else:
+            notes += passed_over(without_image, f"rows of {table} without an image (missing_images: skip)")
         used = {row.image for row in forget}
         spare = [
             str(path)

@@ -6,7 +6,7 @@ Prompts are given, one for all images of a folder, or stand beside the images.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mu.datasets.base import DataSet, Problem
@@ -70,6 +70,8 @@ class Folder(DataSet):
         for key, root in roots.items():
             check_folder(key, root, advice="Any folder of images will do.")
         _check_separate(list(roots.values()))
+        written = {key: getattr(config, key, None) for key in ("processed_dataset_dir", "output_dir")}
+        _check_outside(roots, {key: Path(folder) for key, folder in written.items() if folder is not None})
 
         # The images.
         images: dict[str, list[Path]] = {}
@@ -129,6 +131,17 @@ def _check_separate(roots: list[Path]) -> None:
             f"retain_dataset_dir: {roots[1]} and raw_dataset_dir {roots[0]} must not be the same folder, nor one "
             "within the other."
         )
+
+
+def _check_outside(roots: Mapping[str, Path], written: Mapping[str, Path]) -> None:
+    """Images that a run writes into a folder of images would be forgotten (retained) by the next."""
+    for key, folder in written.items():
+        for root_key, root in roots.items():
+            if folder.resolve().is_relative_to(root.resolve()):
+                raise DataError(
+                    f"{key}: {folder} lies in {root_key} {root}, of which all images are read, and so would be those "
+                    "that are written there; choose a folder outside it."
+                )
 
 
 def captions(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mu.datasets import emoji_canvas
 from mu.datasets.base import SAMPLED_PROMPTS, TRAINING_SEED_BASE, DataSet, Problem, prompt_rows
-from mu.datasets.canvas import CANVAS_TEMPLATE, canvas_row
+from mu.datasets.canvas import CANVAS_TEMPLATE, canvas_row, style_words
 from mu.datasets.index import (
     ForgetRetain,
     Row,
@@ -29,6 +29,9 @@ from mu.datasets.index import (
     concept_names,
     next_kept,
 )
+
+CONCEPT = "{concept}"
+"""In forget_prompts it stands for each name of template_name, and in their substitutes for `substitute`."""
 
 
 class Generated(DataSet):
@@ -83,15 +86,20 @@ class Generated(DataSet):
             )
         concept, substitute = concept_label(config.template_name), substitute_prompt(self)
         check_whole_prompt("substitute", substitute, (concept,))
-        forget = prompt_rows(
-            images,
-            config.forget_prompts,
-            config.images_per_prompt,
-            concept=concept,
-            substitute=substitute,
-            key="forget_prompts",
-        )
-        rows = ForgetRetain(forget, self.sampled_to_retain(images))
+        forget = [
+            row
+            for prompt in config.forget_prompts
+            for name in (self.targets if CONCEPT in prompt else ("",))
+            for row in prompt_rows(
+                images,
+                [prompt.replace(CONCEPT, style_words(name))],
+                config.images_per_prompt,
+                concept=concept,
+                substitute=prompt.replace(CONCEPT, substitute) if CONCEPT in prompt else substitute,
+                key="forget_prompts",
+            )
+        ]
+        rows = ForgetRetain(tuple(forget), self.sampled_to_retain(images))
         check_substitutes(rows.forget)
         check_apart(rows)
         return rows

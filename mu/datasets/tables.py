@@ -115,10 +115,14 @@ def text_or_problem(path: Path) -> tuple[str | None, str]:
     except OSError as error:
         return None, f"cannot be read ({error})"
     try:
-        return content.decode("utf-8-sig"), ""
+        text = content.decode("utf-8-sig")
+        place = content.find(b"\0")  # of UTF-16 without its mark, or of no text at all
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        return None, f"is not UTF-8 (byte 0x{content[error.start]:02x} on line {line}); save it as UTF-8"
+        text, place = "", error.start
+    if place < 0:
+        return text, ""
+    line = content[:place].count(b"\n") + 1
+    return None, f"is not UTF-8 (byte 0x{content[place]:02x} on line {line}); save it as UTF-8"
 
 
 def _column_names(header: Sequence[str]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from mu.unlearning.config import (
 )
 from mu.unlearning.find_checkpoint import (
     Problem,
+    absence,
     checkpoint_file,
     checkpoint_problems,
     file_problems,
@@ -109,7 +110,8 @@ class SampleConfig(ModelKeys):
             return PromptTable(_numbered(self.prompts))
         path = resolve_path(self.prompts_path)
         if not path.is_file():
-            raise ConfigError([f"prompts_path: there is no file {self.prompts_path}"])
+            lacking = absence(path, self.prompts_path)
+            raise ConfigError([f"prompts_path: {lacking}; give a .txt or .csv file of prompts"])
         if path.suffix.lower() == ".csv":
             try:
                 return read_prompt_table(path, use_row_settings=self.use_row_settings)

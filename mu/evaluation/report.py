@@ -43,7 +43,10 @@ REPORT_NAME = "report.html"
 _FAULTS = (TemplateError, SafetensorError, yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError)
 """What making a report may meet: its template, and files of other runs, as the mask and its settings."""
 _UNSAFE = "i2p"
-_TERMS = {"forget": "Forget term", "retain": "Retain term"}
+_TERMS = {
+    "forget": ("Forget term", "falls while the concept is being forgotten."),
+    "retain": ("Retain term", "stays low while the rest is kept."),
+}
 _NAMES = {
     "UA": "unlearning accuracy",
     "IRA": "in-domain retain accuracy",
@@ -107,8 +110,9 @@ def write_report(
         WriteError: the file cannot be written.
     """
     runs: dict[str, RunFiles] = {}
+    in_steps = training is not None and ("steps" in training.metrics or bool(training.losses))
     if training is not None:
-        runs["training"] = training
+        runs["training" if in_steps else "edit"] = training
     if evaluation is not None:
         runs["evaluation"] = evaluation
     if not runs:
@@ -128,6 +132,7 @@ def write_report(
             measures={} if evaluation is None else evaluation.measures(),
             grid=None if evaluation is None else picture_grid(evaluation, blurred=blurred),
             training=training,
+            in_steps=in_steps,
             losses=_losses(training),
             configs=_configs(runs, training),
             before_after=[picture_uri(p, blurred=blurred) for p in _pictures(training, "before_after")],
@@ -155,6 +160,7 @@ def _environment() -> Environment:
         "block": lambda name: name.replace("_blocks.", " ").replace("_block.", " ").replace("_", " "),
         "duration": _duration,
         "setting": _setting,
+        "without_marks": lambda shares: [name for name, share in shares.items() if not share],
         "number": lambda value: f"{value:,}" if isinstance(value, int) else f"{value:.4g}",
     }
     return environment
@@ -189,13 +195,13 @@ def _scores(run: EvaluationRun) -> list[dict[str, Any]]:
     ]
 
 
-def _losses(training: TrainingRun | None) -> list[tuple[str, Markup]]:
-    """A title and a figure for each term that the run has noted."""
+def _losses(training: TrainingRun | None) -> list[tuple[str, str, Markup]]:
+    """For each term that the run has noted: a title, what one sees, and a figure."""
     if training is None:
         return []
     return [
-        (title, loss_curve(title, curve, training.validation.get(term, []), name=term))
-        for term, title in _TERMS.items()
+        (title, meaning, loss_curve(title, curve, training.validation.get(term, []), name=term))
+        for term, (title, meaning) in _TERMS.items()
         if (curve := training.losses.get(term))
     ]
 

@@ -21,7 +21,7 @@ _CELL_PNG_BYTES = 8_000
 _PICTURE_PX = 1400
 _PICTURE_PNG_BYTES = 250_000
 _LEAST_STEPS_SMOOTHED = 20
-_WIDTH, _HEIGHT, _LEFT, _BELOW, _ABOVE = 460, 240, 58, 34, 12
+_WIDTH, _HEIGHT, _LEFT, _BELOW, _ABOVE = 460, 250, 76, 38, 26
 """Of a curve, in px: the whole, and the margins in which the axes' numbers stand."""
 
 Curve = Sequence[tuple[float, float]]
@@ -193,8 +193,9 @@ def loss_curve(title: str, training: Curve, validation: Curve, *, name: str) -> 
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
     for step in dict.fromkeys((first, last)):
         x, _ = place((step, low))
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{step:g}</text>')
-    parts.append(f'<text x="{_WIDTH / 2 + 20:.0f}" y="{_HEIGHT - 2}" text-anchor="middle">step</text>')
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{step:g}</text>')
+    parts.append(f'<text x="{_WIDTH / 2 + 20:.0f}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>')
+    parts.append(f'<text x="4" y="12">{"loss, logarithmic" if log else "loss"}</text>')
 
     # 3. Curves
     parts.append(line(curve, "faint" if smooth else "whole"))
@@ -203,7 +204,10 @@ def loss_curve(title: str, training: Curve, validation: Curve, *, name: str) -> 
     if dots:
         parts.append(line(dots, "dots"))
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in map(place, dots)]
-    label = Markup.escape(f"{title} at each step of the training")
+    (_, begun), (_, ended) = (smooth or curve)[0], (smooth or curve)[-1]
+    label = Markup.escape(
+        f"{title} over steps {first:g} to {last:g} of the training: from {begun:.3g} to {ended:.3g}"
+    )
     # All within is numbers and words of this file.
     return Markup(
         f'<svg class="curve {name}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'

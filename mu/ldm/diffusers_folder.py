@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mu.atomic import staged_beside
 from mu.ldm.diffusers_configs import compare_configs, diffusers_configs
 from mu.ldm.diffusers_tensors import COMPONENTS, to_diffusers
 from mu.ldm.params import LatentDiffusionParams, OpenClipParams
@@ -226,7 +226,7 @@ def _written_beside(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         raise CheckpointError(f"{folder} is there already; give another name, or overwrite it")
     if not replaced and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         raise CheckpointError(f"{folder} is there already, and is no diffusers folder; give another name")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    temporary = staged_beside(folder)
     old = temporary.with_suffix(".old")
     try:
         temporary.mkdir(parents=True)

@@ -10,7 +10,7 @@ A run may write its UNet in another dtype than that of its base (`save_dtype`). 
 cast first, and cast back when the patch has been removed, where the new dtype holds every number of the old one.
 
 What follows: what a patch is; making one; applying and removing one; several at once; whole checkpoints; the file, of
-which docs/patches.md describes the layout.
+which docs/checkpoints.md describes the layout.
 """
 
 from __future__ import annotations

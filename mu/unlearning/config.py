@@ -43,7 +43,7 @@ class ModelKeys(Config):
     devices: str = setting(
         "0",
         "CUDA device number such as 0, or cpu; several with commas, 0,1 or cpu,cpu, are as many processes that share "
-        "the work, see docs/devices.md. Without CUDA the run is on the CPU, and says so.",
+        "the work, see docs/running.md. Without CUDA the run is on the CPU, and says so.",
         pattern=DEVICES_PATTERN,
     )
 
@@ -183,7 +183,8 @@ class DataKeys(ConceptKeys):
     )
     forget_prompts: tuple[str, ...] | None = setting(
         None,
-        "generated: prompts that are forgotten, instead of a grid. folder: the prompt of all images to forget; null: "
+        "generated: prompts that are forgotten, instead of a grid; {concept} in one is each name of template_name, and "
+        "in its substitute prompt what substitute says. folder: the prompt of all images to forget; null: "
         "texts beside the images, 7.txt for 7.jpg, or metadata.csv or .jsonl (file_name, text). A YAML list, or one.",
         split=False,
     )
@@ -203,8 +204,7 @@ class DataKeys(ConceptKeys):
     )
     missing_images: str | None = setting(
         None,
-        "i2p, generic: skip passes over rows of the table that have no image, and says so; error stops. null: skip, "
-        "or error in older files, which say use_sample: false for it.",
+        "i2p, generic: skip passes over rows of the table that have no image, and says so; error stops. null: skip.",
         choices=("skip", "error"),
     )
     styles: tuple[str, ...] | None = setting(

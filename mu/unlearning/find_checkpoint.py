@@ -125,10 +125,16 @@ def file_problems(key: str, path: str, *, advice: str) -> Iterator[Problem]:
     if path.startswith(PACKAGE_PREFIX):
         yield (key,), f"{resolved} is missing from the installed package; install it again"
     else:
-        yield (
-            (key,),
-            f"{resolved} is a folder" if os.path.isdir(resolved) else f"there is no file {path}; {advice}",
-        )
+        yield (key,), f"{absence(resolved, path)}; {advice}"
+
+
+def absence(resolved: Path, path: str) -> str:
+    """What is at the path of a file that cannot be read: a folder, a link to nowhere, something else, or nothing."""
+    if os.path.isdir(resolved):
+        return f"{resolved} is a folder, not a file"
+    if os.path.islink(resolved) and not os.path.exists(resolved):
+        return f"{path} is a link to {os.readlink(resolved)}, which is not there"
+    return f"there is no file {path}"
 
 
 def _models_in(folder: Path) -> list[Path]:

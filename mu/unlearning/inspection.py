@@ -1,7 +1,7 @@
 """What a run is about, seen before its model is loaded, and gathered into its plan.
 
     seen = Inspection(config)                     # the model's structure, the checkpoint's layout, the device
-    seen.read_rows()                              # the images, of a method that needs some
+    seen.read_rows(retain=True)                   # the images, of a method that needs some
     names = seen.noting(lambda: names_of(...))    # what is wrong is noted, not raised: a plan names all of it
     return seen.plan("training", weights=..., files=[*seen.output_files(selected)])
 
@@ -36,16 +36,17 @@ from mu.ldm.unet_dtype import SAVE_DTYPES
 from mu.unlearning.checkpoints import find_run_state, run_checkpoint_bytes
 from mu.unlearning.config import DataKeys, OutputKeys, RunKeys
 from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
+from mu.unlearning.image_data import checked_image_size, checked_rows, retained_places, sampled_images
 from mu.unlearning.moving import names_of
 from mu.unlearning.output import check_save_dtype, original_of
 from mu.unlearning.plan import Plan, PlannedFiles, disk_problems
-from mu.unlearning.rows import checked_image_size, checked_rows, sampled_images
 from mu.unlearning.training_config import TrainingKeys
 
 T = TypeVar("T")
 
 _TEXTS = "config.yaml, log.txt, metrics, report.html"
 _TEXTS_BYTES = 500_000
+_TOKENIZER_BYTES = 1_500_000  # CLIP's vocabulary, in a diffusers folder
 _PICTURED_PROMPTS = 8
 _CAPTION_TOKENS = 77
 _HEADER_BYTES, _PATCH_HEADER_BYTES = 150, 600
@@ -119,11 +120,11 @@ class Inspection:
 
     # ---- images
 
-    def read_rows(self, retained: Callable[[ForgetRetain], Sequence[int]] | None = None) -> None:
+    def read_rows(self, *, retain: bool) -> None:
         """List the images that the config means, and look at their heads.
 
         Args:
-            retained: gives the places, among the rows to retain, of those that the run reads; None: of none.
+            retain: those to retain too, as many as a training run reads.
         """
         config = self.config
         assert isinstance(config, DataKeys)
@@ -137,7 +138,7 @@ class Inspection:
             like = folders_like(config.processed_dataset_dir, self.ldm.params, settings, **kind)
             folder = max(like, key=_pictures_in, default=Path("<model>"))
         listed = self.noting(lambda: checked_rows(config, folder, self.ldm.params))
-        places = self.noting(lambda: retained(listed)) if listed and retained else ()
+        places = self.noting(lambda: retained_places(config, listed)) if listed and retain else ()
         if listed is not None and places is not None:
             self.rows = replace(listed, retain=tuple(listed.retain[place] for place in places))
         if sampled is None:
@@ -192,7 +193,8 @@ class Inspection:
         copies = 2 if ldm.file_has_ema else 1
         unet = sum(size for key, size in sizes.items() if key.startswith(UNET_PREFIX))
         head = _HEADER_BYTES * len(sizes)
-        yield planned(what=name, bytes=head + sum(sizes.values()) + (0 if diffusers else (copies - 1) * unet))
+        more = _TOKENIZER_BYTES if diffusers else (copies - 1) * unet
+        yield planned(what=name, bytes=head + sum(sizes.values()) + more)
         # 2. The patch: the values that may move, and where they lie, as a bit of each weight or as numbers.
         if config.patch:
             patch = sum(

@@ -14,7 +14,7 @@ from mu.errors import MuError
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import fingerprint
 from mu.unlearning.optim import SelectedEntries, SelectionError
-from mu.unlearning.train_methods import IN_METHOD, TRAIN_METHODS
+from mu.unlearning.training_config import IN_METHOD, TRAIN_METHODS
 
 
 class TrainMethodError(MuError, ValueError):

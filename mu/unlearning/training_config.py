@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import ClassVar
 
 from mu.config import setting
-from mu.unlearning.config import OutputKeys, RunKeys
+from mu.unlearning.config import DataKeys, OutputKeys, RunKeys
 from mu.unlearning.find_checkpoint import Problem
-from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
+
+_TIME = ("out.", "time_embed.")
+_SELF_LAYERS = ("input_blocks.4.", "input_blocks.7.")
+_CROSS_LAYERS = ("output_blocks.6.", "output_blocks.8.")
+IN_METHOD: dict[str, Callable[[str], bool]] = {
+    "full": lambda _: True,
+    "notime": lambda name: not name.startswith(_TIME),
+    "noxattn": lambda name: not name.startswith(_TIME) and "attn2" not in name.split("."),
+    "selfattn": lambda name: "attn1" in name.split("."),
+    "xattn": lambda name: "attn2" in name.split("."),
+    "selflayer": lambda name: name.startswith(_SELF_LAYERS) and "attn1" in name.split("."),
+    "xlayer": lambda name: name.startswith(_CROSS_LAYERS) and "attn2" in name.split("."),
+}
+"""Train method -> whether it moves the parameter of this UNet-relative name."""
+TRAIN_METHODS = tuple(IN_METHOD)
+TRAIN_METHOD_HELP = (
+    "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
+    "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
+    "output blocks 6 and 8."
+)
 
 RESUME_NEWEST = "newest"
 
@@ -26,7 +45,7 @@ PRECISION_HELP = (
 
 
 class ComputeKeys(RunKeys):
-    """How the UNet computes in both stages; docs/speed.md says what each key costs and what is chosen by itself."""
+    """How the UNet computes in both stages; docs/running.md says what each key costs and what is chosen by itself."""
 
     AUTO_PRECISION: ClassVar[str] = "bf16-mixed"
     """What precision auto is on a GPU that has it."""
@@ -152,3 +171,9 @@ class TrainingKeys(ComputeKeys, OutputKeys):
         yield from super().disk_problems()
         if self.logger == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
             yield ("logger",), "tensorboard needs the package of that name: pip install tensorboard"
+
+
+class ImageTrainingKeys(TrainingKeys, DataKeys):
+    """The keys of a method that trains on images; with a retain term it has a key `retain_batch_size` too."""
+
+    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
 import shutil
+import subprocess
 import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,12 +17,12 @@ import pytest
 import torch
 
 from benchmarks import results_table
+from benchmarks.claims import claimed
 from benchmarks.methods import METHODS, Method, Stage
 from benchmarks.results_table import ResultsTable
 from benchmarks.table_config import TableConfig
 from benchmarks.table_rows import deciding, planned_rows
 from benchmarks.table_text import SCORES, markdown
-from benchmarks.workers import claimed
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import load_mask
 from mu.config import ConfigError, check_paths, dump, override
@@ -34,6 +35,7 @@ from mu.evaluation.grid import Grid, measure
 from mu.evaluation.metrics import unlearning_scores
 from mu.ldm import load_model, save_checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 STYLES, OBJECTS = ("Noto", "Blob"), ("Cats", "Dogs")
 GRID = Grid(STYLES, OBJECTS, (188, 288))
 
@@ -64,7 +66,7 @@ def finished(tiny_runs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         sample_steps=2,
         guidance_scale=3.0,
         classifier_path=str(folder / "classifier.safetensors"),
-        devices=("cpu",),
+        devices="cpu",
         output_dir=str(folder / "table"),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +115,7 @@ def try_each(config: TableConfig) -> None:
     """Make the row of each concept, as far as that goes without unlearning."""
     table = ResultsTable(config)
     for name in config.concepts or ():
-        with contextlib.suppress(Begun):
+        with suppress(Begun):
             table.rows(name)
 
 
@@ -488,7 +490,7 @@ def test_a_concept_that_another_command_is_at_comes_last(
 ) -> None:
     """And when it is done there, it is only counted here."""
     order: list[str] = []
-    other = contextlib.ExitStack()
+    other = ExitStack()
     rows = ResultsTable.rows
 
     def noted(self: ResultsTable, name: str) -> Any:
@@ -505,7 +507,7 @@ def test_a_concept_that_another_command_is_at_comes_last(
 
 
 @pytest.mark.slow
-def test_workers_make_each_row_once_and_the_same(finished: Any, tmp_path: Path) -> None:
+def test_two_commands_at_once_make_each_row_once_and_the_same(finished: Any, tmp_path: Path) -> None:
     """On the whole grid, as patches do not reach the processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results_table, "STYLES", emoji_canvas.STYLES)
@@ -516,11 +518,13 @@ def test_workers_make_each_row_once_and_the_same(finished: Any, tmp_path: Path) 
         )
         path = tmp_path / "classifier.safetensors"
         save_classifier(classifier, path, style_accuracy=1.0, object_accuracy=1.0, seed=3)
-        both = override(
-            config, seeds=(188,), classifier_path=str(path), workers=2, output_dir=str(tmp_path / "two")
-        )
-        results_table.run(both)
-        one = override(both, workers=None, output_dir=str(tmp_path / "one"))
+        both = override(config, seeds=(188,), classifier_path=str(path), output_dir=str(tmp_path / "two"))
+        (tmp_path / "table.yaml").write_text(dump(both), encoding="utf-8")
+        command = [sys.executable, "-m", "benchmarks.table", "--config_path", str(tmp_path / "table.yaml")]
+        with ExitStack() as stack:
+            commands = [stack.enter_context(subprocess.Popen(command, cwd=ROOT)) for _ in range(2)]
+        assert [command.returncode for command in commands] == [0, 0]
+        one = override(both, output_dir=str(tmp_path / "one"))
         results_table.run(one)
     for row, alone in zip(table_of(both)["rows"], table_of(one)["rows"], strict=True):
         assert {**row, "checkpoint": "", "seconds": ""} == {**alone, "checkpoint": "", "seconds": ""}

@@ -11,6 +11,7 @@ from benchmarks.table_text import (
     SCORES,
     compare,
     differences_markdown,
+    label,
     markdown,
     mean_of,
     means_markdown,
@@ -75,6 +76,18 @@ def test_each_threshold_has_the_control_of_its_size_and_those_without_one() -> N
     assert lines[2] == "| salun 0.5 | random 0.5 | 2 |" + " +20.0 (+10.0 to +30.0) |" * 4
     assert lines[3] == "| salun 0.5 | ascent | 1 |" + " -10.0 |" * 4
     assert lines[4:] == ["| salun 0.1 | ascent | 1 |" + " -10.0 |" * 4]
+
+
+def test_a_label_holds_the_whole_threshold() -> None:
+    assert [label("salun", size) for size in (None, 0.5, 1.0, 1, 1e-05)] == [
+        "salun",
+        "salun 0.5",
+        "salun 1",
+        "salun 1",
+        "salun 1e-05",
+    ]
+    assert label("salun", 0.1234567) == "salun 0.1234567"
+    assert label("salun", 0.30000001) != label("salun", 0.3)
 
 
 # ---- counting

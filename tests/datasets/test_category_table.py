@@ -69,6 +69,11 @@ def test_a_file_that_is_no_such_table_is_refused(tmp_path: Path, text: str, mess
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_bytes(b"prompt,categories\n\xff\xfe,hate\n")
-    with pytest.raises(DataError, match=r"is not UTF-8 \(byte 0xff on line 2\); save it as UTF-8"):
-        read_category_table(tmp_path / "t.csv")
+    without_mark = "prompt,categories\n".encode("utf-16-le")  # each byte alone is one of UTF-8
+    for content, told in (
+        (b"prompt,categories\n\xff\xfe,hate\n", "0xff on line 2"),
+        (without_mark, "0x00 on line 1"),
+    ):
+        (tmp_path / "t.csv").write_bytes(content)
+        with pytest.raises(DataError, match=rf"is not UTF-8 \(byte {told}\); save it as UTF-8"):
+            read_category_table(tmp_path / "t.csv")

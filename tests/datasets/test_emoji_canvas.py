@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from emoji_drawings import DRAWINGS_PER_OBJECT, ICONS, SOURCES
 
 import mu
 from mu.datasets.canvas import canvas_prompt
-from mu.datasets.emoji_canvas import DRAWINGS_PER_OBJECT, ICONS, OBJECTS, SOURCES, STYLES
+from mu.datasets.emoji_canvas import OBJECTS, STYLES
 
 NOTICE = Path(mu.__file__).parent / "assets/emoji_canvas/NOTICE"
 
 
 def test_the_grid_is_seven_styles_by_twelve_objects_of_four_drawings() -> None:
     assert (len(STYLES), len(OBJECTS)) == (7, 12)
+    assert (tuple(SOURCES), tuple(ICONS)) == (STYLES, OBJECTS)
     assert STYLES == ("Noto", "Blob", "Twemoji", "EmojiOne", "Fluent", "Fluent_Flat", "High_Contrast")
     assert {len(names) for names in ICONS.values()} == {DRAWINGS_PER_OBJECT} == {4}
 

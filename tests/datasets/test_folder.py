@@ -255,6 +255,22 @@ def test_folders_that_share_images_are_refused(folders: tuple[Path, Path], tmp_p
             read(pair)
 
 
+@pytest.mark.parametrize("key", ["processed_dataset_dir", "output_dir"])
+def test_a_run_does_not_write_where_images_are_read(
+    folders: tuple[Path, Path], tmp_path: Path, key: str
+) -> None:
+    """Its pictures would be forgotten by the next run."""
+    (tmp_path / "alias").symlink_to(folders[1])
+    for inside, root_key in (
+        (folders[0] / "runs", "raw_dataset_dir"),
+        (folders[0], "raw_dataset_dir"),
+        (tmp_path / "alias/runs", "retain_dataset_dir"),
+    ):
+        with pytest.raises(DataError, match=f"{key}: {inside} lies in {root_key} "):
+            read(folders, **{key: str(inside)})
+    assert read(folders, **{key: str(tmp_path / "runs")}).forget
+
+
 def test_a_missing_or_empty_folder_is_named_by_its_key(folders: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"retain_dataset_dir: .*empty holds no images"):

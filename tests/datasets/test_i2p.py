@@ -113,13 +113,11 @@ def test_a_row_without_an_image_is_an_error_or_passed_over(tmp_path: Path) -> No
         f"rows of {root / 'prompts/i2p.csv'} without an image (missing_images: skip): 1 passed over, the first is "
         f"{root / 'images/self-harm/0.jpg'}",
     )
-    # Files of earlier versions say it by use_sample, and it counts as long as missing_images is not given.
-    assert index(root, template_name="self-harm", missing_images=None, use_sample=True) == rows
-    with pytest.raises(DataError, match=r"images/self-harm/0\.jpg: missing\n.*missing_images: skip"):
-        index(root, template_name="self-harm", missing_images=None, use_sample=False)
-    assert index(root, template_name="self-harm", missing_images="skip", use_sample=False) == rows
-    (note,) = index(root, template_name="hate", missing_images=None, use_sample=False).notes
-    assert note.startswith("use_sample: false means missing_images: error to dataset_type i2p")
+    # Files of earlier versions have use_sample, which decides nothing here.
+    for use_sample in (True, False):
+        assert index(root, template_name="self-harm", missing_images=None, use_sample=use_sample) == rows
+        with pytest.raises(DataError, match=r"images/self-harm/0\.jpg: missing\n.*missing_images: skip"):
+            index(root, template_name="self-harm", use_sample=use_sample)
     (root / "images/self-harm/2.jpg").unlink()
     with pytest.raises(DataError, match=r"the first is looked for at .*images/self-harm/0\.jpg"):
         index(root, template_name="self-harm", missing_images="skip")

@@ -6,8 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from mu.algorithms.saliency_unlearning.mask_file import save_mask
-from mu.evaluation.metrics import Prediction, accuracy_by_class, predictions_csv, table_csv, unlearning_scores
 from mu.evaluation.report import read_evaluation, read_training_run, write_report
 from mu.evaluation.report_data import ReportError, read_curves
 from mu.evaluation.report_figures import loss_curve, running_mean
+from tests.evaluation.conftest import OBJECTS, Evaluated, colour
 
 HOSTILE = "<script>alert('x')</script> $x_1$ & --"
-OBJECTS = ("Cats", "Dogs", "Cars")
-SEEDS = (188, 288)
 _EMPTY = {"img", "meta", "link", "br", "line", "circle", "polyline"}
 
 
@@ -81,115 +77,6 @@ class Page(HTMLParser):
         return found
 
 
-Evaluated = Callable[..., Path]
-
-
-@pytest.fixture
-def evaluated(tmp_path: Path) -> Evaluated:
-    """evaluated(styles, ...): an evaluation's folder; its images are one plain colour each, or all are `image`."""
-
-    def make(
-        styles: tuple[str, ...] = ("Noto", "Blob"),
-        objects: tuple[str, ...] = OBJECTS,
-        *,
-        template: str = "style",
-        forgotten: str = "Noto",
-        models: tuple[str, ...] = ("before", "after"),
-        image: Path | None = None,
-        **more: Any,
-    ) -> Path:
-        folder = tmp_path / "evaluation"
-        folder.mkdir()
-        asked = [(style, object, seed) for style in styles for object in objects for seed in SEEDS]
-        metrics: dict[str, Any] = {
-            "template": template,
-            "template_name": forgotten,
-            "classifier": "some_classifier",
-            "styles": styles,
-            "objects": objects,
-            "meanings": {"UA": f"images that are not seen as {forgotten}"},
-            "models": {},
-        }
-        generator = numpy.random.default_rng(0)
-        for model in models:
-            predictions = [
-                Prediction(
-                    style, object, seed, *(str(generator.choice(names)) for names in (styles, objects))
-                )
-                for style, object, seed in asked
-            ]
-            rows = []
-            for number, key in enumerate(asked):
-                path = image or tmp_path / f"{model}-{number}.png"
-                if image is None:
-                    shade = number if model == "before" else 100 + number
-                    Image.new("RGB", (64, 64), colour(shade)).save(path)
-                rows.append((*key, "a prompt", path))
-            columns = ("style", "object", "seed", "prompt", "file")
-            (folder / f"images_{model}.csv").write_bytes(table_csv(columns, rows))
-            (folder / f"predictions_{model}.csv").write_bytes(predictions_csv(predictions))
-            scores = unlearning_scores(predictions, template=template, template_name=forgotten)
-            by_class = {
-                f"{kind}_accuracy_by_class": {
-                    name: share.value for name, share in accuracy_by_class(predictions, kind).items()
-                }
-                for kind in ("style", "object")
-            }
-            metrics["models"][model] = {**asdict(scores), **by_class, **more}
-        (folder / "metrics.json").write_text(json.dumps(metrics))
-        (folder / "config.yaml").write_text(
-            yaml.safe_dump({"template": template, "template_name": forgotten, "devices": "0", "styles": None})
-        )
-        return folder
-
-    return make
-
-
-def colour(number: int) -> tuple[int, int, int]:
-    return number, 20, 230
-
-
-@pytest.fixture
-def trained(tmp_path: Path) -> Callable[..., Path]:
-    """trained(**config): a training run's folder of 40 steps."""
-
-    def make(**config: Any) -> Path:
-        folder = tmp_path / "training"
-        (folder / "pictures").mkdir(parents=True)
-        generator = numpy.random.default_rng(0)
-        for name in ("before_after", "step_000020", "step_000040"):
-            noise = generator.integers(0, 255, (80, 120, 3), dtype=numpy.uint8)
-            Image.fromarray(noise).save(folder / "pictures" / f"{name}.png")
-        (folder / "model.safetensors").write_bytes(bytes(123_000))
-        keys = {
-            "template": "style",
-            "template_name": "Noto",
-            "train_method": "xattn",
-            "masking": "random",
-            **config,
-        }
-        (folder / "config.yaml").write_text(yaml.safe_dump(keys))
-        rows = [(step, 3 / step, 2 / step, 1 / step) for step in range(1, 41)]
-        (folder / "metrics.csv").write_bytes(table_csv(("step", "loss", "forget", "retain"), rows))
-        numbers = {
-            "checkpoint": str(folder / "model.safetensors"),
-            "patch": None,
-            "mask": None,
-            "weights_selected": 1200,
-            "weights_changed": 1100,
-            "steps": 40,
-            "seconds": 75.5,
-            "peak_memory_bytes": {"process": 2_500_000_000},
-        }
-        (folder / "metrics.json").write_text(json.dumps(numbers))
-        (folder / "environment.json").write_text(
-            json.dumps({"python": "3.99", "packages": {"torch": "2.99"}})
-        )
-        return folder
-
-    return make
-
-
 def page_of(tmp_path: Path, **runs: Any) -> Page:
     path = write_report(tmp_path / "report.html", **runs)
     html = path.read_text(encoding="utf-8")
@@ -215,8 +102,9 @@ def test_numbers_are_those_of_the_json(evaluated: Evaluated, tmp_path: Path) -> 
         for share in noted:
             low, high = share["wilson_95"]
             assert f"{100 * low:.1f} % to {100 * high:.1f} % n = {share['n']}" in page.text
-    after = models["after"]["UA"]
-    assert f"not recognised as such in {100 * after['value']:.1f} %" in page.text
+    before, after = models["before"]["UA"], models["after"]["UA"]
+    answer = f"not recognised as such in {100 * after['value']:.1f} % of {after['n']} images"
+    assert f"{answer} (before: {100 * before['value']:.1f} %)" in page.text
     assert page.values().count(12.5) == 2
     assert "11 to 14.25, n = 9" in page.text
 
@@ -229,8 +117,8 @@ def test_pictures_are_those_of_the_first_seed_with_the_forgotten_row_marked(
     pictures = page.pictures()
     expected = []
     for style in ("Noto", "Blob", "Fluent"):  # the forgotten one first
-        for model in ("before", "after"):
-            for place, object in enumerate(OBJECTS):
+        for place, object in enumerate(OBJECTS):
+            for model in ("before", "after"):
                 number = 2 * (3 * ("Blob", "Noto", "Fluent").index(style) + place)
                 expected.append(
                     (f"{model}: {object} in {style}, seed 188", number + 100 * (model == "after"))
@@ -239,8 +127,10 @@ def test_pictures_are_those_of_the_first_seed_with_the_forgotten_row_marked(
     for (_, pixels), (_, number) in zip(pictures, expected, strict=True):
         assert pixels.shape == (64, 64, 3)
         assert (pixels == colour(number)).all()
-    marked = [attributes for tag, attributes, _ in page.elements if tag == "tbody"]
-    assert [attributes.get("class", "") for attributes in marked] == ["forgotten", "", ""]
+    rows = [
+        attributes["class"] for _, attributes, _ in page.elements if "pair" in attributes.get("class", "")
+    ]
+    assert rows == ["pair forgotten", "pair", "pair"]
     assert "Noto – forgotten" in page.text
 
 
@@ -279,27 +169,49 @@ def test_a_training_run_with_its_mask(trained: Any, tmp_path: Path) -> None:
     assert run.validation["forget"] == [(0, 2), (20, 1.5)]  # a resumed run's later row
     page = page_of(tmp_path, training=run)
     for text in (
-        "time embed 0 %",
+        "No weight of: time embed.",
+        "the longest bar is 50 %",
         "input 0 12.5 %",
         "middle 0 25 %",
         "output 0 50 %",
-        "at most 50.0 %",
         "c_guidance 6.25",
     ):
         assert text in page.text
     bars = [attributes["style"] for _, attributes, _ in page.elements if attributes.get("class") == "bar"]
-    assert bars == ["width: 0.0%", "width: 12.5%", "width: 25.0%", "width: 50.0%"]
+    assert bars == ["width: 25.0%", "width: 50.0%", "width: 100.0%"]
     assert page.values() == [300, 1000, 75.5]
     dots = [tag for tag, attributes, _ in page.elements if tag == "circle"]
     assert len(dots) == 2 * 2  # two validations in each of the two curves
     for text in ("Forget term", "Retain term", "75.5 s", "40 steps", "3.99", "2.99", "xattn"):
         assert text in page.text
     assert [alt for alt, _ in page.pictures()] == [
+        "images of the same prompts and seeds, before and after; the forgotten ones are framed",
         "pictures at step 20",
         "pictures at step 40",
-        "the same prompts and seeds before and after training",
     ]
-    assert "has not been measured yet" in page.text
+    assert "has not been measured; the command evaluate does" in page.text
+
+
+def test_what_the_numbers_do_not_show_is_said(evaluated: Evaluated, trained: Any, tmp_path: Path) -> None:
+    for runs in ({"evaluation": read_evaluation(evaluated())}, {"training": read_training_run(trained())}):
+        text = page_of(tmp_path, **runs).text
+        assert "What this does not show: UA is about plain prompts." in text
+        assert "other words, attacks on the prompt and fine-tuning can bring a concept back" in text
+
+
+def test_a_run_without_steps_is_no_training(trained: Any, tmp_path: Path) -> None:
+    """As UCE's: nothing is said of curves that it cannot have."""
+    folder = trained()
+    (folder / "metrics.csv").unlink()
+    numbers = json.loads((folder / "metrics.json").read_text())
+    del numbers["steps"]
+    (folder / "metrics.json").write_text(json.dumps({**numbers, "weights_total": 4400}))
+    text = page_of(tmp_path, training=read_training_run(folder)).text
+    assert "The model was made to forget Noto: 25 % of its UNet's weights are other ones now." in text
+    assert "The edit took 75.5 s" in text
+    assert "Settings: edit" in text
+    assert "raining" not in text.replace(str(folder), "").replace(f"edit: {folder.name}", "")
+    assert "loss" not in text
 
 
 def test_what_is_missing_is_said(evaluated: Evaluated, trained: Any, tmp_path: Path) -> None:
@@ -361,13 +273,14 @@ def test_a_curve_is_drawn_where_its_numbers_are() -> None:
     assert (x1 - x0, y0 - y1) == (pytest.approx(x2 - x1), pytest.approx(y1 - y2))
     assert x2 > x0
     assert y2 < y0
-    assert re.findall(r">([^<>]+)</text>", drawn) == ["0", "2", "4", "1", "9", "step"]
+    assert re.findall(r">([^<>]+)</text>", drawn) == ["0", "2", "4", "1", "9", "step", "loss"]
     assert str(loss_curve("Forget term", [(1.0, float("inf"))], [], name="forget")) == ""
 
 
 def test_a_curve_over_orders_of_magnitude_has_a_logarithmic_axis() -> None:
     drawn = str(loss_curve("Retain term", [(1.0, 0.01), (2.0, 0.1), (3.0, 1.0)], [], name="retain"))
     assert re.findall(r">([^<>]+)</text>", drawn)[:3] == ["0.01", "0.1", "1"]
+    assert "loss, logarithmic" in drawn
     (points,) = re.findall(r'<polyline class="whole" points="([^"]+)"', drawn)
     y0, y1, y2 = (float(point.split(",")[1]) for point in points.split())
     assert y0 - y1 == pytest.approx(y1 - y2, abs=0.11)

@@ -1,4 +1,4 @@
-"""A data set of one's own, as docs/data.md describes: two folders of numbered images, `forget` and `keep`."""
+"""A data set of one's own, as docs/developing.md describes: two folders of numbered images, `forget` and `keep`."""
 
 from __future__ import annotations
 

@@ -253,6 +253,12 @@ def test_a_write_that_fails_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".yaml"] == []
 
 
+def test_a_folder_may_have_a_long_name(tmp_path: Path, tiny_model: LatentDiffusion) -> None:
+    write(tiny_model, tmp_path / ("n" * 255))
+    assert is_diffusers_folder(tmp_path / ("n" * 255))
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".yaml"] == ["n" * 255]
+
+
 def test_a_model_that_no_pipeline_runs_is_refused(tmp_path: Path, make_tiny_model: ModelMaker) -> None:
     model = make_tiny_model(unconditional=True)
     with pytest.raises(CheckpointError, match="without text encoder"):

@@ -8,9 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from emoji_drawings import ICONS, SOURCES
 from PIL import Image
-
-from mu.datasets.emoji_canvas import ICONS, SOURCES
 
 RED_LEFT_HALF = '<path fill="#f00" d="M0 0h16v32H0z"/>'
 

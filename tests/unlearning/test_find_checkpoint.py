@@ -31,6 +31,13 @@ def test_a_name_that_is_too_long_is_that_of_no_file(path: str) -> None:
     assert message.startswith(f"there is no file {path}; ")
 
 
+def test_a_link_to_nowhere_is_called_one(tmp_path: Path) -> None:
+    link = tmp_path / "model.ckpt"
+    link.symlink_to(tmp_path / "gone.ckpt")
+    ((_, message),) = checkpoint_problems("ckpt_path", str(link))
+    assert message.startswith(f"{link} is a link to {tmp_path / 'gone.ckpt'}, which is not there; ")
+
+
 def test_a_folder_that_may_not_be_read_has_no_model(closed: Path) -> None:
     for path in (closed, closed / "model.ckpt"):
         assert len(list(checkpoint_problems("ckpt_path", str(path)))) == 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mu.datasets.streams import draw, order
 from mu.ldm import LatentDiffusion
-from mu.ldm.prediction import Predictor, predict_pair
+from mu.ldm.latent_diffusion import Predictor, predict_pair
 from mu.ldm.sampler import ddim_timesteps, sample_ddim
 from mu.unlearning.batches import Batch
 

@@ -6,6 +6,7 @@ SaliencyUnlearningAlgorithm(saliency_unlearning_train_emoji_canvas, template_nam
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,12 @@ from torch import Tensor
 from mu import ranks
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.data_handler import SaliencyUnlearnDataHandler
+from mu.algorithms.saliency_unlearning.mask_file import (
+    check_fingerprint,
+    check_shapes,
+    load_mask_metadata,
+    marks_of,
+)
 from mu.algorithms.saliency_unlearning.masking import (
     MaskError,
     MaskLossError,
@@ -27,22 +34,27 @@ from mu.algorithms.saliency_unlearning.masking import (
     threshold_masks,
 )
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
-from mu.algorithms.saliency_unlearning.plan import plan_mask, plan_training
 from mu.algorithms.saliency_unlearning.trainer import objective_of
-from mu.algorithms.saliency_unlearning.utils import layer_groups, unet_fingerprint
+from mu.algorithms.saliency_unlearning.utils import find_mask, layer_groups, unet_fingerprint
 from mu.bars import bar
+from mu.config import ConfigError
 from mu.datasets.index import concept_label
 from mu.ldm import LatentDiffusion
 from mu.unlearning.batches import ForgetBatch
 from mu.unlearning.compute import choose, computing
+from mu.unlearning.image_data import training_steps
+from mu.unlearning.inspection import Inspection
 from mu.unlearning.method import Loaded, Method, TrainingMethod
 from mu.unlearning.moving import MovingModel, names_of
 from mu.unlearning.output import model_of
-from mu.unlearning.plan import Plan
+from mu.unlearning.plan import Plan, PlannedFiles
 from mu.unlearning.runs import Result, open_run, save_result
 from mu.unlearning.trainer import Objective
 
 __all__ = ["MaskingAlgorithm", "SaliencyUnlearnAlgorithm", "SaliencyUnlearningAlgorithm"]
+
+_MASK_HEADER_BYTES = 160
+"""What the head of a mask takes for a tensor: name, place and shape."""
 
 
 class MaskingAlgorithm(Method[MaskConfig]):
@@ -51,7 +63,36 @@ class MaskingAlgorithm(Method[MaskConfig]):
     config_class = MaskConfig
 
     def make_plan(self) -> Plan:
-        return plan_mask(self.config)
+        config, seen = self.config, Inspection(self.config)
+        seen.read_rows(retain=False)
+        images = max(1, len(seen.rows.forget)) * config.draws_per_image
+
+        # Whether a threshold keeps anything.
+        names = seen.noting(lambda: names_of(seen.unet, config.train_method)) or []
+        total, in_method = sum(seen.numel.values()), sum(seen.numel[name] for name in names)
+        ranked = in_method if config.pool == "train_method" else total
+        for threshold in config.thresholds:
+            if not int(threshold * ranked):
+                seen.problems.append(
+                    ConfigError([f"threshold: {threshold} keeps none of {ranked:,} weights"])
+                )
+
+        masks = PlannedFiles(  # a bit a weight
+            what="mask_*.safetensors",
+            folder=Path(config.output_dir),
+            key="output_dir",
+            bytes=len(config.thresholds) * (total // 8 + _MASK_HEADER_BYTES * len(seen.numel)),
+        )
+        return seen.plan(
+            "mask",
+            steps=math.ceil(images / config.batch_size),
+            weights={
+                "total": total,
+                "train_method": in_method,
+                "selected": int(max(config.thresholds) * ranked),
+            },
+            files=[masks, *seen.cache_files()],
+        )
 
     def run_here(self) -> Result:
         """Sum the gradients, mark the most salient weights, and write.
@@ -153,7 +194,37 @@ class SaliencyUnlearningAlgorithm(TrainingMethod[TrainConfig]):
     config_class = TrainConfig
 
     def make_plan(self) -> Plan:
-        return plan_training(self.config)
+        config, seen = self.config, Inspection(self.config)
+        seen.read_rows(retain=True)
+        steps = training_steps(config, seen.rows)
+
+        # The mask: found, of this structure, marks something that may move, made from these very weights.
+        names = seen.noting(lambda: names_of(seen.unet, config.train_method)) or []
+        mask = seen.noting(lambda: find_mask(config)) if config.masking == "saliency" else None
+        selected: dict[str, int] = {}
+        if mask is not None or config.masking != "saliency":
+            selected = seen.noting(lambda: _selected(config, seen, names, mask)) or {}
+        fingerprint = None
+        if mask is not None and not seen.problems:
+            fingerprint = seen.noting(lambda: _checked_fingerprint(seen, mask))
+
+        pictured = 2 + (steps // config.sample_every_steps if config.sample_every_steps is not None else 0)
+        return seen.plan(
+            "training",
+            steps=steps,
+            weights={
+                "total": sum(seen.numel.values()),
+                "train_method": sum(seen.numel[name] for name in names),
+                "selected": sum(selected.values()),
+            },
+            files=[
+                *seen.output_files(selected, pictured=pictured),
+                *seen.run_checkpoints(selected, steps=steps),
+                *seen.cache_files(),
+            ],
+            inputs={"mask_path": mask} if mask is not None else {},
+            unet_fingerprint=fingerprint,
+        )
 
     def moving(self, ldm: LatentDiffusion, inputs: Mapping[str, Path]) -> MovingModel:
         """The weights in train method AND mask.
@@ -194,3 +265,35 @@ class SaliencyUnlearningAlgorithm(TrainingMethod[TrainConfig]):
 
 
 SaliencyUnlearnAlgorithm = SaliencyUnlearningAlgorithm
+
+
+def _checked_fingerprint(seen: Inspection, mask: Path) -> str | None:
+    """The UNet's, once compared with the one that the mask was made from; None where the mask tells none."""
+    metadata = load_mask_metadata(mask)
+    if "model_fingerprint" not in metadata:
+        return None
+    fingerprint = seen.unet_fingerprint()
+    check_fingerprint(metadata, fingerprint)
+    return fingerprint
+
+
+def _selected(config: TrainConfig, seen: Inspection, names: list[str], mask: Path | None) -> dict[str, int]:
+    """Name -> entries that will move, of tensors that have any.
+
+    Raises:
+        MaskError: the mask is damaged, is of another model, or marks nothing that may move.
+    """
+    if mask is not None:
+        shapes, marks = marks_of(mask)
+        check_shapes(shapes, seen.unet)
+    elif config.masking == "random":
+        # The draw is over all of them together: this is what a tensor has on average.
+        marks = {name: math.ceil(config.random_fraction * count) for name, count in seen.numel.items()}
+    else:
+        marks = seen.numel
+    selected = {name: marks[name] for name in names if marks[name]}
+    if not selected and names:
+        raise MaskError(
+            f"mask_path: the mask marks none of the weights that train_method {config.train_method!r} moves"
+        )
+    return selected

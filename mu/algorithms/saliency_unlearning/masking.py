@@ -20,7 +20,7 @@ from mu.algorithms.saliency_unlearning.mask_file import (
 )
 from mu.algorithms.saliency_unlearning.selection import find_edges, mark
 from mu.ldm import LatentDiffusion
-from mu.ldm.prediction import predict_pair
+from mu.ldm.latent_diffusion import predict_pair
 from mu.unlearning.batches import ForgetBatch, pieces
 from mu.unlearning.compute import Compute, is_out_of_memory, less_at_once
 

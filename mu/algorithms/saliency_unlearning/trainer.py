@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mu.ldm import LatentDiffusion
-from mu.ldm.prediction import Predictor, predict_pair
+from mu.ldm.latent_diffusion import Predictor, predict_pair
 from mu.unlearning.batches import ForgetBatch, RetainBatch
 from mu.unlearning.compute import Compute
 from mu.unlearning.moving import FrozenOriginal, MovingModel, TrainingError

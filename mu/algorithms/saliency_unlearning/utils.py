@@ -17,6 +17,9 @@ from mu.ldm.diffusers_tensors import UNET_PREFIX
 from mu.ldm.tensor_file import fingerprint
 
 _log = logging.getLogger(__name__)
+_ATTENTION = {"attn1": "self-attention", "attn2": "cross-attention"}
+_PROJECTIONS = {"to_q": "queries", "to_k": "keys", "to_v": "values", "to_out": "output"}
+_AROUND_ATTENTION = {"transformer_blocks", "proj_in", "proj_out", "norm"}
 
 
 def unet_fingerprint(model: LatentDiffusion) -> str:
@@ -41,6 +44,40 @@ def layer_group(name: str) -> str:
     """The block of the UNet that a parameter is of, see `layer_groups`."""
     parts = name.split(".")
     return ".".join(parts[:2]) if parts[0].endswith(("_blocks", "_block")) else parts[0]
+
+
+def kept_by_layer(mask: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[int, int]]]:
+    """How many weights a mask keeps of each kind of layer in each block of the UNet, and how many there are.
+
+    Args:
+        mask: UNet-relative name -> bool tensor, as `load_mask` gives it.
+
+    Returns:
+        block (see `layer_groups`) -> kind (see `layer_kind`) -> (kept, all), in the order of the mask.
+    """
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, marked in mask.items():
+        kinds = found.setdefault(layer_group(name), {})
+        kept, total = kinds.get(layer_kind(name), (0, 0))
+        kinds[layer_kind(name)] = kept + count_marked(marked), total + marked.numel()
+    return found
+
+
+def layer_kind(name: str) -> str:
+    """What kind of layer a parameter is of: `cross-attention keys`, `feed-forward`, `convolutions`, ...
+
+    Norms, and the linear layers between convolutions and attention, count as `norms and projections` where they belong
+    to a transformer, else as `convolutions`.
+    """
+    parts = name.split(".")
+    for part, attention in _ATTENTION.items():
+        if part in parts:
+            return f"{attention} {_PROJECTIONS[parts[parts.index(part) + 1]]}"
+    if "ff" in parts:
+        return "feed-forward"
+    if parts[0] == "time_embed" or "emb_layers" in parts:
+        return "time embedding"
+    return "norms and projections" if _AROUND_ATTENTION & set(parts) else "convolutions"
 
 
 def find_mask(config: TrainConfig) -> Path:

@@ -466,7 +466,10 @@ def test_prompts_come_from_the_key_or_from_a_file(tmp_path):
         problems = check_paths(SampleConfig(prompts_path=wrong))
         assert sum(problem.startswith("prompts_path: ") for problem in problems) == 1
     for absent in (tmp_path / "absent.txt", tmp_path / "absent.csv"):
-        assert f"prompts_path: there is no file {absent}" in check_paths(SampleConfig(prompts_path=absent))
+        [told] = [one for one in check_paths(SampleConfig(prompts_path=absent)) if "prompts_path" in one]
+        assert told == f"prompts_path: there is no file {absent}; give a .txt or .csv file of prompts"
+    [told] = [one for one in check_paths(SampleConfig(prompts_path=tmp_path)) if "prompts_path" in one]
+    assert told.startswith(f"prompts_path: {tmp_path} is a folder, not a file; ")
 
 
 def test_the_model_before_training_is_a_file(tmp_path):

@@ -73,6 +73,13 @@ def test_help_and_mistakes_come_without_torch(tmp_path: Path) -> None:
     assert "input_path: there is no file absent.ckpt" in wrong.stderr
 
 
+def test_a_suffix_in_capitals_makes_no_folder_of_that_name() -> None:
+    with pytest.raises(
+        ConfigError, match=r"output_path: write the suffix \.SafeTensors in small letters: \.s"
+    ):
+        ConvertConfig(input_path="a.ckpt", output_path="b.SafeTensors")
+
+
 @pytest.mark.parametrize(
     ("output", "kind"),
     [

@@ -14,7 +14,6 @@ from PIL import Image
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import MaskError, load_mask, save_mask
-from mu.algorithms.saliency_unlearning.plan import plan_mask, plan_training
 from mu.algorithms.saliency_unlearning.scripts import generate_mask, train
 from mu.config import ConfigError, as_dict, as_text, keys_of
 from mu.datasets.data_sets import data_set_of
@@ -134,7 +133,7 @@ def test_a_checkpoint_of_the_run_has_the_planned_size(
     config = tiny_runs.train_config(
         output_dir=str(tmp_path), masking="random", checkpoint_every_steps=1, keep_checkpoints=1
     )
-    plan = plan_training(config)
+    plan = SaliencyUnlearningAlgorithm(config).make_plan()
     planned, one_more = (planned for planned in plan.files if planned.what.startswith("checkpoints/"))
     assert planned.certain
     assert (one_more.certain, one_more.bytes) == (False, planned.bytes)
@@ -168,12 +167,14 @@ def test_promise_17_too_little_disk_stops_a_run_before_the_model_loads(
         SaliencyUnlearningAlgorithm(config).run_here()
     assert not list(tmp_path.iterdir())
     # Of checkpoints that may never be written, it is said.
-    Usage.free = sum(planned.bytes for planned in plan_training(config).files if planned.certain)
-    plan = plan_training(config)
+    Usage.free = sum(
+        planned.bytes for planned in SaliencyUnlearningAlgorithm(config).make_plan().files if planned.certain
+    )
+    plan = SaliencyUnlearningAlgorithm(config).make_plan()
     assert plan.can_run
     assert "checkpoints/step-*.safetensors" in plan.warnings[0]
     every = tiny_runs.train_config(output_dir=str(tmp_path), masking="none", checkpoint_every_steps=1)
-    assert not plan_training(every).can_run
+    assert not SaliencyUnlearningAlgorithm(every).make_plan().can_run
 
 
 def test_what_is_there_already_does_not_stop_a_run(
@@ -190,20 +191,20 @@ def test_what_is_there_already_does_not_stop_a_run(
 
 def test_checkpoints_of_the_run_that_goes_on_are_not_counted_again(tiny_runs: Any, tmp_path: Path) -> None:
     keys = {"masking": "none", "checkpoint_every_steps": 1, "output_dir": str(tmp_path)}
-    new = plan_training(tiny_runs.train_config(**keys)).files
+    new = SaliencyUnlearningAlgorithm(tiny_runs.train_config(**keys)).make_plan().files
     (size,) = [planned.bytes for planned in new if planned.what == "checkpoints/step-*.safetensors"]
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "step-00000002.safetensors").write_bytes(bytes(size // 2))
     (folder / ".step-00000003.safetensors.x.tmp").write_bytes(bytes(1000))
     for resume in ("newest", str(folder.parent)):
-        plan = plan_training(tiny_runs.train_config(resume=resume, **keys))
+        plan = SaliencyUnlearningAlgorithm(tiny_runs.train_config(resume=resume, **keys)).make_plan()
         assert bytes_of(plan, "checkpoints/step-*.safetensors") == size - size // 2 - 1000
         needed = [sum(planned.bytes for planned in files if planned.certain) for files in (new, plan.files)]
         assert needed[1] <= needed[0]
     # One that lies elsewhere goes on in a new folder, with checkpoints of its own.
     elsewhere = {**keys, "output_dir": str(tmp_path / "others"), "resume": str(folder.parent)}
-    plan = plan_training(tiny_runs.train_config(**elsewhere))
+    plan = SaliencyUnlearningAlgorithm(tiny_runs.train_config(**elsewhere)).make_plan()
     assert bytes_of(plan, "checkpoints/step-*.safetensors") == size
 
 
@@ -287,7 +288,7 @@ def test_a_mask_of_the_first_timesteps_alone_is_a_warning(
     tiny_runs: Any, tmp_path: Path, num_timesteps: int, warned: bool
 ) -> None:
     config = tiny_runs.mask_config(num_timesteps=num_timesteps, output_dir=str(tmp_path))
-    plan = plan_mask(config)
+    plan = MaskingAlgorithm(config).make_plan()
     assert any("num_timesteps: 1 draws from the first" in warning for warning in plan.warnings) == warned
 
 
@@ -399,7 +400,7 @@ def test_heads_of_images_are_read_once_by_a_run(
         Image.new("RGB", (32, 32)).save(tmp_path / "raw" / style / "Cats" / "1.jpg")
     keys = {"dataset_type": "unlearncanvas", "styles": None, "objects": None}
     config = tiny_runs.mask_config(**keys, raw_dataset_dir=str(tmp_path / "raw"))
-    assert plan_mask(config).can_run
+    assert MaskingAlgorithm(config).make_plan().can_run
 
     opened = []
     really = Image.open

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from command_lines import parse_cli
+from mu.unlearning.train_methods import IN_METHOD
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig
 from mu.algorithms.saliency_unlearning.mask_file import MaskError, save_mask
 from mu.algorithms.saliency_unlearning.utils import (
     find_mask,
+    kept_by_layer,
     layer_groups,
     unet_fingerprint,
 )
-from mu.ldm import load_model
+from mu.ldm import LatentDiffusion, load_model
 
 # ---- which model
 
@@ -63,6 +65,40 @@ def test_the_kept_fraction_of_each_block() -> None:
         "input_blocks.10": 1.0,
         "middle_block.0": 0.0,
         "out": 0.75,
+    }
+
+
+def test_what_is_kept_of_each_kind_of_layer(tiny_model: LatentDiffusion) -> None:
+    """On a real UNet: each weight is counted once, under the kind that its train method says it is."""
+    mask = {
+        name: torch.arange(p.numel()).view(p.shape) % 3 == 0 for name, p in tiny_model.unet.named_parameters()
+    }
+    kept = kept_by_layer(mask)
+    fractions = {
+        block: sum(k for k, _ in kinds.values()) / sum(n for _, n in kinds.values())
+        for block, kinds in kept.items()
+    }
+    assert fractions == layer_groups(mask)
+    attention = kept["middle_block.1"]
+    prefix = "middle_block.1.transformer_blocks.0."
+    for part, kind in (("attn1.to_q", "self-attention queries"), ("attn2.to_v", "cross-attention values")):
+        marked = mask[f"{prefix}{part}.weight"]
+        assert attention[kind] == (int(marked.sum()), marked.numel())
+    out = [mask[f"{prefix}attn2.to_out.0.{end}"] for end in ("weight", "bias")]
+    assert attention["cross-attention output"] == (
+        sum(int(m.sum()) for m in out),
+        sum(m.numel() for m in out),
+    )
+    for kind, method in (("cross-attention", "xattn"), ("self-attention", "selfattn")):
+        total = sum(n for kinds in kept.values() for name, (_, n) in kinds.items() if name.startswith(kind))
+        assert total == sum(p.numel() for name, p in mask.items() if IN_METHOD[method](name))
+    assert set(kept["time_embed"]) == {"time embedding"}
+    assert set(kept["out"]) == {"convolutions"}
+    assert set(kept["middle_block.0"]) == {"convolutions", "time embedding"}
+    assert set(attention) == {
+        *(f"{a}-attention {p}" for a in ("self", "cross") for p in ("queries", "keys", "values", "output")),
+        "feed-forward",
+        "norms and projections",
     }
 
 

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from mu.config import load_config, setting
 from mu.unlearning.concept_prompts import PromptKeys
-from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
-from mu.unlearning.training_config import TrainingKeys
+from mu.unlearning.training_config import TRAIN_METHOD_HELP, TRAIN_METHODS, TrainingKeys
 
 
 class ESDConfig(TrainingKeys, PromptKeys):

@@ -10,8 +10,14 @@ from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
 from mu.unlearning.config import OUTPUTS, DataKeys
 from mu.unlearning.find_checkpoint import Problem
-from mu.unlearning.train_methods import TRAIN_METHOD_HELP, TRAIN_METHODS
-from mu.unlearning.training_config import PRECISION_HELP, PRECISIONS, ComputeKeys, TrainingKeys
+from mu.unlearning.training_config import (
+    PRECISION_HELP,
+    PRECISIONS,
+    TRAIN_METHOD_HELP,
+    TRAIN_METHODS,
+    ComputeKeys,
+    ImageTrainingKeys,
+)
 
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
@@ -28,7 +34,7 @@ class MaskConfig(ComputeKeys, DataKeys):
     precision: str = setting(
         "auto",
         f"{PRECISION_HELP} auto: tf32 on a GPU that has it, else fp32; in bf16 2 to 4 % of the marked weights "
-        "would be others (docs/masks.md).",
+        "would be others (docs/method.md).",
         choices=PRECISIONS,
     )
     c_guidance: float = setting(
@@ -76,13 +82,13 @@ class MaskConfig(ComputeKeys, DataKeys):
             )
 
 
-class TrainConfig(TrainingKeys, DataKeys):
+class TrainConfig(ImageTrainingKeys):
     """Stage 2: masked fine-tuning."""
 
     MODULE: ClassVar[str] = TRAIN_MODULE
     without_effect: ClassVar[tuple[str, ...]] = ("start_guidance", "negative_guidance", "ddim_steps")
     gone: ClassVar[Mapping[str, str]] = {
-        **TrainingKeys.gone,
+        **ImageTrainingKeys.gone,
         "optimizer": "adam",
         "mask_seed": "0",
         "mask_pool": "unet",
@@ -136,7 +142,6 @@ class TrainConfig(TrainingKeys, DataKeys):
         "frozen original predicts, which disturbs less of what is kept, for one more prediction a step.",
         choices=("noise", "frozen"),
     )
-    epochs: int = setting(5, "Passes over the images to forget.", ge=1, le=1_000_000)
     retain_batch_size: int | None = setting(
         None, "Images to retain in a step; null: as many as batch_size.", ge=1, le=100_000
     )

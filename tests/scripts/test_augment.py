@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import augment as augment_module
 import pytest
 import torch
+from augment import augment
 from torch import Tensor
-
-from mu.datasets import augment as augment_module
-from mu.datasets.augment import augment
 
 
 def generator(seed: int = 0) -> torch.Generator:

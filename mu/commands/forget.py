@@ -1,0 +1,62 @@
+"""Make a model forget a style, an object or a prompt, from its name alone: images, mask, training, pictures, report.
+
+unlearn_diff forget Noto
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from mu.cli import Planned, run_door
+from mu.console import say
+from mu.forgetting.config import ForgetConfig
+from mu.verbosity import is_quiet
+
+MODULE = "mu.commands.forget"
+_SUMMARY = (
+    "Make a model forget a style, an object or a prompt, from its name alone: it draws the images, finds the mask, "
+    "trains, draws before and after from the written file, and writes a report. Given again, it goes on where it "
+    "stopped. "
+    'WHAT comes first: unlearn_diff forget "Van Gogh" "Claude Monet" --kind style --ckpt_path sd-v1-4.ckpt'
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_door(ForgetConfig, _run, module=MODULE, summary=_SUMMARY, argv=_named(argv), plan=_plan)
+
+
+def _named(argv: Sequence[str] | None) -> list[str]:
+    """Arguments, in which the first words that are no flags are those of `--what`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    what = ["--what", json.dumps(words[:count], ensure_ascii=False)] if count else []
+    return [*what, *words[count:]]
+
+
+def _run(config: ForgetConfig) -> object:
+    from mu.forgetting.run import forget
+
+    found = forget(config)
+    if is_quiet():
+        say(
+            "\n".join(
+                str(path) for path in (found.checkpoint, found.patch, found.pictures, found.report) if path
+            )
+        )
+    else:
+        say(f"\n{found}")
+    return None
+
+
+def _plan(config: ForgetConfig) -> Planned:
+    from mu.forgetting.plan import plan_of
+    from mu.forgetting.recipes import recipe_of
+
+    return plan_of(recipe_of(config), examined=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,242 @@
+"""The whole of it on a tiny model: what is written, what is said, and that the same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import mu
+from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
+from mu.commands.forget import main
+from mu.forgetting import run
+from mu.forgetting.config import ForgetConfig
+from mu.forgetting.pictures import SEEDS, compare
+from mu.forgetting.plan import finished
+from mu.forgetting.recipes import recipe_of
+from mu.ldm.tensor_file import read_state_dict
+from mu.unlearning.trainer import Trainer
+from tests.forked_commands import flags
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return read_state_dict(path)[0]
+
+
+def same_file(one: Path, other: Path) -> bool:
+    mine, its = weights(one), weights(other)
+    return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def test_one_call_from_a_word_to_the_answer(
+    quick_keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = mu.forget("church", **quick_keys)
+    told = capsys.readouterr()
+
+    # 1. Everything is there, in one folder.
+    for path in (found.checkpoint, found.patch, found.pictures, found.report):
+        assert path is not None
+        assert path.is_file()
+        assert path.is_relative_to(found.folder)
+    assert found.folder.parent == tmp_path / "forget"
+    assert found.folder.name.startswith("object-church-")
+    assert [path.suffix for path in (found.folder / "mask").rglob("mask_*")] == [".safetensors"]
+
+    # 2. Only weights of the UNet moved, and some did.
+    before, after = weights(Path(quick_keys["ckpt_path"])), weights(found.checkpoint)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved
+    assert all(name.startswith("model.diffusion_model.") for name in moved)
+
+    # 3. The numbers: of each prompt that was drawn, with n; no score is made up.
+    assert found.scores is None
+    assert found.moved is not None
+    assert found.moved["n_pictures"] == {"forgotten": 6 * len(SEEDS), "kept": 2 * len(SEEDS)}
+    assert set(found.moved["by_prompt"]["kept"]) == set(quick_keys["keep"])
+    assert found.moved["forgotten"] > 0
+    assert found.moved["two_seeds_of_one_prompt_before"] > 0
+
+    # 4. The plan came first, on stderr; the answer says it all again.
+    assert "To forget  the object church" in told.err
+    assert "taken for an object by its words; --kind style or --kind prompt says otherwise" in told.err
+    assert "It will take about" in told.err
+    text = str(found)
+    assert text == (found.folder / "answer.txt").read_text().removesuffix("\n")
+    for part in (
+        "the object church. Asked for it, the model now gives a landscape.",
+        "2 prompts of yours",
+        f"unlearn_diff convert {found.checkpoint} my_model",
+        "whether it is forgotten, the pictures must show",
+        str(found.report),
+    ):
+        assert part in text
+
+    # 5. Asked again, nothing is made again.
+    made = {path: path.stat().st_mtime_ns for path in found.checkpoint.parent.rglob("*")}
+    again = mu.forget("church", **quick_keys)
+    assert "All of it is done already." in capsys.readouterr().err
+    assert again.checkpoint == found.checkpoint
+    assert again.moved == json.loads(json.dumps(found.moved))
+    assert {path: path.stat().st_mtime_ns for path in found.checkpoint.parent.rglob("*")} == made
+
+    # 6. Another setting has another folder, and draws no image again.
+    images = tree(tmp_path / "processed" / "generated_prompts")
+    other = mu.forget("church", **{**quick_keys, "seed": 1})
+    assert other.folder != found.folder
+    assert tree(tmp_path / "processed" / "generated_prompts") == images
+    assert not same_file(other.checkpoint, found.checkpoint)
+
+
+def test_a_dry_run_says_all_of_it_and_writes_nothing(
+    quick_keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(tmp_path)
+    assert main(["church", "a small dog", *flags(quick_keys), "--kind", "object", "--dry_run"]) == 0
+    assert tree(tmp_path) == before
+    said = capsys.readouterr().out
+    assert "To forget  the objects church and a small dog" in said
+    for stage in ("images   16 to draw of", "mask", "training", "pictures"):
+        assert f"\n  {stage}" in said
+    assert "model.safetensors" in said
+    assert "model.patch.safetensors" in said
+
+
+@pytest.mark.parametrize("method", ["esd", "uce"])
+def test_the_other_methods(quick_keys: dict[str, Any], method: str) -> None:
+    settings = ["sample_steps=2"]
+    if method == "esd":
+        settings += ["iterations=2", "ddim_steps=3", "lr=1e-3"]
+    found = mu.forget("Van Gogh style", **{**quick_keys, "method": method, "set": settings, "images": None})
+    assert found.what == "the style Van Gogh"
+    assert found.instead == ("photography",)
+    assert found.patch is not None
+    assert "attn2" in str(sorted(name for name in weights(found.patch)))
+    assert found.report is not None
+    assert not (found.folder / "mask").exists()
+
+
+def test_several_prompts_word_for_word(quick_keys: dict[str, Any]) -> None:
+    found = mu.forget(
+        "a nude person, standing", "a photo of a nude person", **{**quick_keys, "instead": "a clothed person"}
+    )
+    assert found.prompts == ("a nude person, standing", "a photo of a nude person")
+    (substitutes,) = Path(quick_keys["processed_dataset_dir"]).rglob("substitutes.txt")
+    assert set(substitutes.read_text().splitlines()) == {"a clothed person"}
+
+
+class Stopped(Exception):
+    """Stands for a kill: nothing that follows it in the program is run."""
+
+
+def test_killed_between_and_within_stages_it_comes_to_the_same_bits(
+    quick_keys: dict[str, Any],
+    tmp_path: Path,
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quick_keys["set"] = (*quick_keys["set"], "checkpoint_every_steps=1", "keep_checkpoints=9")
+    whole = mu.forget("church", **quick_keys)
+    images = Path(quick_keys["processed_dataset_dir"])
+    shutil.move(whole.folder, tmp_path / "whole")
+    shutil.rmtree(images)
+
+    # 1. At the boundary after the mask.
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_train", lambda config: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            mu.forget("church", **quick_keys)
+    recipe = recipe_of(ForgetConfig(what=("church",), **quick_keys))
+    mask = finished(recipe, "mask")
+    assert mask is not None
+
+    # 2. Within the training, by Ctrl-C: after its first step.
+    step = Trainer.step
+
+    def interrupted(trainer: Trainer, batch: Any) -> dict[str, float]:
+        terms = step(trainer, batch)
+        os.kill(os.getpid(), 2)
+        return terms
+
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mu.forget("church", **quick_keys)
+    assert "To go on: unlearn_diff forget church --keep" in capsys.readouterr().err
+    (begun,) = (recipe.folder / "train").glob("*")
+    assert (begun / "checkpoints").is_dir()
+
+    # 3. Before the pictures.
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_looked_at", lambda *_: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            mu.forget("church", **quick_keys)
+    assert finished(recipe, "train") == begun
+
+    again = mu.forget("church", **quick_keys)
+    assert again.checkpoint.parent == begun
+    assert finished(recipe, "mask") == mask
+    (wanted,) = (tmp_path / "whole" / "train").glob("*/model.safetensors")
+    assert same_file(wanted, again.checkpoint)
+    (old,) = (tmp_path / "whole" / "train").glob("*/pictures/before_after.png")
+    assert old.read_bytes() == again.pictures.read_bytes()
+    assert again.moved == json.loads(json.dumps(whole.moved))
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_begins_anew(
+    quick_keys: dict[str, Any], tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_keys["set"] = (*quick_keys["set"], "checkpoint_every_steps=1")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            SaliencyUnlearningAlgorithm, "told", lambda *_: (_ for _ in ()).throw(Stopped), raising=True
+        )
+        with pytest.raises(Stopped):
+            mu.forget("church", **quick_keys)
+    damaged = list((tmp_path / "forget").rglob("step-*.safetensors"))
+    assert damaged
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert mu.forget("church", **quick_keys).checkpoint.is_file()
+
+
+def test_pictures_before_and_after_begin_from_the_same_noise(
+    quick_keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of a file that nothing has changed in, nothing moves."""
+    recipe = recipe_of(ForgetConfig(what=("church",), **quick_keys))
+    source = Path(quick_keys["ckpt_path"])
+    path = tmp_path / "same.png"
+    moved = compare(recipe.train, source, ["a church"], ["a dog", "a cat"], path=path, title="t")
+    assert moved.forgotten == {"a church": 0.0}
+    assert moved.kept == {"a dog": 0.0, "a cat": 0.0}
+    assert moved.yardstick > 0
+    with Image.open(path) as picture:
+        assert picture.height > 3 * 64
+
+
+def test_mistakes_are_told_before_anything_is_loaded(
+    quick_keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags({**quick_keys, "set": ("train.lrr=3",)})
+    assert main(["church", *words]) == 2
+    assert "set: 'train.lrr=3': there is no such key. Did you mean 'lr'?" in capsys.readouterr().err
+    assert main(["church", *flags({**quick_keys, "keep": (str(tmp_path / "none.txt"),)})]) == 2
+    assert "keep: there is no file" in capsys.readouterr().err
+    assert main([]) == 2
+    assert "what: say what is to be forgotten" in capsys.readouterr().err
+    assert main(["church", "--ckpt_path", str(tmp_path / "none.ckpt")]) == 2
+    assert "ckpt_path" in capsys.readouterr().err
+    assert not (tmp_path / "forget").exists()
