@@ -96,6 +96,7 @@ def _bars() -> Any:
 
     class Bar(tqdm):
         was_shown = False
+        last_print_t: float
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             if msg is not None or time.time() >= self.start_t + self.delay:
