@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from command_lines import parse_cli
+from mu.unlearning.train_methods import IN_METHOD
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig
@@ -21,7 +22,6 @@ from mu.algorithms.saliency_unlearning.utils import (
     unet_fingerprint,
 )
 from mu.ldm import LatentDiffusion, load_model
-from mu.unlearning.train_methods import IN_METHOD
 
 # ---- which model
 
