@@ -22,14 +22,14 @@ from mu.evaluation.config import EvaluateConfig, SampleConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/keys.md"
 COMMANDS: dict[str, tuple[str, type[Config]]] = {
-    "mask": ("saliency unlearning, stage 1: the mask of a concept", MaskConfig),
+    "generate_mask": ("saliency unlearning, stage 1: the mask of a concept", MaskConfig),
     "train": ("saliency unlearning, stage 2: training under the mask", TrainConfig),
     "esd": ("Erased Stable Diffusion: training without images", ESDConfig),
     "uce": ("Unified Concept Editing: a closed form, without training", UCEConfig),
     "sample": ("images from a checkpoint", SampleConfig),
     "evaluate": ("what a checkpoint forgot, and what it kept", EvaluateConfig),
     "convert": ("a checkpoint in another format", ConvertConfig),
-    "patch": ("patches put on a checkpoint, or taken off", ApplyPatchConfig),
+    "apply_patch": ("patches put on a checkpoint, or taken off", ApplyPatchConfig),
 }
 """Command -> what it is, and the class of its keys."""
 _TOP = """# Keys
