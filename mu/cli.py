@@ -77,6 +77,7 @@ def run_door(
     shares_work: bool = False,
     plan: Callable[[C], Planned] | None = None,
     answer: Callable[[C, Any, str | None], Answer] | None = None,
+    says_settings: bool = True,
 ) -> int:
     """A whole command: settings, their print, the run, its result; returns the exit code.
 
@@ -93,6 +94,7 @@ def run_door(
         plan: what `--dry_run` prints in the place of a run, and then ends with the exit code that the run would.
         answer: what is said at the end: of the settings, the result, and the settings file that was given, None
             without one. Left out, the result is printed, name by name.
+        says_settings: print the settings first; false for a command that says in words what it will do.
     """
     words = _named(sys.argv[1:] if argv is None else argv, first_words)
     config: C | None = None
@@ -113,7 +115,7 @@ def run_door(
                     planned = plan(config)
                 say(as_json(planned.as_json()) if asked.json else str(planned))
                 return planned.exit_code
-            if not bars_off():
+            if says_settings and not bars_off():
                 say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
             with asked.stdout_kept():
                 result = run(config)

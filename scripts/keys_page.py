@@ -19,9 +19,11 @@ from mu.commands.convert import ConvertConfig
 from mu.config import Config, keys_of
 from mu.config_keys import Key
 from mu.evaluation.config import EvaluateConfig, SampleConfig
+from mu.forgetting.config import ForgetConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/keys.md"
 COMMANDS: dict[str, tuple[str, type[Config]]] = {
+    "forget": ("from a word to an unlearned checkpoint, all stages in one command", ForgetConfig),
     "generate_mask": ("saliency unlearning, stage 1: the mask of a concept", MaskConfig),
     "train": ("saliency unlearning, stage 2: training under the mask", TrainConfig),
     "esd": ("Erased Stable Diffusion: training without images", ESDConfig),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from mu.bars import loading
 from mu.cli import Planned, run_door
-from mu.console import say
+from mu.console import Answer
+from mu.forgetting.answer import Forgotten
 from mu.forgetting.config import ForgetConfig
-from mu.verbosity import is_quiet
 
 MODULE = "mu.commands.forget"
 _SUMMARY = (
@@ -25,7 +27,17 @@ _SUMMARY = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(ForgetConfig, _run, module=MODULE, summary=_SUMMARY, argv=_named(argv), plan=_plan)
+    return run_door(
+        ForgetConfig,
+        _run,
+        module=MODULE,
+        summary=_SUMMARY,
+        examples=[(MODULE, "Noto")],
+        argv=_named(argv),
+        plan=_plan,
+        answer=_answer,
+        says_settings=False,
+    )
 
 
 def _named(argv: Sequence[str] | None) -> list[str]:
@@ -36,24 +48,21 @@ def _named(argv: Sequence[str] | None) -> list[str]:
     return [*what, *words[count:]]
 
 
-def _run(config: ForgetConfig) -> object:
-    from mu.forgetting.run import forget
+def _run(config: ForgetConfig) -> dict[str, Any]:
+    with loading():
+        from mu.forgetting.run import forget
 
-    found = forget(config)
-    if is_quiet():
-        say(
-            "\n".join(
-                str(path) for path in (found.checkpoint, found.patch, found.pictures, found.report) if path
-            )
-        )
-    else:
-        say(f"\n{found}")
-    return None
+    return {**vars(forget(config))}
+
+
+def _answer(config: ForgetConfig, result: Mapping[str, Any], config_path: str | None) -> Answer:  # noqa: ARG001
+    return Forgotten(**result).answer()
 
 
 def _plan(config: ForgetConfig) -> Planned:
-    from mu.forgetting.plan import plan_of
-    from mu.forgetting.recipes import recipe_of
+    with loading():
+        from mu.forgetting.plan import plan_of
+        from mu.forgetting.recipes import recipe_of
 
     return plan_of(recipe_of(config), examined=True)
 

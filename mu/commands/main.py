@@ -19,6 +19,10 @@ from mu.console import OutputClosed, named, say
 _SALUN = "mu.algorithms.saliency_unlearning.scripts"
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Make a model forget": {
+        "forget": (
+            "mu.commands.forget",
+            "a style, an object or a prompt, from its name alone: all in one command",
+        ),
         "mask": (f"{_SALUN}.generate_mask", "find the weights that matter for a concept (SalUn, stage 1)"),
         "train": (f"{_SALUN}.train", "forget it: SalUn under that mask; --method esd and uce need none"),
     },
@@ -102,7 +106,7 @@ def help_text(program: str) -> str:
         "Make a Stable Diffusion model forget a concept, keep the rest, and measure both.",
         "",
         "Try it on the bundled model, which needs no download and no GPU:",
-        f"  {program} train --method uce --config_path emoji_canvas/uce_style.yaml",
+        f"  {program} forget Noto",
     ]
     for group, commands in COMMANDS.items():
         lines += ["", f"{group}:"]

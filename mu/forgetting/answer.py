@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mu.config import resolve_path
+from mu.console import Answer, called
 from mu.unlearning.config import EMOJI_MODEL_CONFIG, SD_MODEL_CONFIG
 
 _SCORES = ("UA", "own", "IRA", "CRA")
+_DOORS = "mu.algorithms.saliency_unlearning.scripts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,40 +48,41 @@ class Forgotten:
     """Of this call."""
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return str(self.answer())
 
-    def as_dict(self) -> dict[str, Any]:
-        """Numbers, texts, and paths as texts."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-
-
-def _lines(found: Forgotten) -> Iterator[str]:
-    instead = " or ".join(dict.fromkeys(name.replace("_", " ") for name in found.instead))
-    yield f"Forgotten  {found.what}. Asked for it, the model now gives {instead}."
-    yield f"Kept       {found.kept}."
-    changed, total = found.weights
-    yield f"Changed    {changed:,} of {total:,} weights; all others are the same to the bit."
-    yield ""
-    yield from _score_lines(found.scores) if found.scores is not None else _moved_lines(found.moved or {})
-    yield ""
-    yield f"Model      {found.checkpoint}"
-    if found.patch is not None:
-        yield f"Patch      {found.patch}"
-    yield f"Pictures   {found.pictures}"
-    if found.report is not None:
-        yield f"Report     {found.report}"
-    yield ""
-    yield from _use_lines(found)
+    def answer(self) -> Answer:
+        """What a command says at its end."""
+        instead = " or ".join(dict.fromkeys(name.replace("_", " ") for name in self.instead))
+        changed, total = self.weights
+        return Answer(
+            [
+                f"Forgotten: {self.what}. Asked for it, the model is now to give {instead}.",
+                f"Kept: {self.kept}.",
+                f"Changed: {changed:,} of {total:,} weights of the UNet; every other bit of the file is as it was.",
+                "",
+                *(_score_lines(self.scores) if self.scores is not None else _moved_lines(self.moved or {})),
+                "",
+            ],
+            made={
+                "model": self.checkpoint,
+                "patch": self.patch,
+                "pictures": self.pictures,
+                "report": self.report,
+            },
+            following=list(_following(self)),
+        )
 
 
 def _score_lines(scores: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    yield "What a classifier that took no part in it sees in the pictures that the written file draws:"
+    yield "By a classifier that took no part in it, of the pictures that the written file draws:"
+    yield "         before    after       n"
     for key in _SCORES:
         score = scores[key]
-        if score["after"] is None:
-            continue
-        before = f" (before {100 * score['before']:.1f} %)" if score.get("before") is not None else ""
-        yield f"  {key:<4}{100 * score['after']:5.1f} %{before:<18} n = {score['n']:<4} {score['meaning']}"
+        before, after = (
+            "      -" if score[moment] is None else f"{100 * score[moment]:5.1f} %"
+            for moment in ("before", "after")
+        )
+        yield f"  {key:<4} {before}  {after}  {score['n']:>6}   {score['meaning']}"
 
 
 def _moved_lines(moved: Mapping[str, Any]) -> Iterator[str]:
@@ -91,18 +94,26 @@ def _moved_lines(moved: Mapping[str, Any]) -> Iterator[str]:
     yield "There is no classifier for this model: whether it is forgotten, the pictures must show."
 
 
-def _use_lines(found: Forgotten) -> Iterator[str]:
-    model = shlex.quote(str(found.checkpoint))
-    own = resolve_path(found.structure) != resolve_path(SD_MODEL_CONFIG)
-    structure = f" --model_config_path {shlex.quote(found.structure)}" if own else ""
-    if resolve_path(found.structure) == resolve_path(EMOJI_MODEL_CONFIG):
-        prompt = shlex.quote(found.prompts[0])
-        yield f"Draw       unlearn_diff sample --ckpt_path {model}{structure} \\"
-        yield f"             --prompts {prompt} --sample_steps 20 --guidance_scale 3"
-    elif found.checkpoint.is_file():
-        yield "Use it     A1111, ComfyUI, Forge: the file as it is, in their folder of checkpoints"
+def _following(found: Forgotten) -> Iterator[tuple[str, str]]:
+    """What can be typed next: (what for, command)."""
+
+    def typed(door: str, *words: object) -> str:
+        own = resolve_path(found.structure) != resolve_path(SD_MODEL_CONFIG)
+        structure = ["--model_config_path", found.structure] if own else []
+        return f"{called(f'{_DOORS}.{door}')} {shlex.join([*map(str, words), *structure])}"
+
+    bundled = resolve_path(found.structure) == resolve_path(EMOJI_MODEL_CONFIG)
+    if bundled:
+        how = ("--sample_steps", 20, "--guidance_scale", 3)
+        yield "Draw", typed("sample", "--ckpt_path", found.checkpoint, "--prompts", found.prompts[0], *how)
     if found.checkpoint.is_file():
-        yield f"diffusers  unlearn_diff convert {model} my_model{structure}"
-    if found.patch is not None:
-        yield f"Undo       unlearn_diff patch {model} original.safetensors --patches {shlex.quote(str(found.patch))} \\"
-        yield f"             --remove true{structure}"
+        if not bundled:
+            yield (
+                "A1111, ComfyUI and Forge take the file as it is, in their folder of checkpoints",
+                str(found.checkpoint),
+            )
+        yield "For diffusers", typed("convert", found.checkpoint, found.folder / "diffusers")
+        if found.patch is not None:
+            original = found.folder / "original.safetensors"
+            words = (found.checkpoint, original, "--patches", found.patch, "--remove", "true")
+            yield "To undo it", typed("apply_patch", *words)

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mu.atomic import write_atomically
+from mu.bars import bar
 from mu.config import override
 from mu.datasets.images import to_picture
 from mu.ldm.text_to_image import sample_images
 from mu.pictures import image_grid
 from mu.unlearning.config import OutputKeys
 from mu.unlearning.output import model_of
-from mu.verbosity import bars_off
 
 MOST_FORGOTTEN, MOST_KEPT = 6, 10
 SEEDS = (188, 288)
@@ -72,8 +71,8 @@ def compare(
         written: the unlearned checkpoint.
         path: of the picture, a row a prompt, the forgotten ones first and framed.
     """
-    shown = shown_prompts(forgotten, kept)
-    prompts = [*shown[0], *shown[1]]
+    to_forget, to_keep = shown_prompts(forgotten, kept)
+    prompts = [*to_forget, *to_keep]
     pairs = [(prompt, seed) for prompt in prompts for seed in SEEDS]
     drawn: dict[str, list[Tensor]] = {}
     for moment, source in (("before", config.ckpt_path), ("after", str(written))):
@@ -88,9 +87,12 @@ def compare(
             image_size=config.image_size,
             precision=config.sample_precision,
         )
-        bar = tqdm(sampled, total=len(pairs), desc=f"pictures {moment}", unit="image", disable=bars_off())
-        drawn[moment] = list(bar)
-        del model, sampled, bar
+        with bar(f"drawing pictures {moment}", total=len(pairs), unit="pictures") as shown:
+            drawn[moment] = []
+            for image in sampled:
+                drawn[moment].append(image)
+                shown.update()
+        del model, sampled
 
     # How far each moved; and, to compare with, how far apart the seeds of a prompt were.
     count = len(SEEDS)
@@ -108,7 +110,7 @@ def compare(
         rows,
         [f"{prompt} (moved {by_prompt[prompt]:.2f})" for prompt in prompts],
         [f"{moment}, {seed}" for moment in drawn for seed in SEEDS],
-        mark_row=range(len(shown[0])),
+        mark_row=range(len(to_forget)),
         title=title,
         cell_px=max(64, min(192, rows[0][0].width)),
     )
@@ -116,8 +118,8 @@ def compare(
     picture.save(content, format="PNG")
     write_atomically(path, content.getvalue())
     return Moved(
-        {prompt: by_prompt[prompt] for prompt in shown[0]},
-        {prompt: by_prompt[prompt] for prompt in shown[1]},
+        {prompt: by_prompt[prompt] for prompt in to_forget},
+        {prompt: by_prompt[prompt] for prompt in to_keep},
         _mean(apart),
     )
 

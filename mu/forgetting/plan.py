@@ -59,6 +59,19 @@ class ForgetPlan:
             plan.require()
         return self
 
+    def as_json(self) -> dict[str, object]:
+        """What `--dry_run --json` prints."""
+        return {
+            "can_run": self.exit_code == 0,
+            "asked": vars(self.recipe.asked),
+            "prompts": self.recipe.prompts,
+            "kept": self.recipe.kept,
+            "notes": self.recipe.notes,
+            "folder": self.recipe.folder,
+            "seconds": {work.stage: work.seconds for work in self.work},
+            "plans": {stage: plan.as_json() for stage, plan in self.plans.items()},
+        }
+
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
@@ -158,9 +171,9 @@ def _lines(plan: ForgetPlan) -> Iterator[str]:
         yield "All of it is done already."
         return
     yield ""
-    yield f"It will take about {duration(plan.seconds)}, by the time that one step takes here:"
+    yield f"It will take about {_about(plan.seconds)}, by the time that one step takes here:"
     for work in plan.work:
-        yield f"  {work.stage:<9}{work.does:<36}{duration(work.seconds)}"
+        yield f"  {work.stage:<9}{work.does:<36}{_about(work.seconds)}"
     files = {file.what: file for each in plan.plans.values() for file in each.files if file.bytes}
     yield f"It will write about {size(sum(file.bytes for file in files.values()))}:"
     width = max(map(len, files), default=0)
@@ -176,7 +189,7 @@ def named(recipe: Recipe) -> str:
     return f"the {asked.kind}{'s' if len(names) > 1 else ''} {joined}"
 
 
-def duration(seconds: float) -> str:
+def _about(seconds: float) -> str:
     """`40 s`, `3 min`, `2 h 10 min`."""
     if seconds < 100:
         return f"{max(1, round(seconds))} s"

@@ -24,7 +24,9 @@ from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.uce.algorithm import UCEAlgorithm
 from mu.algorithms.uce.configs import UCEConfig
 from mu.atomic import write_atomically
+from mu.bars import waiting
 from mu.config import as_text, keys_of, override
+from mu.console import called
 from mu.errors import Terminated
 from mu.evaluation import evaluation
 from mu.evaluation.report import report_training
@@ -38,7 +40,7 @@ from mu.unlearning.checkpoints import find_run_state
 from mu.unlearning.config import OutputKeys
 from mu.unlearning.run_state import ResumeError
 from mu.unlearning.training_config import RESUME_NEWEST, TrainingKeys
-from mu.verbosity import is_quiet
+from mu.verbosity import bars_off
 
 _log = logging.getLogger(__name__)
 
@@ -62,8 +64,9 @@ def forget(config: ForgetConfig) -> Forgotten:
         folder.save_config(config)
 
         # 2. What it will take.
-        plan = plan_of(recipe).require()
-        if not is_quiet():
+        with waiting("timing one step of each kind"):
+            plan = plan_of(recipe).require()
+        if not bars_off():
             print(plan, file=sys.stderr, flush=True)
 
         # 3. Images and mask: the images are drawn by the model itself, before anything in it has moved.
@@ -176,15 +179,16 @@ def _saying_how_to_go_on(config: ForgetConfig) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Terminated):
-        print(f"stopped; what is done is kept. To go on: {command(config)}", file=sys.stderr, flush=True)
+        words = f"stopped; what is done is kept. The same command goes on: {command(config)}"
+        print(words, file=sys.stderr, flush=True)
         raise
 
 
 def command(config: ForgetConfig) -> str:
     """The command line that asks for the same."""
-    words = ["unlearn_diff", "forget", *config.what]
+    words = [*config.what]
     for key in keys_of(ForgetConfig):
         value = getattr(config, key.name)
         if key.name != "what" and value != key.default:
             words += [f"--{key.name}", as_text(value, split=key.rule.split)]
-    return shlex.join(words)
+    return f"{called('mu.commands.forget')} {shlex.join(words)}"

@@ -17,6 +17,7 @@ QUICK = (
     "train.epochs=2",
     "mask.draws_per_image=1",
     "train.lr=1e-3",
+    "train.logger=none",
 )
 """What makes the recipe for Stable Diffusion one of a second."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from mu.algorithms.saliency_unlearning.configs import (
     saliency_unlearning_train_emoji_canvas,
 )
 from mu.algorithms.uce.configs import UCEConfig
+from mu.commands.forget import _named
 from mu.config import ConfigError
 from mu.datasets.data_sets import data_set_of
 from mu.forgetting.config import ForgetConfig, asked_of, mentions
 from mu.forgetting.recipes import everyday_prompts, recipe_of
 from mu.forgetting.run import command
-from tests.importable.command_lines import parsed
+from tests.importable.command_lines import parse_cli
 
 PLACES = ("output_dir", "processed_dataset_dir", "mask_path", "devices")
 
@@ -174,13 +176,19 @@ def test_other_settings_and_other_models_have_other_folders(tiny_runs: Any) -> N
 
 
 def test_any_key_of_the_stages_may_be_set(tiny_runs: Any) -> None:
-    recipe = recipe_of(sd(tiny_runs, "church", set=("train.lr=2e-5", "sample_steps=30", "mask.threshold=0.3")))
+    recipe = recipe_of(
+        sd(tiny_runs, "church", set=("train.lr=2e-5", "sample_steps=30", "mask.threshold=0.3"))
+    )
     assert recipe.mask is not None
     assert (recipe.mask.lr, recipe.mask.sample_steps, recipe.mask.threshold) == (1e-5, 30, 0.3)
     assert (recipe.train.sample_steps, dict(recipe.train)["lr"]) == (30, 2e-5)
     with pytest.raises(ConfigError) as error:
         recipe_of(
-            sd(tiny_runs, "church", set=("train.lr=fast", "masks.lr=1", "thresold=0.1", "train.lr", "epochs=0"))
+            sd(
+                tiny_runs,
+                "church",
+                set=("train.lr=fast", "masks.lr=1", "thresold=0.1", "train.lr", "epochs=0"),
+            )
         )
     for part in (
         "train: lr: must be a number, got 'fast'",
@@ -194,6 +202,7 @@ def test_any_key_of_the_stages_may_be_set(tiny_runs: Any) -> None:
 
 def test_the_command_that_goes_on_asks_for_the_same(tiny_runs: Any) -> None:
     config = sd(tiny_runs, "a church, old", keep=("a dog, sitting", "a cat"), set=("train.lr=1e-4",))
-    words = command(config).split(" ")
-    assert words[:2] == ["unlearn_diff", "forget"]
-    assert parsed(command(config)) == config
+    *program, what = shlex.split(command(config))[:4]
+    assert (program, what) == (["python", "-m", "mu.commands.forget"], "a church, old")
+    words = shlex.split(command(config))[3:]
+    assert parse_cli(ForgetConfig, _named(words)) == config

@@ -1,10 +1,11 @@
-"""The whole of it on a tiny model: what is written, what is said, and that the same command goes on where it stopped."""
+"""The whole of it on a tiny model: what is written, what is said, and the same command goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from mu.forgetting.pictures import SEEDS, compare
 from mu.forgetting.plan import finished
 from mu.forgetting.recipes import recipe_of
 from mu.ldm.tensor_file import read_state_dict
-from mu.unlearning.trainer import Trainer
-from tests.forked_commands import flags
+from mu.unlearning.checkpoints import Checkpoints
+from tests.algorithms.saliency_unlearning.test_kills import tensors
+from tests.forked_commands import Commands, flags
+from tests.kills import Found, assert_kills_change_nothing, contents
 
 
 def tree(folder: Path) -> set[str]:
@@ -74,9 +77,9 @@ def test_one_call_from_a_word_to_the_answer(
     text = str(found)
     assert text == (found.folder / "answer.txt").read_text().removesuffix("\n")
     for part in (
-        "the object church. Asked for it, the model now gives a landscape.",
+        "Forgotten: the object church. Asked for it, the model is now to give a landscape.",
         "2 prompts of yours",
-        f"unlearn_diff convert {found.checkpoint} my_model",
+        f"scripts.convert {found.checkpoint} {found.folder / 'diffusers'}",
         "whether it is forgotten, the pictures must show",
         str(found.report),
     ):
@@ -106,7 +109,7 @@ def test_a_dry_run_says_all_of_it_and_writes_nothing(
     assert tree(tmp_path) == before
     said = capsys.readouterr().out
     assert "To forget  the objects church and a small dog" in said
-    for stage in ("images   16 to draw of", "mask", "training", "pictures"):
+    for stage in ("images   18 to draw of 18", "mask", "training", "pictures"):
         assert f"\n  {stage}" in said
     assert "model.safetensors" in said
     assert "model.patch.safetensors" in said
@@ -116,7 +119,7 @@ def test_a_dry_run_says_all_of_it_and_writes_nothing(
 def test_the_other_methods(quick_keys: dict[str, Any], method: str) -> None:
     settings = ["sample_steps=2"]
     if method == "esd":
-        settings += ["iterations=2", "ddim_steps=3", "lr=1e-3"]
+        settings += ["iterations=2", "ddim_steps=3", "lr=1e-3", "logger=none"]
     found = mu.forget("Van Gogh style", **{**quick_keys, "method": method, "set": settings, "images": None})
     assert found.what == "the style Van Gogh"
     assert found.instead == ("photography",)
@@ -139,10 +142,14 @@ class Stopped(Exception):
     """Stands for a kill: nothing that follows it in the program is run."""
 
 
+def stop(*_: object) -> None:
+    raise Stopped
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_killed_between_and_within_stages_it_comes_to_the_same_bits(
     quick_keys: dict[str, Any],
     tmp_path: Path,
-    one_thread: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -154,7 +161,7 @@ def test_killed_between_and_within_stages_it_comes_to_the_same_bits(
 
     # 1. At the boundary after the mask.
     with monkeypatch.context() as patched:
-        patched.setattr(run, "_train", lambda config: (_ for _ in ()).throw(Stopped))
+        patched.setattr(run, "_train", stop)
         with pytest.raises(Stopped):
             mu.forget("church", **quick_keys)
     recipe = recipe_of(ForgetConfig(what=("church",), **quick_keys))
@@ -162,25 +169,24 @@ def test_killed_between_and_within_stages_it_comes_to_the_same_bits(
     assert mask is not None
 
     # 2. Within the training, by Ctrl-C: after its first step.
-    step = Trainer.step
+    is_due = Checkpoints.is_due
 
-    def interrupted(trainer: Trainer, batch: Any) -> dict[str, float]:
-        terms = step(trainer, batch)
-        os.kill(os.getpid(), 2)
-        return terms
+    def interrupted(checkpoints: Checkpoints, step: int) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return is_due(checkpoints, step)
 
     capsys.readouterr()
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", interrupted)
+        patched.setattr(Checkpoints, "is_due", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mu.forget("church", **quick_keys)
-    assert "To go on: unlearn_diff forget church --keep" in capsys.readouterr().err
+    assert "goes on: python -m mu.commands.forget church --keep" in capsys.readouterr().err
     (begun,) = (recipe.folder / "train").glob("*")
     assert (begun / "checkpoints").is_dir()
 
     # 3. Before the pictures.
     with monkeypatch.context() as patched:
-        patched.setattr(run, "_looked_at", lambda *_: (_ for _ in ()).throw(Stopped))
+        patched.setattr(run, "_looked_at", stop)
         with pytest.raises(Stopped):
             mu.forget("church", **quick_keys)
     assert finished(recipe, "train") == begun
@@ -195,14 +201,13 @@ def test_killed_between_and_within_stages_it_comes_to_the_same_bits(
     assert again.moved == json.loads(json.dumps(whole.moved))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_training_whose_checkpoints_are_all_damaged_begins_anew(
-    quick_keys: dict[str, Any], tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+    quick_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick_keys["set"] = (*quick_keys["set"], "checkpoint_every_steps=1")
     with monkeypatch.context() as patched:
-        patched.setattr(
-            SaliencyUnlearningAlgorithm, "told", lambda *_: (_ for _ in ()).throw(Stopped), raising=True
-        )
+        patched.setattr(SaliencyUnlearningAlgorithm, "told", stop)
         with pytest.raises(Stopped):
             mu.forget("church", **quick_keys)
     damaged = list((tmp_path / "forget").rglob("step-*.safetensors"))
@@ -240,3 +245,45 @@ def test_mistakes_are_told_before_anything_is_loaded(
     assert main(["church", "--ckpt_path", str(tmp_path / "none.ckpt")]) == 2
     assert "ckpt_path" in capsys.readouterr().err
     assert not (tmp_path / "forget").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_comes_to_the_same_files(
+    commands: Commands, quick_keys: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    places = {"processed_dataset_dir": str(out / "processed"), "output_dir": str(out / "forget")}
+    keys = {**quick_keys, **places, "set": (*quick_keys["set"], "checkpoint_every_steps=1")}
+
+    def found(folder: Path) -> Found:
+        return {
+            **tensors(folder, "model.safetensors"),
+            **contents(folder, "*.png", "mask_*.safetensors", "model.patch.safetensors"),
+        }
+
+    assert_kills_change_nothing(
+        commands,
+        "mu.commands.forget",
+        lambda: ["church", *flags(keys)],
+        folder=out,
+        found=found,
+        kills=20,
+        seed=5,
+    )
+
+
+def test_quiet_prints_paths_and_json_the_result(
+    quick_keys: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["church", *flags({**quick_keys, "method": "uce", "set": ("sample_steps=1",)})]
+    assert main([*words, "--quiet"]) == 0
+    told = capsys.readouterr()
+    paths = [Path(line) for line in told.out.splitlines()]
+    assert [path.suffix for path in paths] == [".safetensors", ".safetensors", ".png", ".html"]
+    assert all(path.is_file() for path in paths)
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["checkpoint"] == str(paths[0])
+    assert result["moved"]["n_pictures"]["kept"] == 4
+    assert main([*words, "--json", "--dry_run"]) == 0
+    assert json.loads(capsys.readouterr().out)["asked"]["kind"] == "object"
