@@ -18,7 +18,6 @@ from mu.algorithms.esd.algorithm import ESDAlgorithm, Prompts
 from mu.algorithms.esd.configs import ESDConfig
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
-from mu.algorithms.saliency_unlearning.data_handler import SAMPLE_BATCH
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
 from mu.config import override
 from mu.ldm import LatentDiffusion
@@ -27,6 +26,7 @@ from mu.ldm.text_to_image import sampling_precision
 from mu.unlearning.batches import Batch, ForgetBatch, RetainBatch
 from mu.unlearning.compute import Compute, choose, computing
 from mu.unlearning.config import OutputKeys
+from mu.unlearning.image_data import SAMPLE_BATCH
 from mu.unlearning.method import Loaded
 from mu.unlearning.output import model_of
 from mu.unlearning.trainer import Trainer
