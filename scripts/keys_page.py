@@ -16,6 +16,7 @@ from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.uce.configs import UCEConfig
 from mu.commands.apply_patch import ApplyPatchConfig
 from mu.commands.convert import ConvertConfig
+from mu.commands.report import ReportConfig
 from mu.config import Config, keys_of
 from mu.config_keys import Key
 from mu.evaluation.config import EvaluateConfig, SampleConfig
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[str, type[Config]]] = {
     "uce": ("Unified Concept Editing: a closed form, without training", UCEConfig),
     "sample": ("images from a checkpoint", SampleConfig),
     "evaluate": ("what a checkpoint forgot, and what it kept", EvaluateConfig),
+    "report": ("the report of a finished run, written again", ReportConfig),
     "convert": ("a checkpoint in another format", ConvertConfig),
     "patch": ("patches put on a checkpoint, or taken off", ApplyPatchConfig),
 }

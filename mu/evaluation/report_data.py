@@ -58,6 +58,7 @@ class TrainingRun(RunFiles):
         mask: of its mask's header, `kept` and `total` weights and the `kept_fraction` of each block, as far as they are
             there; None where the run has no mask, or its file is gone.
         mask_config: the settings beside that file.
+        moved: how far pictures moved, where `forget` has looked (`mu.forgetting.pictures.Moved`); else empty.
     """
 
     losses: Curves
@@ -65,6 +66,7 @@ class TrainingRun(RunFiles):
     pictures: Sequence[Path]
     mask: Mapping[str, Any] | None = None
     mask_config: Mapping[str, Any] = field(default_factory=dict)
+    moved: Mapping[str, Any] = field(default_factory=dict)
 
     def file(self, key: str) -> Path | None:
         """The checkpoint, patch or mask of the run; None where there is none, or where it is gone."""
@@ -148,6 +150,7 @@ def read_training_run(folder: Path) -> TrainingRun:
         losses=read_curves(folder / "metrics.csv"),
         validation=read_curves(folder / "validation.csv"),
         pictures=sorted((folder / "pictures").glob("*.png")),
+        moved=_read(folder / "moved.json"),
     )
     if (mask := run.file("mask")) is None:
         return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.forgetting.pictures import SEEDS, shown_prompts
 from mu.forgetting.recipes import Recipe
 from mu.forgetting.timing import Timed, timed
-from mu.run_folder import is_finished
+from mu.run_folder import RESULT, is_finished
 from mu.unlearning.method import Method
 from mu.unlearning.plan import Plan, size
 from mu.unlearning.training_config import TrainingKeys
@@ -115,9 +116,14 @@ def _stages(recipe: Recipe) -> dict[str, Method[Any]]:
 
 
 def finished(recipe: Recipe, stage: str) -> Path | None:
-    """The folder of the run in which a stage was done; None: it was not."""
-    found = [run for run in sorted((recipe.folder / stage).glob("*")) if is_finished(run)]
-    return found[-1] if found else None
+    """The folder of the run in which a stage was done, and whose files are still there; None: there is none."""
+    for run in sorted((recipe.folder / stage).glob("*"), reverse=True):
+        if is_finished(run):
+            result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+            made = [result["checkpoint"]] if stage == "train" else result["masks"].values()
+            if all(Path(path).exists() for path in made):
+                return run
+    return None
 
 
 def _work(recipe: Recipe, plans: Mapping[str, Plan], once: Timed) -> Iterator[Work]:

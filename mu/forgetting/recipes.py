@@ -142,11 +142,12 @@ def recipe_of(config: ForgetConfig) -> Recipe:
         "sample_prompts": (),
     }
     if on_grid:
-        data = {
-            "substitute": config.instead and asked.instead[0]
-        }  # null: the next that is kept, for each of them
-        data |= {} if config.images is None else {"images_per_prompt": config.images}
-        own = {"mask": data, "train": data, "uce": data}
+        # A substitute of null is the next of the list that is kept, for each of them.
+        data: dict[str, Any] = {"substitute": None if config.instead is None else asked.instead[0]}
+        if config.images is not None:
+            data["images_per_prompt"] = config.images
+        often = {"checkpoint_every_minutes": 0.5}  # its checkpoints are small
+        own = {"mask": data, "train": data | often, "esd": often, "uce": data}
     else:
         own = _own_keys(config, asked, prompts, kept)
     entries, mistakes = _set(config.set, classes)

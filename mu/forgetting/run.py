@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from mu.unlearning.checkpoints import find_run_state
 from mu.unlearning.config import OutputKeys
 from mu.unlearning.run_state import ResumeError
 from mu.unlearning.training_config import RESUME_NEWEST, TrainingKeys
-from mu.verbosity import bars_off
+from mu.verbosity import bars_off, console_level, is_json, is_quiet, verbosity
 
 _log = logging.getLogger(__name__)
 
@@ -60,24 +60,29 @@ def forget(config: ForgetConfig) -> Forgotten:
 
     # 1. What is asked.
     recipe = recipe_of(config)
-    with RunFolder.go_on(config.output_dir, recipe.folder.name) as folder, _saying_how_to_go_on(config):
+    with (
+        _console(),
+        RunFolder.go_on(config.output_dir, recipe.folder.name) as folder,
+        _saying_how_to_go_on(config),
+    ):
         folder.save_config(config)
 
         # 2. What it will take.
         with waiting("timing one step of each kind"):
             plan = plan_of(recipe).require()
-        if not bars_off():
-            print(plan, file=sys.stderr, flush=True)
+        _say(f"{plan}\n")
 
         # 3. Images and mask: the images are drawn by the model itself, before anything in it has moved.
         train = recipe.train
         if recipe.mask is not None and isinstance(train, TrainConfig):
             if finished(recipe, "mask") is None:
+                _say("Drawing images, and finding the weights that matter for what is forgotten ...")
                 MaskingAlgorithm(recipe.mask).run()
             train = override(train, mask_path=str(recipe.folder / "mask"))
 
         # 4. Training; and the proof that nothing else moved.
         if finished(recipe, "train") is None:
+            _say("Training, writing the file, and checking that nothing else in it changed ...")
             _train(train)
         trained = finished(recipe, "train")
         assert trained is not None
@@ -87,6 +92,7 @@ def forget(config: ForgetConfig) -> Forgotten:
         # 5. Pictures and scores, of the written file.
         found = _read(recipe.folder / RESULT_NAME)
         if not found:
+            _say("Drawing the same pictures before and after ...")
             found = _looked_at(recipe, train, trained, checkpoint)
             folder.save_json(RESULT_NAME, found)
 
@@ -110,6 +116,19 @@ def forget(config: ForgetConfig) -> Forgotten:
         )
         write_atomically(recipe.folder / "answer.txt", f"{answer}\n".encode())
         return answer
+
+
+def _say(text: str) -> None:
+    """A line on stderr, where the result goes to stdout; not with `--quiet` and `--json`."""
+    if not bars_off():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _console() -> AbstractContextManager[None]:
+    """Of the log lines of all stages, which log.txt has, the console gets warnings alone, unless debug is asked for."""
+    asked = console_level()
+    level = "debug" if asked <= logging.DEBUG else "error" if asked >= logging.ERROR else "warning"
+    return verbosity(level, quiet=is_quiet(), json=is_json())
 
 
 def _train(config: TrainConfig | ESDConfig | UCEConfig) -> None:
@@ -151,10 +170,11 @@ def _looked_at(recipe: Recipe, train: OutputKeys, trained: Path, checkpoint: Pat
         paths = {"pictures": result["picture"], "report": result.get("report")}
         return {**paths, "scores": numbers, "moved": None}
 
-    # The picture lies among those of the training, whose report shows it.
+    # Picture and numbers lie with those of the training, whose report shows them.
     picture = trained / "pictures" / "before_after.png"
     title = f"{named(recipe)} forgotten (framed): same prompts, same noise"
     moved = compare(train, checkpoint, recipe.prompts, recipe.kept, path=picture, title=title)
+    write_atomically(trained / "moved.json", f"{json.dumps(moved.as_dict(), indent=2)}\n".encode())
     report = report_training(trained, show_unsafe=False)
     return {
         "pictures": str(picture),

@@ -70,6 +70,10 @@ def test_one_call_from_a_word_to_the_answer(
     assert found.moved["forgotten"] > 0
     assert found.moved["two_seeds_of_one_prompt_before"] > 0
 
+    report = found.report.read_text() if found.report is not None else ""
+    assert "No classifier knows this concept" in report
+    assert "data:image/" in report
+
     # 4. The plan came first, on stderr; the answer says it all again.
     assert "To forget  the object church" in told.err
     assert "taken for an object by its words; --kind style or --kind prompt says otherwise" in told.err
