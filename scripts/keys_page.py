@@ -25,7 +25,7 @@ from mu.forgetting.config import ForgetConfig
 PAGE = Path(__file__).resolve().parent.parent / "docs/keys.md"
 COMMANDS: dict[str, tuple[str, type[Config]]] = {
     "forget": ("from a word to an unlearned checkpoint, all stages in one command", ForgetConfig),
-    "generate_mask": ("saliency unlearning, stage 1: the mask of a concept", MaskConfig),
+    "mask": ("saliency unlearning, stage 1: the mask of a concept", MaskConfig),
     "train": ("saliency unlearning, stage 2: training under the mask", TrainConfig),
     "esd": ("Erased Stable Diffusion: training without images", ESDConfig),
     "uce": ("Unified Concept Editing: a closed form, without training", UCEConfig),
@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, type[Config]]] = {
     "evaluate": ("what a checkpoint forgot, and what it kept", EvaluateConfig),
     "report": ("the report of a finished run, written again", ReportConfig),
     "convert": ("a checkpoint in another format", ConvertConfig),
-    "apply_patch": ("patches put on a checkpoint, or taken off", ApplyPatchConfig),
+    "patch": ("patches put on a checkpoint, or taken off", ApplyPatchConfig),
 }
 """Command -> what it is, and the class of its keys."""
 _TOP = """# Keys
