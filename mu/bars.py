@@ -99,7 +99,7 @@ def _bars() -> Any:
         last_print_t: float
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
-            if msg is not None or time.time() >= self.start_t + self.delay:
+            if msg is not None or self.delay <= 0 or time.time() >= self.start_t + self.delay:
                 self.was_shown = True
                 super().display(msg, pos)
 
