@@ -98,10 +98,11 @@ def _bars() -> Any:
         was_shown = False
         last_print_t: float
 
-        def display(self, msg: str | None = None, pos: int | None = None) -> None:
-            if msg is not None or time.time() >= self.start_t + self.delay:
-                self.was_shown = True
-                super().display(msg, pos)
+        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+            if msg is None and self.delay > 0 and time.time() < self.start_t + self.delay:
+                return False
+            self.was_shown = True
+            return bool(super().display(msg, pos))
 
         def close(self) -> None:
             if self.was_shown and not self.disable:  # tqdm itself counts only what `update` has shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mu.bars import loading
 from mu.cli import run_door
 from mu.commands.answers import reported
 from mu.config import Config, resolve_path, setting
@@ -74,9 +75,10 @@ def run(folder: Path) -> dict[str, object]:
     import yaml
     from safetensors import SafetensorError
 
-    from mu.errors import MuError
-    from mu.evaluation.report import REPORT_NAME, read_evaluation, read_training_run, write_report
-    from mu.evaluation.report_data import ReportError, is_training_run
+    with loading():
+        from mu.errors import MuError
+        from mu.evaluation.report import REPORT_NAME, read_evaluation, read_training_run, write_report
+        from mu.evaluation.report_data import ReportError, is_training_run
 
     try:
         # 1. Read: an evaluation, and the training run in whose folder its checkpoint lies; or a training run alone.
