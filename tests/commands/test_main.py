@@ -167,7 +167,7 @@ def test_the_openings_run_as_they_stand(
             if shlex.join(words) in done:
                 continue
             done.add(shlex.join(words))
-            is_long = words[0] in ("mask", "train") and "uce" not in words
+            is_long = words[0] in ("forget", "mask", "train") and "uce" not in words
             if command == "train" and words[0] == "train":
                 continue  # needs the mask: see the slow test
             run(words, *(["--dry_run"] if is_long else short.get(words[0], [])))
