@@ -1,6 +1,6 @@
 """Write the tables of README.md and docs/, between their markers, from the JSON beside this file.
 
-cp outputs/benchmark/table.json benchmarks/emoji_canvas_table.json
+cp outputs/benchmark/table.json benchmarks/emoji_canvas_table.json    # a table of ESD, UCE: ..._esd.json, ..._uce.json
 python -m benchmarks.render            # writes all of them
 python -m benchmarks.render --check    # exit code 1 when a page says something else
 """
@@ -15,18 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import readme_text, speed_text
-from benchmarks.table_text import by_method, differences_markdown, markdown, means_markdown, reading
+from benchmarks.table_text import differences_markdown, markdown, means_markdown, reading
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "benchmarks"
 
 
 def results() -> str:
-    """The results table; of several methods the means."""
+    """The results table, whole; of several methods their means first."""
     content = {"cra_prompts": "retained", "left_out": [], **_read("emoji_canvas_table.json")}
-    rows = content["rows"]
-    table = markdown(rows) if len(by_method(rows)) < 2 else means_markdown(rows)
-    return (table + reading(content["cra_prompts"], content["left_out"])).rstrip()
+    return (markdown(_rows()) + reading(content["cra_prompts"], content["left_out"])).rstrip()
 
 
 def controls() -> str:
@@ -42,9 +40,7 @@ def speed() -> str:
 
 def scoreboard() -> str:
     """The methods of the results table side by side, with the controls that it has not."""
-    return readme_text.scoreboard(
-        _read("emoji_canvas_table.json")["rows"], _read("emoji_canvas_controls.json")["rows"]
-    )
+    return readme_text.scoreboard(_rows(), _read("emoji_canvas_controls.json")["rows"])
 
 
 def speed_rows() -> str:
@@ -101,6 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
     return wrong
+
+
+def _rows() -> list[dict[str, Any]]:
+    """Of the results table, and of tables of other methods that lie beside it."""
+    names = [f"emoji_canvas_{name}.json" for name in ("table", "esd", "uce")]
+    return [row for name in names if (MEASURED / name).is_file() for row in _read(name)["rows"]]
 
 
 def _speed_reports() -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Time and memory of unlearning, by this library and by two other ways, all in one run (docs/results.md).
 
-python scripts/benchmark.py --scale emoji --device cpu                   # writes benchmarks/speed_emoji_cpu.json
-python scripts/benchmark.py --scale sd1-narrow --device cpu --parts mask,threshold --arms plain,ours
-python scripts/benchmark.py --scale sd1 --device cuda --train_method xattn --output benchmarks/speed_sd1_cuda_xattn.json
+python -m benchmarks.stopwatch --scale emoji --device cpu         # writes benchmarks/speed_emoji_cpu.json
+python -m benchmarks.stopwatch --scale sd1-narrow --device cpu --parts mask,threshold --arms plain,ours
+python -m benchmarks.stopwatch --scale sd1 --device cuda --train_method xattn --output speed_sd1_cuda_xattn.json
 """
 
 from __future__ import annotations

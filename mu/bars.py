@@ -10,6 +10,7 @@ import functools
 import io
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ def bar(what: str, *, total: int | None, unit: str = "", initial: int = 0) -> An
     """
     off = bars_off() or not ranks.is_main() or ranks.started_rank() > 0
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return (_tqdm() if on_terminal else _lines())(
+    return (_bars() if on_terminal else _lines())(
         desc=what,
         total=total,
         unit=unit,
@@ -88,10 +89,26 @@ def loading() -> AbstractContextManager[None]:
     return waiting("loading PyTorch")
 
 
-def _tqdm() -> Any:
+@functools.cache
+def _bars() -> Any:
+    """A tqdm that a log line does not bring out before its delay is over, and that clears itself after any."""
     from tqdm import tqdm
 
-    return tqdm
+    class Bar(tqdm):
+        was_shown = False
+        last_print_t: float
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if msg is not None or time.time() >= self.start_t + self.delay:
+                self.was_shown = True
+                super().display(msg, pos)
+
+        def close(self) -> None:
+            if self.was_shown and not self.disable:  # tqdm itself counts only what `update` has shown
+                self.last_print_t = max(self.last_print_t, self.start_t + self.delay)
+            super().close()
+
+    return Bar
 
 
 @functools.cache

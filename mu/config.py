@@ -7,7 +7,6 @@ allowed (`mu.config_keys`). However it is built, by constructor, `load_config`, 
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import math
@@ -22,8 +21,8 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mu.config_file import ConfigFileError, find_config, read_flat_file, resolve_path
-from mu.config_keys import Key, Rule, as_text, is_null, setting, shown
+from mu.config_file import ConfigFileError, find_config, path_problem, read_flat_file, resolve_path
+from mu.config_keys import Key, Rule, as_text, is_null, setting
 from mu.config_names import hint, meant, nearest
 from mu.errors import MuError
 from mu.ranks import started_rank
@@ -48,13 +47,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-_REFUSED = {
-    errno.ENAMETOOLONG: "most file systems take 255 bytes for a name and 4095 for the whole; give a shorter path",
-    errno.EACCES: "give another path, or change the permissions of its folders",
-    errno.ELOOP: "the links in it lead in a circle; mend them, or give another path",
-}
-"""Why a file system does not even look for a path -> what to do."""
 
 
 class ConfigError(MuError, ValueError):
@@ -307,14 +299,8 @@ def _refused_paths(config: Config) -> dict[str, str]:
         if key.rule.kind != "path" or given in (None, key.default):
             continue
         for path in given if isinstance(given, tuple) else (given,):
-            try:
-                os.stat(resolve_path(path))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError as error:
-                advice = _REFUSED.get(error.errno or 0, "give another path")
-                named = shown(path) if error.errno == errno.ENAMETOOLONG else repr(path)
-                found[key.name] = f"{named} cannot be looked for ({error.strerror}); {advice}"
+            if (problem := path_problem(path)) is not None:
+                found[key.name] = problem
     return found
 
 

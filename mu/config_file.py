@@ -8,6 +8,7 @@ nothing is interpolated or imported.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,12 @@ PACKAGE_PREFIX = "package:"
 _PACKAGE = Path(__file__).parent
 _MODEL_YAMLS = ("model_config.yaml", "sd_v2_base.yaml", "sd_v2_v.yaml")
 """Packaged YAML files that describe a model, and are no settings of a command."""
+_REFUSED = {
+    errno.ENAMETOOLONG: "most file systems take 255 bytes for a name and 4095 for the whole; give a shorter path",
+    errno.EACCES: "give another path, or change the permissions of its folders",
+    errno.ELOOP: "the links in it lead in a circle; mend them, or give another path",
+}
+"""Why a file system does not even look for a path -> what to do."""
 MAX_BYTES = 1_000_000
 _NULLS = ("null", "Null", "NULL", "~", "")
 
@@ -83,6 +90,18 @@ def resolve_path(path: str) -> Path:
         return found
     folders = [_PACKAGE] if top == "mu" else config_folders()
     return next((at for folder in folders if os.path.exists(at := folder.joinpath(*rest))), found)
+
+
+def path_problem(path: str) -> str | None:
+    """Why the file system does not even look for a path, and what to do; None: it does, be something there or not."""
+    try:
+        os.stat(resolve_path(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        shown = repr(path) if len(path) <= 200 else f"{path[:57]!r}..."
+        return f"{shown} cannot be looked for ({error.strerror}); {_REFUSED.get(error.errno or 0, 'give another path')}"
+    return None
 
 
 # ---- how they are read

@@ -22,6 +22,7 @@ PACKAGES = (
     "mu.algorithms.esd",
     "mu.algorithms.uce",
     "mu.evaluation",
+    "mu.forgetting",
     "mu.commands",
 )
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")

@@ -16,6 +16,7 @@ from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.uce.configs import UCEConfig
 from mu.commands.apply_patch import ApplyPatchConfig
 from mu.commands.convert import ConvertConfig
+from mu.commands.report import ReportConfig
 from mu.config import Config, keys_of
 from mu.config_keys import Key
 from mu.evaluation.config import EvaluateConfig, SampleConfig
@@ -24,14 +25,15 @@ from mu.forgetting.config import ForgetConfig
 PAGE = Path(__file__).resolve().parent.parent / "docs/keys.md"
 COMMANDS: dict[str, tuple[str, type[Config]]] = {
     "forget": ("from a word to an unlearned checkpoint, all stages in one command", ForgetConfig),
-    "generate_mask": ("saliency unlearning, stage 1: the mask of a concept", MaskConfig),
+    "mask": ("saliency unlearning, stage 1: the mask of a concept", MaskConfig),
     "train": ("saliency unlearning, stage 2: training under the mask", TrainConfig),
     "esd": ("Erased Stable Diffusion: training without images", ESDConfig),
     "uce": ("Unified Concept Editing: a closed form, without training", UCEConfig),
     "sample": ("images from a checkpoint", SampleConfig),
     "evaluate": ("what a checkpoint forgot, and what it kept", EvaluateConfig),
+    "report": ("the report of a finished run, written again", ReportConfig),
     "convert": ("a checkpoint in another format", ConvertConfig),
-    "apply_patch": ("patches put on a checkpoint, or taken off", ApplyPatchConfig),
+    "patch": ("patches put on a checkpoint, or taken off", ApplyPatchConfig),
 }
 """Command -> what it is, and the class of its keys."""
 _TOP = """# Keys

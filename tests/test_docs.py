@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mu.algorithms
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import load_mask, save_mask
+from mu.commands.main import main
 from mu.config import keys_of, load_config
 from mu.config_names import hint
 from mu.evaluation.config import EvaluateConfig, SampleConfig
@@ -76,6 +82,37 @@ def test_imports_in_examples_work(page: Path) -> None:
         for statement in re.findall(r"^from mu\S* import (?:\([^)]*\)|[^\n]*)", block, flags=re.M):
             if not statement.startswith(f"from {EXAMPLE}"):
                 exec(statement, {})
+
+
+@functools.cache
+def help_of(*words: str) -> str:
+    """What `unlearn_diff <words> --help` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert main([*words, "--help"]) == 0
+    return told.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_console_script_are_there_with_their_flags(page: Path) -> None:
+    shell = re.sub(r"\\\n\s*", "", "\n".join(blocks(page, "sh")))
+    for line in re.findall(r"^unlearn_diff (.*)$", shell, flags=re.M):
+        for words in line.split("&& unlearn_diff "):
+            command, *rest = shlex.split(words.split("&&")[0], comments=True)
+            if command.startswith("-"):
+                continue
+            method = rest[:2] if rest[:1] == ["--method"] else []
+            told = help_of(command, *(method if command == "train" else []))
+            flags = [word for word in rest[len(method) :] if word.startswith("--")]
+            assert [flag for flag in flags if not re.search(rf"{flag}\b", told)] == []
+
+
+@pytest.mark.slow
+def test_the_python_of_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = (block for block in blocks(ROOT / "README.md", "python") if "import mu\n" in block)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    with Image.open(tmp_path / "cat.png") as image:
+        assert image.size == (64, 64)
 
 
 def test_the_method_that_the_page_on_developing_makes_passes_its_tests(

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOWEST = ROOT / "constraints-lowest.txt"
 STAGES = ROOT / "tests/algorithms/saliency_unlearning"
 SUITE = [
-    *(STAGES / f"test_{name}.py" for name in ("masking", "trainer", "compute", "optim")),
-    *(STAGES / f"test_{name}.py" for name in ("algorithm", "ranks")),
+    *(STAGES / f"test_{name}.py" for name in ("masking", "trainer", "algorithm", "ranks")),
+    *(ROOT / f"tests/unlearning/test_{name}.py" for name in ("compute", "optim")),
     ROOT / "tests/ldm/test_checkpoint.py",
     ROOT / "tests/ldm/test_text_encoder.py",
     ROOT / "tests/test_launch.py",
@@ -42,6 +42,10 @@ def test_the_lowest_versions_are_those_of_the_project() -> None:
         assert requirement.specifier.contains(pinned), f"{requirement} does not allow {pinned}"
         assert f"{pinned}.0.0".startswith(f"{bound.version}."), f"{pinned} is not the lowest of {requirement}"
     assert lowest.keys() == {"torchvision"}
+
+
+def test_the_tests_of_the_lowest_versions_are_there() -> None:
+    assert [path for path in SUITE if not path.is_file()] == []
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from mu.algorithms.saliency_unlearning.masking import load_mask
 from mu.config import resolve_path
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "forget_a_style.ipynb"
+MOST_BYTES = 2_000_000
 FIGURES = 5
 UNET = "model.diffusion_model."
 
@@ -34,6 +35,15 @@ def check_shown(notebook: dict[str, Any]) -> None:
     assert not [text for text in said if "font cache" not in "".join(text)]  # which Matplotlib makes once
     assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES
     assert "outside the mask: 0\n" in text_of(outputs)
+
+
+def test_it_is_committed_with_its_outputs() -> None:
+    assert NOTEBOOK.stat().st_size < MOST_BYTES
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    check_shown(notebook)
+    assert "/" not in text_of(outputs_of(notebook)).split("outputs/notebook/")[0], "a path of some machine"
 
 
 @pytest.mark.slow

@@ -106,9 +106,8 @@ def evaluated(config: Any, result: Result, config_path: str | None) -> Answer:  
         for key, value in shares.items():
             cells = [value[f"{name}, %"] for name in models]
             numbers = "".join("        -" if cell is None else f"{cell:>7.1f} %" for cell in cells)
-            lines.append(
-                f"{key.split()[0] if len(key) > 4 else key:<6}"[:6] + f"{value['meaning']:<{width}}{numbers}"
-            )
+            label = key if key in ("UA", "IRA", "CRA") else "own"
+            lines.append(f"{label:<6}{value['meaning']:<{width}}{numbers}")
     for key, value in measured.items():
         if key not in shares:
             lines += [f"{key}, {name}: {value[name]}" for name in ("before", "after") if name in value]

@@ -84,9 +84,13 @@ class ApplyPatchConfig(Config):
     def disk_problems(self) -> Iterator[Problem]:
         if self.input_path is not None:
             yield from checkpoint_problems("input_path", self.input_path)
-        for given, path in zip(self.patches or (), self.patch_files(), strict=True):
+        files = self.patch_files()
+        for given, path in zip(self.patches or (), files, strict=True):
             if not path.is_file():
                 yield ("patches",), f"there is no file {path if resolve_path(given).is_dir() else given}"
+        places = [path.resolve() for path in files if path.is_file()]
+        if twice := next((path for path in places if places.count(path) > 1), None):
+            yield ("patches",), f"{twice} is given twice; once is enough"
         if not resolve_path(self.model_config_path).is_file():
             yield (
                 ("model_config_path",),

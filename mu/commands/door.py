@@ -20,6 +20,7 @@ from mu.commands.archive import Limits
 from mu.commands.download import Result, download
 from mu.commands.origins import Wish
 from mu.commands.sources import MIRROR_VARIABLE, Source
+from mu.config_file import path_problem
 from mu.console import ArgumentParser, as_json, called
 from mu.errors import MuError
 from mu.verbosity import LEVELS, console_level, is_json, is_quiet, verbosity
@@ -146,6 +147,8 @@ def one_of(names: Sequence[str], aliases: Mapping[str, str] | None = None) -> Ca
 
 def path(text: str) -> Path:
     """An argument's type: a path, in which `~` is the home folder."""
+    if (problem := path_problem(text)) is not None:
+        raise argparse.ArgumentTypeError(problem)
     return Path(os.path.expanduser(text))  # pathlib's own raises for a user who is not there
 
 

@@ -64,7 +64,9 @@ def test_a_row_for_each_measurement_names_its_device() -> None:
 
 def test_a_method_stands_as_in_its_file(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
-    path.write_text("class A:\n    def f(self):\n        return 1\n\n    x = 1\n", encoding="utf-8")
+    path.write_text(
+        "class A:\n    def f(self):  # noqa: A001\n        return 1\n\n    x = 1\n", encoding="utf-8"
+    )
     assert method_source(path, "A", "f") == "```python\ndef f(self):\n    return 1\n```"
     with pytest.raises(ValueError, match=r"no A\.h"):
         method_source(path, "A", "h")

@@ -67,6 +67,14 @@ def test_a_tilde_is_the_home_folder(run: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "lr: 1.0e-05" in (run.parent / "report.md").read_text()
 
 
+def test_a_path_that_no_file_can_have_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        debug_report.main(["x" * 300])
+    told = capsys.readouterr().err
+    assert "cannot be looked for (File name too long)" in told
+    assert "x" * 100 not in told
+
+
 def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert debug_report.main([str(tmp_path / "absent")]) == 1
     assert "there is no such folder" in capsys.readouterr().err

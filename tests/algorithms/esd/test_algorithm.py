@@ -99,7 +99,7 @@ def test_the_command_does_the_same_and_its_dry_run_nothing(
     assert "Noto" in (run / "report.html").read_text()
     printed = capsys.readouterr().out
     assert "Made the model forget style Noto by 4 steps, in " in printed
-    assert f"\n  report    {run / 'report.html'}\n" in printed
+    assert f"\n  report   {run / 'report.html'}\n" in printed
     assert "Forgetting" in (run / "report.html").read_text(encoding="utf-8")
     assert main([*words, "--prompts", "a {stile}"]) == 2
     assert "only {concept}, {style} and {object} are filled in" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from mu.algorithms.saliency_unlearning.scripts.apply_patch import main
 from mu.algorithms.saliency_unlearning.scripts.convert import main as convert
 from mu.algorithms.saliency_unlearning.utils import UNET_PREFIX, unet_fingerprint
 from mu.commands.apply_patch import ApplyPatchConfig
-from mu.config import ConfigError
+from mu.config import ConfigError, check_paths
 from mu.ldm import load_model
 from mu.ldm.ema import ema_name, with_ema_weights
 from mu.ldm.patch import bits_of, load_patch
@@ -186,6 +186,18 @@ def test_help_and_mistakes_come_without_torch(tmp_path: Path) -> None:
     assert "input_path: there is no file absent.ckpt" in wrong.stderr
     assert "patches: there is no file a.safetensors" in wrong.stderr
     assert "patches: there is no file run/model.patch.safetensors" in wrong.stderr
+
+
+def test_a_patch_that_is_given_twice_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    patch = tmp_path / "run" / "model.patch.safetensors"
+    patch.write_bytes(b"")
+    config = ApplyPatchConfig(
+        input_path="in.ckpt",
+        output_path=str(tmp_path / "out.ckpt"),
+        patches=(str(tmp_path / "run"), str(patch)),
+    )
+    assert f"patches: {patch} is given twice; once is enough" in check_paths(config)
 
 
 def test_what_does_not_go_together_is_told() -> None:

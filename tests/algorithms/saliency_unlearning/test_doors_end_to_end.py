@@ -83,7 +83,7 @@ def test_mask_train_sample_and_evaluate(
         "Noto – forgotten",
         "Forget term",
         "Settings: mask",
-        "The evaluation was made",
+        "The evaluation took <data",
     ):
         assert part in report
 

@@ -73,7 +73,7 @@ def test_the_plan_of_a_mask_is_what_the_run_does(made: dict[str, Any]) -> None:
             {"masking": "none", "output_format": "diffusers", "patch": False}, marks=pytest.mark.slow
         ),
         pytest.param(
-            {"masking": "random", "threshold": 0.01, "output_format": "pth"}, marks=pytest.mark.slow
+            {"masking": "random", "random_fraction": 0.01, "output_format": "pth"}, marks=pytest.mark.slow
         ),
         pytest.param({"masking": "random", "save_dtype": "fp16"}, marks=pytest.mark.slow),
     ],

@@ -93,8 +93,12 @@ def test_a_run_writes_images_their_index_and_a_grid(config: SampleConfig) -> Non
     names = ["0000_3.png", "0000_4.png", "0001_3.png", "0001_4.png"]
     assert {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} == {
         *("config.yaml", "log.txt", "environment.json", "plan.json", "images.json", "images.csv", "grid.png"),
+        "metrics.json",
         *(f"images/{name}" for name in names),
     }
+    assert json.loads((run / "metrics.json").read_text()) == json.loads(json.dumps(result, default=str))
+    assert result.pop("seconds") > 0
+    assert result.pop("peak_memory_bytes") > 0
     assert result == {
         "run": run,
         "images": 4,
@@ -124,7 +128,7 @@ def test_prompts_may_come_from_a_file(config: SampleConfig, tmp_path: Path) -> N
         config, prompts=(), prompts_path=str(tmp_path / "prompts.txt"), sample_steps=1, seeds=(3,), grid=False
     )
     first, second = sampling.run(from_file), sampling.run(from_file)
-    assert first.keys() == {"run", "images", "sampled", "index"}
+    assert first.keys() == {"run", "images", "sampled", "index", "seconds", "peak_memory_bytes"}
     assert not (first["run"] / "grid.png").exists()
     index = json.loads((first["run"] / "images.json").read_text())
     assert [entry["prompt"] for entry in index] == [DOGS, CATS]

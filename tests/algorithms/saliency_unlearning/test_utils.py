@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from command_lines import parse_cli
-from mu.unlearning.train_methods import IN_METHOD
 from torch import Tensor
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig
@@ -22,6 +21,7 @@ from mu.algorithms.saliency_unlearning.utils import (
     unet_fingerprint,
 )
 from mu.ldm import LatentDiffusion, load_model
+from mu.unlearning.training_config import IN_METHOD
 
 # ---- which model
 

@@ -106,7 +106,7 @@ def test_the_command_does_the_same_and_its_dry_run_nothing(
     assert not (tmp_path / "runs").exists()
     assert main(words) == 0
     (checkpoint,) = (tmp_path / "runs").glob("style-Noto-*/model.safetensors")
-    assert f"\n  model     {checkpoint}\n" in capsys.readouterr().out
+    assert f"\n  model    {checkpoint}\n" in capsys.readouterr().out
     assert main([*words, "--dry_run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["stage"], plan["can_run"], plan["problems"]) == ("uce", True, [])
