@@ -96,7 +96,7 @@ def test_the_bundled_model_has_the_recipes_of_the_results_table() -> None:
     }
     for name, stage in (("mask", recipe.mask), ("train", recipe.train)):
         differing = {key for key, value in stage if value != getattr(wanted[name], key)} - {*PLACES}
-        assert differing <= {"template_name", "sample_prompts", "raw_dataset_dir"}
+        assert differing <= {"template_name", "sample_prompts", "raw_dataset_dir", "checkpoint_every_minutes"}
     assert recipe.scores is not None
     assert (len(recipe.prompts), len(recipe.kept)) == (12, 72)
     assert recipe.asked.instead == ("Blob",)
