@@ -68,7 +68,7 @@ For diffusers:
   index    outputs/run/images.csv
   numbers  outputs/run/metrics.json
 """,
-    "evaluate": """Measured 4 images of each model, in 2 min 3 s; style Abstractionism was to be forgotten.
+    "evaluate": """Measured 4 images of each model, in 2 min 3 s; style Noto was to be forgotten.
                                        before    after
 UA    images that are not seen as it        -   98.2 %
 FID, after: 3.5 (n = 4)
