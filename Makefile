@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 WORKERS ?= logical
 
 BIN  := $(VENV)/bin
-DOOR := $(BIN)/python -m mu.algorithms.saliency_unlearning.scripts
+DOOR := $(BIN)/unlearn_diff
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .PHONY: help install install-dev demo table test test-slow test-gpu gpu-check check format keys clean
@@ -35,9 +35,9 @@ install: $(VENV)/.installed          ## environment and package, at the tested v
 install-dev: $(VENV)/.installed-dev  ## the same, with what tests and checks need
 
 demo: $(VENV)/.installed             ## mask, unlearn, sample and evaluate one style of the bundled model
-	$(DOOR).generate_mask --config_path emoji_canvas/mask_style.yaml
-	$(DOOR).train --config_path emoji_canvas/train_style.yaml --validate_every_steps 20 --sample_every_steps 40
-	$(DOOR).evaluate --config_path emoji_canvas/evaluate_style.yaml
+	$(DOOR) mask --config_path emoji_canvas/mask_style.yaml
+	$(DOOR) train --config_path emoji_canvas/train_style.yaml --validate_every_steps 20 --sample_every_steps 40
+	$(DOOR) evaluate --config_path emoji_canvas/evaluate_style.yaml
 
 table: $(VENV)/.installed            ## the results table of docs/results.md: every style and object; goes on where it stopped
 	$(BIN)/python -m benchmarks.table --config_path benchmarks/emoji_canvas_table.yaml
