@@ -95,8 +95,10 @@ class GeneratedImages:
         weights = self.manifest["model"].removeprefix("sha256:")
         self.path = Path(folder) / subfolder / f"{weights[:12]}-{described[:8]}"
 
-    def sample_missing(self, rows: Sequence[Row], *, batch_size: int) -> int:
+    def sample_missing(self, rows: Sequence[Row], *, batch_size: int, of: str = "") -> int:
         """Samples the images of `rows` that do not exist yet, and returns how many those were.
+
+        `of` says beside the progress which images they are.
 
         The images of a batch are written together, as soon as it is done: a run that was killed loses one batch, and
         the next one cuts the rest into the same batches, on which their last bits depend. The processes of a run share
@@ -119,10 +121,10 @@ class GeneratedImages:
         _log.info("sampling %d of %d images from the model (%d steps)", len(missing), len(rows), steps)
         batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
         with ranks.in_step():
-            self._write_sampled(ranks.share(batches))
+            self._write_sampled(ranks.share(batches), of)
         return len(missing)
 
-    def _write_sampled(self, batches: Sequence[Sequence[Row]]) -> None:
+    def _write_sampled(self, batches: Sequence[Sequence[Row]], of: str) -> None:
         count = sum(map(len, batches))
         sampler = TextToImage(
             self.model,
@@ -130,7 +132,7 @@ class GeneratedImages:
             shape=self.model.latent_shape(self.settings.image_size),
             precision=self.settings.precision,
         )
-        with bar("drawing images", total=count, unit="images") as progress:
+        with bar(f"drawing images {of}".rstrip(), total=count, unit="images") as progress:
             sampler.done = progress.update
             for batch in batches:
                 files = {}

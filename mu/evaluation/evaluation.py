@@ -124,7 +124,7 @@ def _sample(config: EvaluateConfig, wanted: _Wanted, folder: RunFolder) -> _Samp
         )
         generated = GeneratedImages(model, config.output_dir, settings, subfolder="grids")
     rows, others = (list(rebased(images, generated.path)) for images in (wanted.images, wanted.others))
-    generated.sample_missing([*rows, *others], batch_size=config.batch_size)
+    generated.sample_missing([*rows, *others], batch_size=config.batch_size, of=wanted.name)
     notes = cut_notes(model.params, [row.prompt for row in (*rows, *others)])
     return _Sampled(generated.path, generated.manifest, of_rows(rows), of_rows(others), tuple(notes))
 

@@ -23,6 +23,7 @@ from mu.config import (
     Config,
     ConfigError,
     Entry,
+    Key,
     assemble,
     entries_of,
     file_entries,
@@ -320,7 +321,7 @@ def _set(
     entries: dict[str, list[Entry]] = {name: [] for name in stages}
     mistakes: list[str] = []
     known = {name: {key.name: key for key in keys_of(cls)} for name, cls in stages.items()}
-    for text in given:
+    for text in _whole(given, known):
         name, equals, value = text.partition("=")
         stage, dot, key = name.strip().rpartition(".")
         if not equals or not key:
@@ -342,6 +343,18 @@ def _set(
                 except ValueError as error:
                     mistakes.append(f"set: {text!r}: {error}")
     return entries, mistakes
+
+
+def _whole(given: Iterable[str], known: Mapping[str, Mapping[str, Key]]) -> list[str]:
+    """The settings, with a list that was cut at its commas put together: scores.seeds=188,288."""
+    settings: list[str] = []
+    for text in given:
+        name = settings[-1].partition("=")[0].strip().rpartition(".")[2] if settings else ""
+        if "=" not in text and any(name in keys and keys[name].listed for keys in known.values()):
+            settings[-1] += f",{text}"
+        else:
+            settings.append(text)
+    return settings
 
 
 def _digest(

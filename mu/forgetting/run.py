@@ -82,7 +82,8 @@ def forget(config: ForgetConfig) -> Forgotten:
 
         # 4. Training; and the proof that nothing else moved.
         if finished(recipe, "train") is None:
-            _say("Training, writing the file, and checking that nothing else in it changed ...")
+            first = "Drawing what is to be kept, training" if isinstance(train, TrainConfig) else "Training"
+            _say(f"{first}, writing the file, and checking that nothing else in it changed ...")
             _train(train)
         trained = finished(recipe, "train")
         assert trained is not None
@@ -146,10 +147,11 @@ def _resume(config: TrainingKeys) -> str | None:
     if not any(Path(config.output_dir).glob("*/checkpoints/step-*")):
         return None
     try:
-        find_run_state(override(config, resume=RESUME_NEWEST))
+        state = find_run_state(override(config, resume=RESUME_NEWEST))
     except ResumeError as error:
         _log.warning("the training begins anew: %s", error)
         return None
+    _say(f"It goes on after step {state.step:,}, where it was stopped.")
     return RESUME_NEWEST
 
 

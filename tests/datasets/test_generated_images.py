@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from mu.bars import bar
+from mu.datasets import generated_images
 from mu.datasets.base import SAMPLED_PROMPTS, TRAINING_SEED_BASE
 from mu.datasets.generated import plan_rows
 from mu.datasets.generated_images import GeneratedImages, SampleSettings
@@ -57,6 +59,23 @@ def test_an_image_is_sampled_from_its_own_noise_and_prompt(model: LatentDiffusio
     found = to_uint8(load_image(row.image, 16)).int()
     assert found.float().std() > 5  # a picture, not a plain colour
     assert int((found - expected).abs().max()) <= 1  # another batch size: the same up to rounding
+
+
+def test_the_progress_says_which_images_they_are(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def recorded(what: str, **keys: Any) -> Any:
+        told.append(what)
+        return bar(what, **keys)
+
+    monkeypatch.setattr(generated_images, "bar", recorded)
+    images = GeneratedImages(model, tmp_path, SETTINGS)
+    rows = plan(images.path)
+    images.sample_missing(rows.forget[:1], batch_size=1)
+    images.sample_missing(rows.forget[1:2], batch_size=1, of="before")
+    assert told == ["drawing images", "drawing images before"]
 
 
 def test_images_of_free_prompts_are_sampled_once_and_lie_apart(

@@ -215,7 +215,8 @@ def test_a_run_without_steps_is_no_training(trained: Any, tmp_path: Path) -> Non
 
 
 def test_what_is_missing_is_said(evaluated: Evaluated, trained: Any, tmp_path: Path) -> None:
-    page = page_of(tmp_path, evaluation=read_evaluation(evaluated()))
+    evaluation = read_evaluation(evaluated())
+    page = page_of(tmp_path, evaluation=evaluation)
     assert "The checkpoint does not lie in the folder of a training run" in page.text
     folder = trained()
     for name in ("metrics.csv", "environment.json"):
@@ -231,6 +232,12 @@ def test_what_is_missing_is_said(evaluated: Evaluated, trained: Any, tmp_path: P
     ):
         assert text in page.text
     assert page.pictures() == []
+
+    # Where the evaluation has the pictures, those of the training are not missed.
+    both = page_of(tmp_path, evaluation=evaluation, training=read_training_run(folder)).text
+    assert "No loss curves" in both
+    assert "Drawn when it ended" not in both
+    assert "No pictures" not in both
 
 
 @pytest.mark.parametrize(

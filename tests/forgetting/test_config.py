@@ -200,6 +200,15 @@ def test_any_key_of_the_stages_may_be_set(tiny_runs: Any) -> None:
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("seeds", ["1,2,30", "[1, 2, 30]"])
+def test_a_list_may_be_set_on_the_command_line(tiny_runs: Any, seeds: str) -> None:
+    model = ["--ckpt_path", str(tiny_runs.checkpoint()), "--model_config_path", str(tiny_runs.model_config)]
+    words = ["church", *model, "--set", f"train.lr=2e-5,sample_seeds={seeds},sample_steps=30"]
+    recipe = recipe_of(parse_cli(ForgetConfig, _named(words)))
+    train = dict(recipe.train)
+    assert (train["lr"], train["sample_seeds"], train["sample_steps"]) == (2e-5, (1, 2, 30), 30)
+
+
 def test_the_command_that_goes_on_asks_for_the_same(tiny_runs: Any) -> None:
     config = sd(tiny_runs, "a church, old", keep=("a dog, sitting", "a cat"), set=("train.lr=1e-4",))
     *program, what = shlex.split(command(config))[:4]

@@ -194,6 +194,7 @@ def test_killed_between_and_within_stages_it_comes_to_the_same_bits(
         patched.setattr(run, "_looked_at", stop)
         with pytest.raises(Stopped):
             mu.forget("church", **quick_keys)
+    assert "It goes on after step 1, where it was stopped." in capsys.readouterr().err
     assert finished(recipe, "train") == begun
 
     again = mu.forget("church", **quick_keys)
