@@ -335,7 +335,18 @@ def as_dict(config: Config) -> dict[str, Any]:
 def dump(config: Config) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in config}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=math.inf)
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a list of numbers on one line, and any other list a line for each."""
+
+    def represent_list(self, data: list[object]) -> yaml.Node:
+        numbers = all(isinstance(value, int | float) for value in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=numbers)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
 
 
 def check_paths(config: Config) -> list[str]:

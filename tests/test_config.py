@@ -30,6 +30,7 @@ from mu.config import (
 )
 from mu.config_file import MAX_BYTES, ConfigFileError, config_folders, find_config
 from mu.errors import MuError
+from mu.evaluation.config import SampleConfig
 
 
 class Toy(Config):
@@ -423,3 +424,9 @@ def test_every_key_has_its_type_in_words():
 def test_the_module_imports_no_heavy_package():
     code = "import sys, mu.config, mu.run_folder, mu.cli; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_numbers_are_dumped_on_one_line_and_texts_on_a_line_each():
+    config = SampleConfig(prompts=("a cat", "a dog"), seeds=(1, 2, 3))
+    assert "prompts:\n- a cat\n- a dog\n" in dump(config)
+    assert "\nseeds: [1, 2, 3]\n" in dump(config)

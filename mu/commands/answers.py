@@ -28,7 +28,7 @@ def masked(config: Any, result: Result, config_path: str | None) -> Answer:
         "mask" if len(kept) == 1 else f"mask {threshold:g}": path
         for threshold, path in result["masks"].items()
     }
-    recipe = recipe_beside(config_path, "train") or "YOUR.yaml"
+    recipe = recipe_beside(config_path, "train") or _of_both_stages(config_path) or "YOUR.yaml"
     train = ["--config_path", recipe, *_concept(config), "--mask_path", str(next(iter(masks.values())))]
     return Answer(
         [
@@ -165,6 +165,11 @@ def _named(config: Any) -> str:
     names = concept_names(config.template_name)
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return f"{config.template} {listed.replace('_', ' ')}"
+
+
+def _of_both_stages(config_path: str | None) -> str | None:
+    """The settings file itself, unless its name says that it is the mask's."""
+    return None if config_path is None or Path(config_path).name.startswith("mask_") else config_path
 
 
 def _concept(config: Any) -> list[str]:

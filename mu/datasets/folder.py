@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mu.datasets.base import DataSet, Problem
-from mu.datasets.generated import substitute_problems, substitute_prompt
+from mu.datasets.generated import substitute_key, substitute_problems, substitute_prompt
 from mu.datasets.image_files import check_folder, find_images, image_problems, no_images, not_read
 from mu.datasets.index import (
     DataError,
@@ -63,7 +63,7 @@ class Folder(DataSet):
             concept_label(self.config.template_name),
             substitute_prompt(self),
         )
-        check_whole_prompt("substitute", substitute, (concept,))
+        check_whole_prompt(substitute_key(self), substitute, (concept,))
         roots = {"raw_dataset_dir": Path(config.raw_dataset_dir)}
         if self.retain_set == "others":
             roots["retain_dataset_dir"] = Path(config.retain_dataset_dir)
@@ -115,7 +115,7 @@ class Folder(DataSet):
         retain = [
             row("retain_dataset_dir", image, "retain") for image in images.get("retain_dataset_dir", ())
         ]
-        check_substitutes(forget)
+        check_substitutes(forget, key=substitute_key(self))
         rows = ForgetRetain(tuple(forget), tuple(retain), tuple(notes))
         check_apart(rows)
         return rows

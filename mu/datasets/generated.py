@@ -85,7 +85,7 @@ class Generated(DataSet):
                 substitute=config.substitute,
             )
         concept, substitute = concept_label(config.template_name), substitute_prompt(self)
-        check_whole_prompt("substitute", substitute, (concept,))
+        check_whole_prompt(substitute_key(self), substitute, (concept,))
         forget = [
             row
             for prompt in config.forget_prompts
@@ -100,7 +100,7 @@ class Generated(DataSet):
             )
         ]
         rows = ForgetRetain(tuple(forget), self.sampled_to_retain(images))
-        check_substitutes(rows.forget)
+        check_substitutes(rows.forget, key=substitute_key(self))
         check_apart(rows)
         return rows
 
@@ -111,6 +111,11 @@ def substitute_prompt(data_set: DataSet) -> str:
         return str(data_set.config.substitute)
     (prompt,) = data_set.config.retain_prompts
     return str(prompt)
+
+
+def substitute_key(data_set: DataSet) -> str:
+    """The key that `substitute_prompt` comes from."""
+    return "retain_prompts" if data_set.config.substitute is None else "substitute"
 
 
 def substitute_problems(data_set: DataSet) -> Iterator[Problem]:

@@ -194,14 +194,18 @@ def check_whole_prompt(key: str, value: str, forgotten: Sequence[str] = ()) -> N
         raise DataError(f"{key}: {value!r} is to be forgotten; write a prompt of what is wanted instead.")
 
 
-def check_substitutes(rows: Sequence[Row]) -> None:
-    """Raises DataError if a substitute prompt is itself one of the prompts to forget."""
+def check_substitutes(rows: Sequence[Row], *, key: str = "substitute") -> None:
+    """Raises DataError if a substitute prompt is itself one of the prompts to forget.
+
+    Args:
+        key: the config's key that gives the substitute, for messages.
+    """
     forgotten = {same_words(row.prompt) for row in rows}
     for row in rows:
         if row.substitute_prompt is None:
             raise DataError(f"{row.relative}: a row to forget needs a substitute prompt.")
         if same_words(row.substitute_prompt) in forgotten:
-            raise DataError(f"substitute: {row.substitute_prompt!r} is one of the prompts to forget.")
+            raise DataError(f"{key}: {row.substitute_prompt!r} is one of the prompts to forget.")
 
 
 def check_apart(rows: ForgetRetain) -> None:

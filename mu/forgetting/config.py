@@ -163,6 +163,8 @@ class ForgetConfig(Config):
                 ("instead", "kind", "what"),
                 "say in a whole prompt what the bundled model is to give instead",
             )
+        elif self.instead is not None and any(same_name(self.instead, text) for text in self.what):
+            yield ("instead", "what"), f"{self.instead!r} is itself to be forgotten"
 
     def _grid_problems(self, kind: str) -> Iterator[Problem]:
         """What is at odds where styles or objects of the bundled model are forgotten."""

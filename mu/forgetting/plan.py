@@ -153,7 +153,8 @@ def _work(recipe: Recipe, plans: Mapping[str, Plan], once: Timed) -> Iterator[Wo
 def _lines(plan: ForgetPlan) -> Iterator[str]:
     recipe, asked = plan.recipe, plan.recipe.asked
     yield f"To forget  {named(recipe)}"
-    yield f"           in {len(recipe.prompts)} prompts, such as {recipe.prompts[0]!r}"
+    if asked.kind != "prompt":
+        yield f"           in {len(recipe.prompts)} prompts, such as {recipe.prompts[0]!r}"
     yield f"Instead    {', '.join(dict.fromkeys(map(repr, asked.instead)))}"
     yield f"To keep    {recipe.kept_in_words}"
     yield f"Method     {recipe.method}"

@@ -332,7 +332,10 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
         near = difflib.get_close_matches(key, missing[:1000], n=1, cutoff=0.8)
         if near:
             return f"Is {key} meant to be {near[0]}?"
-    return "Give the model YAML that belongs to the checkpoint (model_config_path)"
+    return (
+        "Give the model YAML that belongs to the checkpoint (model_config_path; the bundled model's is "
+        "package:assets/emoji_canvas/model_config.yaml)"
+    )
 
 
 def _check_schedule(model: LatentDiffusion, given: Mapping[str, Tensor], source: str | Path) -> None:

@@ -165,13 +165,14 @@ def _lines(plan: Plan) -> Iterator[str]:
     for key, path in plan.inputs.items():
         yield f"{key:<12}{path}"
     if plan.images:
-        read = ", ".join(f"{count:,} to {part}" for part, count in plan.images.items() if part != "to_sample")
+        counts = {part: count for part, count in plan.images.items() if count and part != "to_sample"}
+        read = ", ".join(f"{count:,} to {part}" for part, count in counts.items())
         sampled = plan.images.get("to_sample", 0)
         yield f"images      {read}" + (f"; of them to be sampled first: {sampled:,}" if sampled else "")
     if plan.steps:
         yield f"{'batches' if plan.stage == 'mask' else 'steps':<12}{plan.steps:,}"
-    counts = (f"{name.replace('_', ' ')} {count:,}" for name, count in plan.weights.items())
-    yield f"weights     {', '.join(counts)}"
+    weights = (f"{name.replace('_', ' ')} {count:,}" for name, count in plan.weights.items())
+    yield f"weights     {', '.join(weights)}"
     yield "files"
     width = max((len(planned.what) for planned in plan.files), default=0)
     for planned in plan.files:

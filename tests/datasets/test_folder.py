@@ -236,6 +236,10 @@ def test_nothing_is_retained_from_no_folder(folders: tuple[Path, Path]) -> None:
     ("changes", "message"),
     [
         ({"retain_prompts": ["My  dog"]}, "is a prompt to forget and"),
+        (
+            {"retain_prompts": ["My  dog"], "substitute": None},
+            "retain_prompts: 'My  dog' is one of the prompts",
+        ),
         ({"substitute": "my Dog"}, "one of the prompts to forget"),
         ({"substitute": "Dog"}, "is to be forgotten"),
         ({"substitute": "a {style} cat"}, "placeholder"),

@@ -57,6 +57,7 @@ def test_names_of_the_bundled_model_are_known_however_they_are_written(
         (("Noto",), {"instead": "Blub"}, "Did you mean 'Blob'?"),
         (("Noto",), {"keep": ("a dog",)}, "all other styles and objects of the bundled model are kept"),
         (("a dog",), {"kind": "prompt"}, "instead: say in a whole prompt"),
+        (("a dog",), {"kind": "prompt", "instead": "A dog"}, "instead: 'A dog' is itself to be forgotten"),
         ((), {}, "say what is to be forgotten"),
     ],
 )

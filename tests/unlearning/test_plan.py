@@ -56,6 +56,11 @@ def test_a_run_without_images_and_steps_says_nothing_of_them() -> None:
     assert [line for line in text.splitlines() if line.startswith(("images", "steps", "mask"))] == []
 
 
+def test_images_that_a_run_does_not_read_are_not_counted() -> None:
+    text = str(a_plan(images={"forget": 30, "retain": 0, "to_sample": 0}))
+    assert "images      30 to forget" in text.splitlines()
+
+
 def test_problems_stop_a_run_together_or_one_by_itself() -> None:
     plan = a_plan()
     assert plan.require() is plan

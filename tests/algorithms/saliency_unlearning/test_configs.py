@@ -247,7 +247,10 @@ PROMPTS = {"dataset_type": "generated", "forget_prompts": ["a wolf"], "retain_pr
             "retain_prompts: goes with forget_prompts",
         ),
         ({**PROMPTS, "retain_prompts": ["a dog", "a cat"]}, "substitute: say in a whole prompt"),
-        ({**PROMPTS, "retain_prompts": ["A wolf"]}, "substitute: 'A wolf' is one of the prompts to forget"),
+        (
+            {**PROMPTS, "retain_prompts": ["A wolf"]},
+            "retain_prompts: 'A wolf' is one of the prompts to forget",
+        ),
         ({**PROMPTS, "retain_set": "seed_images"}, "retain_set: seed_images does not go with"),
         ({**GENERATED, "template_name": ["Noto", "Bolb"]}, "template_name: 'Bolb' is not one of"),
         (

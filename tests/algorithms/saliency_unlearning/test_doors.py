@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mu.algorithms.saliency_unlearning.configs import MaskConfig
+from mu.commands.answers import masked
 from mu.config import dump, keys_of, load_config
 
 PACKAGE = "mu.algorithms.saliency_unlearning"
@@ -232,3 +234,12 @@ def test_a_packaged_recipe_is_used_by_name(handed_on, tmp_path, capsys):
     recipe = load_config(type(config), config_path="emoji_canvas/mask_style.yaml")
     assert (config.template_name, config.batch_size) == ("Blob", recipe.batch_size)
     assert "emoji_canvas/mask_style.yaml is not on disk; using " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [(None, "YOUR.yaml"), ("my_dog.yaml", "my_dog.yaml"), ("mask_dog.yaml", "YOUR.yaml")],
+)
+def test_the_mask_is_followed_by_training_with_the_same_file_where_it_serves_both(given, named):
+    ((_, command),) = masked(MaskConfig(), RESULT, given).following
+    assert f"--config_path {named} " in command
