@@ -44,7 +44,7 @@ from mu.unlearning.training_config import TrainingKeys
 
 T = TypeVar("T")
 
-_TEXTS = "config.yaml, log.txt, metrics, report.html"
+_TEXTS = "config.yaml, log.txt, metrics"
 _TEXTS_BYTES = 500_000
 _TOKENIZER_BYTES = 1_500_000  # CLIP's vocabulary, in a diffusers folder
 _PICTURED_PROMPTS = 8
@@ -215,7 +215,8 @@ class Inspection:
                     "sample_prompts: on a CPU this model takes minutes for each picture before and after; "
                     "[] leaves the pictures out"
                 )
-        yield planned(what=_TEXTS, bytes=_TEXTS_BYTES, certain=False)
+        report = ", report.html" if isinstance(config, TrainingKeys) and config.report else ""
+        yield planned(what=_TEXTS + report, bytes=_TEXTS_BYTES, certain=False)
 
     def run_checkpoints(self, selected: Mapping[str, int], *, steps: int) -> Iterator[PlannedFiles]:
         """Checkpoints of a training run, of 12 bytes for each weight that moves: those that are kept, and one more."""
