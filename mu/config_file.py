@@ -147,13 +147,14 @@ def read_flat_file(path: Path) -> FlatFile:
 
 def read_list(text: str) -> list[Text]:
     """The scalars of a YAML list such as `[a, "b, c"]`. Raises ValueError when it is something else."""
+    braces = "; an item with { or } needs quotes: ['{concept}', 'art by {concept}']" if "{" in text else ""
     try:
         values, _, mistakes = _read_flat(f"list: {text}\n")
     except ValueError as error:
-        raise ValueError(f"not a YAML list ({error})") from error
+        raise ValueError(f"not a YAML list ({error}){braces}") from error
     value = values.get("list")
     if mistakes or len(values) != 1 or not isinstance(value, list):
-        raise ValueError("not a YAML list of plain values")
+        raise ValueError(f"not a YAML list of plain values{braces}")
     return value
 
 

@@ -88,6 +88,12 @@ def test_mistakes_of_file_and_flags_come_together(tmp_path):
         assert mistake.startswith(beginning)
 
 
+@pytest.mark.parametrize("text", ["[{concept}]", "[{concept}, art by {concept}]"])
+def test_a_list_with_braces_says_that_they_need_quotes(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"seeds: not a YAML list.* needs quotes: \['{concept}', 'art by"):
+        parse_cli(Toy, ["--seeds", text])
+
+
 def test_a_negative_number_is_a_value():
     with pytest.raises(ConfigError, match="seeds: must be >= 0, got -3"):
         parse_cli(Toy, ["--seeds", "-3"])

@@ -23,6 +23,7 @@ from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import load_mask, save_mask
 from mu.commands.main import main
 from mu.config import keys_of, load_config
+from mu.config_file import read_list
 from mu.config_names import hint
 from mu.evaluation.config import EvaluateConfig, SampleConfig
 from mu.ldm import LatentDiffusion
@@ -104,6 +105,9 @@ def test_commands_of_the_console_script_are_there_with_their_flags(page: Path) -
             told = help_of(command, *(method if command == "train" else []))
             flags = [word for word in rest[len(method) :] if word.startswith("--")]
             assert [flag for flag in flags if not re.search(rf"{flag}\b", told)] == []
+            for word in rest:
+                if word.startswith("["):
+                    assert read_list(word)
 
 
 @pytest.mark.slow

@@ -190,7 +190,8 @@ def _refuse_parts(
     }.get(kind, f"is a {kind} without its {' and '.join(missing)}")
     raise CheckpointError(
         f"{path} {what}: a part of a model. Give the whole checkpoint or diffusers folder; or complete it with "
-        f"the rest of the model that it was made from: convert {path} whole.safetensors --base_ckpt_path MODEL"
+        "the rest of the model that it was made from: "
+        f"unlearn_diff convert {path} whole.safetensors --base_ckpt_path MODEL"
     )
 
 
@@ -326,7 +327,7 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
     if len(missing) < 0.02 * len(own) and not unexpected and not misshaped:
         return (
             "All else fits: the file is not whole. Get it again; or complete it with the rest of the model that it was "
-            "made from (convert FILE whole.safetensors --base_ckpt_path MODEL)"
+            "made from (unlearn_diff convert FILE whole.safetensors --base_ckpt_path MODEL)"
         )
     for key in [] if misshaped else unexpected[:_SHOWN]:  # of another size, other names are no misspellings
         near = difflib.get_close_matches(key, missing[:1000], n=1, cutoff=0.8)

@@ -110,7 +110,7 @@ def _other_folder(path: Path) -> str | None:
     return (
         f"a {network} alone, one network of a diffusers model; give a whole diffusers folder, with model_index.json"
         + (
-            ", or complete the file in it: convert FILE whole.safetensors --base_ckpt_path MODEL"
+            ", or complete the file in it: unlearn_diff convert FILE whole.safetensors --base_ckpt_path MODEL"
             if network == "UNet2DConditionModel"
             else ""
         )

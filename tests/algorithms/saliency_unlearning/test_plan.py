@@ -23,6 +23,8 @@ from mu.ldm.tensor_file import CheckpointError, read_state_dict, write_state_dic
 from mu.unlearning.inspection import Inspection
 from mu.unlearning.plan import Plan, disk_problems
 
+SD_V1 = "package:algorithms/saliency_unlearning/configs/model_config.yaml"
+
 
 @pytest.fixture(scope="module")
 def made(tiny_runs: Any) -> dict[str, Any]:
@@ -290,6 +292,24 @@ def test_a_mask_of_the_first_timesteps_alone_is_a_warning(
     config = tiny_runs.mask_config(num_timesteps=num_timesteps, output_dir=str(tmp_path))
     plan = MaskingAlgorithm(config).make_plan()
     assert any("num_timesteps: 1 draws from the first" in warning for warning in plan.warnings) == warned
+
+
+@pytest.mark.parametrize(
+    ("changed", "warned"),
+    [
+        ({"model_config_path": SD_V1}, True),
+        ({"model_config_path": SD_V1, "sample_prompts": []}, False),
+        ({}, False),
+    ],
+)
+def test_pictures_of_a_large_model_on_a_cpu_are_a_warning(
+    tiny_runs: Any, tmp_path: Path, changed: dict[str, Any], warned: bool
+) -> None:
+    config = tiny_runs.train_config(
+        **({"sample_prompts": None} | changed), output_dir=str(tmp_path), devices="cpu"
+    )
+    plan = SaliencyUnlearningAlgorithm(config).make_plan()
+    assert any(warning.startswith("sample_prompts: on a CPU") for warning in plan.warnings) == warned
 
 
 def test_every_gpu_that_is_named_must_be_there(tiny_runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ def test_the_command_does_the_same_and_its_dry_run_nothing(
     assert main([*words, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "# plan: uce on cpu" in printed
+    assert "metrics" in printed
+    assert "report.html" not in printed  # `unlearn_diff report` writes it
     assert "images" not in printed.splitlines()[2]
     assert not (tmp_path / "runs").exists()
     assert main(words) == 0
