@@ -45,7 +45,7 @@ class Sampler:
         self.options: dict[str, Any] = {}
 
     def __call__(self, _: object, pairs: Sequence[tuple[str, int]], **options: Any) -> Iterator[torch.Tensor]:
-        self.options = options
+        self.options = {name: value for name, value in options.items() if name != "done"}  # the bar's
         for pair in pairs:
             self.pairs.append(pair)
             image = torch.tensor(colour(len(self.pairs) - 1)) / 127.5 - 1  # (3,)

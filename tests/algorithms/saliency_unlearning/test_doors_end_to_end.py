@@ -52,7 +52,7 @@ def test_mask_train_sample_and_evaluate(
     assert Path(said["mask"]) == mask
     report = Path(said["report"]).read_text()
     assert "No pictures: the run sampled none" in report
-    assert re.search(r"<th>input 0</th>.*?<td>[\d.]+ %</td>", report)
+    assert re.search(r'<th scope="row">input 0</th>.*?<td>[\d.]+ %</td>', report)
     assert said["steps"] == 2
     assert said["retain_loss"] > 0
 

@@ -26,7 +26,7 @@ from tests.forked_commands import SCRIPTS, flags
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = ("A Cats image in Noto style.", "A Dogs image in Blob style.")
-NOTES = {"config.yaml", "environment.json", "log.txt", "log-1.txt", "report.html"}
+NOTES = {"config.yaml", "environment.json", "log.txt", "log-1.txt", "metrics.json", "report.html"}
 """Files that tell of devices, places and times."""
 
 
@@ -172,7 +172,7 @@ def test_processes_that_others_started_sample_the_images_of_one(
     assert files(tmp_path / "two") == files(tmp_path / "one")
     assert (tmp_path / "two" / "run" / "log-1.txt").exists()
     assert printed.count("defaults < config file < flags") == 1
-    assert printed.count("sampled: 6") == 1
+    assert printed.count("Drew 6 images in") == 1
 
     for changes, error in (
         ({"eta": 1.0}, "sampled with other settings"),
