@@ -19,6 +19,7 @@ from mu.algorithms.esd.configs import ESDConfig
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
+from mu.bars import waiting
 from mu.config import override
 from mu.ldm import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
@@ -57,7 +58,7 @@ class Timed:
 
 
 def timed(train: OutputKeys, mask: MaskConfig | None = None, precisions: Iterable[str] = ()) -> Timed:
-    """Time one of each kind of work; it takes seconds, on a slow machine a minute or more.
+    """Time one of each kind of work; it takes seconds, for Stable Diffusion on a CPU minutes.
 
     Args:
         train, mask: the configs of the stages.
@@ -70,42 +71,43 @@ def timed(train: OutputKeys, mask: MaskConfig | None = None, precisions: Iterabl
     started = time.perf_counter()
     model = model_of(train)
     loading = time.perf_counter() - started
-    shape = model.latent_shape(train.image_size)
+    with waiting("timing one step of each kind"):
+        shape = model.latent_shape(train.image_size)
 
-    # 1. Drawing: a DDIM step of a batch, and what is done with each image.
-    steps = {}
-    for precision in {train.sample_precision, *precisions}:
-        batch = _of_a_batch(partial(_sample, model, train, shape, precision), SAMPLE_BATCH, model)
-        steps[precision] = batch / SAMPLE_BATCH
-    latent = torch.zeros((1, *shape), device=model.device)
-    image = torch.zeros((1, 3, *(side * model.params.first_stage.factor for side in shape[1:])))
-    with torch.no_grad():
-        decoding = _seconds(lambda: model.decode(latent), model)
-        encoding = _seconds(lambda: model.encode(image.to(model.device)), model)
+        # 1. Drawing: a DDIM step of a batch, and what is done with each image.
+        steps = {}
+        for precision in {train.sample_precision, *precisions}:
+            batch = _of_a_batch(partial(_sample, model, train, shape, precision), SAMPLE_BATCH, model)
+            steps[precision] = batch / SAMPLE_BATCH
+        latent = torch.zeros((1, *shape), device=model.device)
+        image = torch.zeros((1, 3, *(side * model.params.first_stage.factor for side in shape[1:])))
+        with torch.no_grad():
+            decoding = _seconds(lambda: model.decode(latent), model)
+            encoding = _seconds(lambda: model.encode(image.to(model.device)), model)
 
-    # 2. A batch of the mask.
-    mask_batch = 0.0
-    if mask is not None:
-        compute = choose(mask, model, images=2 * mask.batch_size, latent_shape=shape, reserved=0)
-        with computing(model, compute):
-            mask_batch = _of_a_batch(
-                lambda count: accumulate_saliency(
-                    model, [_forget(model, shape, count)], c_guidance=mask.c_guidance, compute=compute
-                ),
-                mask.batch_size,
-                model,
-            )
+        # 2. A batch of the mask.
+        mask_batch = 0.0
+        if mask is not None:
+            compute = choose(mask, model, images=2 * mask.batch_size, latent_shape=shape, reserved=0)
+            with computing(model, compute):
+                mask_batch = _of_a_batch(
+                    lambda count: accumulate_saliency(
+                        model, [_forget(model, shape, count)], c_guidance=mask.c_guidance, compute=compute
+                    ),
+                    mask.batch_size,
+                    model,
+                )
 
-    # 3. A training step, with the optimizer, under a mask of the same size.
-    training_step = _training_step(model, train, shape) if isinstance(train, TrainingKeys) else 0.0
-    return Timed(
-        loading=loading,
-        sampling_step=steps,
-        decoding=decoding,
-        encoding=encoding,
-        mask_batch=mask_batch,
-        training_step=training_step,
-    )
+        # 3. A training step, with the optimizer, under a mask of the same size.
+        training_step = _training_step(model, train, shape) if isinstance(train, TrainingKeys) else 0.0
+        return Timed(
+            loading=loading,
+            sampling_step=steps,
+            decoding=decoding,
+            encoding=encoding,
+            mask_batch=mask_batch,
+            training_step=training_step,
+        )
 
 
 def _training_step(model: LatentDiffusion, config: TrainingKeys, shape: tuple[int, int, int]) -> float:
