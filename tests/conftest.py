@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import yaml
 
 from mu.ldm import LatentDiffusion, load_model
 from tests.forked_commands import Commands
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what it starts with `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_UNET: dict[str, Any] = {
     "image_size": 8,
