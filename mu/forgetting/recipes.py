@@ -23,7 +23,6 @@ from mu.config import (
     Config,
     ConfigError,
     Entry,
-    Key,
     assemble,
     entries_of,
     file_entries,
@@ -32,6 +31,7 @@ from mu.config import (
     override,
 )
 from mu.config_file import PACKAGE_PREFIX, Text, read_list, resolve_path
+from mu.config_keys import Key
 from mu.datasets.canvas import canvas_prompt
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.folder import captions
