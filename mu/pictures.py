@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from mu.atomic import write_atomically
 
 MARK = (208, 0, 70)
 """Colour of the frame and label of the marked row or column; it is in no drawing's background."""
@@ -20,6 +24,13 @@ _FONT_PX = 14
 _SMALLEST_FONT_PX = 8
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def write_png(path: str | Path, picture: Image.Image) -> None:
+    """The whole picture at `path`, or what was there before."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    write_atomically(path, content.getvalue())
 
 
 @dataclass(frozen=True)

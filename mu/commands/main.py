@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mu
-from mu.config_names import nearest
+from mu.config_names import METHOD_NAMES, nearest
 from mu.console import OutputClosed, named, say
 
 _SALUN = "mu.algorithms.saliency_unlearning.scripts"
@@ -47,7 +47,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Group -> command -> the module of its door, and what it does."""
 ALIASES = {"generate-mask": "mask", "apply-patch": "patch"}
-METHOD, SHORT = "saliency_unlearning", {"salun": "saliency_unlearning"}
+METHOD = "saliency_unlearning"
 """The method of `train` where none is named; other names of methods."""
 
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "train":
         method, words = method_of(words)
         if method not in methods:
-            known = [*methods, *SHORT]
+            known = [*methods, *METHOD_NAMES]
             print(f"method: {method!r} is not one of: {', '.join(known)}.{nearest(method, known)} (--method)",
                   file=sys.stderr)  # fmt: skip
             return 2
@@ -138,7 +138,7 @@ def method_of(words: Sequence[str]) -> tuple[str, list[str]]:
             method = value
         else:
             method = left.pop(0) if left else ""
-    return SHORT.get(method, method), rest
+    return METHOD_NAMES.get(method, method), rest
 
 
 def program_name() -> str:

@@ -31,7 +31,7 @@ from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import fingerprint
 from mu.ldm.text_to_image import SamplingError, TextToImage, sampling_precision
-from mu.pictures import image_grid
+from mu.pictures import image_grid, write_png
 from mu.run_folder import RunFolder, shared_folder
 from mu.unlearning.output import model_of
 from mu.unlearning.runs import save_result
@@ -320,9 +320,7 @@ def _write_grids(images: Sequence[PlannedImage], listed: ImageList) -> Path:
         pictures = [[_opened(listed, image) for image in row] + [blank] * (width - len(row)) for row in page]
         path = listed.folder.path / ("grid.png" if number == 0 else f"grid_{number + 1}.png")
         labels = [row[0].prompt for row in page]
-        content = io.BytesIO()
-        image_grid(pictures, labels, headings, cell_px=cell_px).save(content, format="PNG")
-        write_atomically(path, content.getvalue())
+        write_png(path, image_grid(pictures, labels, headings, cell_px=cell_px))
         paths.append(path)
     return paths[0]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from mu.atomic import write_atomically
 from mu.datasets.index import check_choice, concept_names
-from mu.pictures import beside, image_grid
+from mu.pictures import beside, image_grid, write_png
 
 __all__ = ["before_after_grid", "image_grid"]
 
@@ -65,7 +63,5 @@ def before_after_grid(
         )
         for heading, panel in panels.items()
     ]
-    content = io.BytesIO()
-    beside(pictures, title=title).save(content, format="PNG")
-    write_atomically(path, content.getvalue())
+    write_png(path, beside(pictures, title=title))
     return path

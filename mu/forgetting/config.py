@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mu.config import Config, nearest, resolve_path, setting
+from mu.config_names import METHOD_NAMES
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.index import next_kept, same_name
 from mu.devices import DEVICES_PATTERN, devices_problem
@@ -17,7 +18,6 @@ from mu.unlearning.find_checkpoint import Problem, checkpoint_problems
 
 KINDS = ("style", "object", "prompt")
 METHODS = ("saliency_unlearning", "esd", "uce")
-SHORT_NAMES = {"salun": "saliency_unlearning"}
 INSTEAD = {"style": "photography", "object": "a landscape", "prompt": "a photo of a landscape"}
 """Kind -> what is given instead, where the user does not say, by a model whose names are not known."""
 PROMPTS = {
@@ -99,7 +99,7 @@ class ForgetConfig(Config):
         "saliency_unlearning",
         "How: saliency_unlearning (or salun) finds the weights that matter and trains them; esd trains without images; "
         "uce edits keys and values in seconds.",
-        choices=(*METHODS, *SHORT_NAMES),
+        choices=(*METHODS, *METHOD_NAMES),
     )
     images: int | None = setting(
         None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mu.atomic import write_atomically
 from mu.bars import bar
 from mu.config import override
 from mu.datasets.images import to_picture
 from mu.ldm.text_to_image import sample_images
-from mu.pictures import image_grid
+from mu.pictures import image_grid, write_png
 from mu.unlearning.config import OutputKeys
 from mu.unlearning.output import model_of
 
@@ -114,9 +112,7 @@ def compare(
         title=title,
         cell_px=max(64, min(192, rows[0][0].width)),
     )
-    content = io.BytesIO()
-    picture.save(content, format="PNG")
-    write_atomically(path, content.getvalue())
+    write_png(path, picture)
     return Moved(
         {prompt: by_prompt[prompt] for prompt in to_forget},
         {prompt: by_prompt[prompt] for prompt in to_keep},

@@ -32,6 +32,7 @@ from mu.config import (
 )
 from mu.config_file import PACKAGE_PREFIX, Text, read_list, resolve_path
 from mu.config_keys import Key
+from mu.config_names import METHOD_NAMES
 from mu.datasets.canvas import canvas_prompt
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.folder import captions
@@ -43,7 +44,6 @@ from mu.evaluation.config import EvaluateConfig
 from mu.forgetting.config import (
     KINDS,
     PROMPTS,
-    SHORT_NAMES,
     Asked,
     ForgetConfig,
     asked_of,
@@ -103,7 +103,7 @@ def recipe_of(config: ForgetConfig) -> Recipe:
         ConfigError: `set` names no key, a value is wrong, or the prompts of `keep` cannot be read.
     """
     asked = asked_of(config)
-    method = SHORT_NAMES.get(config.method, config.method)
+    method = METHOD_NAMES.get(config.method, config.method)
     on_grid = config.knows_names and asked.kind != "prompt"
     notes = list(asked.notes)
     if on_grid:

@@ -24,7 +24,6 @@ from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.uce.algorithm import UCEAlgorithm
 from mu.algorithms.uce.configs import UCEConfig
 from mu.atomic import write_atomically
-from mu.bars import waiting
 from mu.config import as_text, keys_of, override
 from mu.console import called
 from mu.errors import Terminated
@@ -68,8 +67,7 @@ def forget(config: ForgetConfig) -> Forgotten:
         folder.save_config(config)
 
         # 2. What it will take.
-        with waiting("timing one step of each kind"):
-            plan = plan_of(recipe).require()
+        plan = plan_of(recipe).require()
         _say(f"{plan}\n")
 
         # 3. Images and mask: the images are drawn by the model itself, before anything in it has moved.
