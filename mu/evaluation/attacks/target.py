@@ -113,9 +113,11 @@ class Kept:
         """Whole, or not at all."""
         write_state_dict(tensors, self.path, {"notes": json.dumps(notes)})
 
-    def write_text(self, text: str) -> Path:
+    def write_text(self, text: str) -> None:
         """A text beside it, for people."""
-        return write_atomically(self.path.with_suffix(".txt"), f"{text}\n".encode())
+        path, content = self.path.with_suffix(".txt"), f"{text}\n".encode()
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(path, content)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,12 +42,14 @@ def files_below(folder: Path, *names: str) -> dict[str, tuple[int, bytes]]:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_leaves_what_its_images_say_and_is_not_made_twice(name: str, config: AttackConfig) -> None:
     config = override(config, attack=name)
+    if name not in ("inversion", "relearn"):  # the base alone, which takes half the time
+        config = override(config, ckpt_path=config.base_ckpt_path)
     result = attack.run(config)
     run = Path(str(result["run"]))
     metrics = metrics_of(result)
-    models = ["before", "after"]
-    if name == "relearn":
-        models = ["before_other_name", *models]
+    models = {"inversion": ["before", "after"], "relearn": ["before_other_name", "before", "after"]}.get(
+        name, ["after"]
+    )
     assert list(metrics["models"]) == models
     folders = set()
     for model, numbers in metrics["models"].items():
@@ -60,14 +62,14 @@ def test_an_attack_leaves_what_its_images_say_and_is_not_made_twice(name: str, c
             ]
             right = [row.predicted_style == "Noto" for row in seen]
             both = [row.predicted_style == "Noto" and row.predicted_object == row.object for row in seen]
-            assert (found["success"]["value"], found["success"]["n"]) == (sum(right) / 6, 6)
-            assert found["both"]["value"] == sum(both) / 6
-            assert len(found["by_prompt"]) == 3
+            assert (found["success"]["value"], found["success"]["n"]) == (sum(right) / 4, 4)
+            assert found["both"]["value"] == sum(both) / 4
+            assert len(found["by_prompt"]) == 2
             assert all(
                 (Path(found["images"]) / f"Noto/{row.object}/{row.seed}.png").is_file() for row in seen
             )
             folders.add(found["images"])
-            assert result["success"][f"{model}, {stage}, %"] == round(100 * sum(right) / 6, 2)  # type: ignore[index]
+            assert result["success"][f"{model}, {stage}, %"] == round(100 * sum(right) / 4, 2)  # type: ignore[index]
     # The base's plain images are those that it drew to learn from, with other seeds; all else has its own folder.
     assert len(folders) == sum(1 + len(STAGES[name]) for _ in models)
     with open(run / "metrics.csv", newline="") as file:
@@ -139,7 +141,7 @@ def test_a_text_that_was_found_is_typed_as_it_stands(config: AttackConfig) -> No
             if made.attack == "prompt":
                 drawn = numbers["stages"]["attacked"]
                 assert learnt["loss"] > 0
-                assert drawn["n_images"] == 6
+                assert drawn["n_images"] == 4
 
 
 def test_images_of_ones_own_are_learnt_from(config: AttackConfig, tmp_path: Path) -> None:
