@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 METHOD_NAMES: Mapping[str, str] = {"salun": "saliency_unlearning"}
@@ -107,10 +108,15 @@ def hint(name: str, known: Collection[str]) -> str:
 
 
 def nearest_name(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is nearest to another one, None when none is near."""
-    by_case = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(word.casefold(), by_case, n=1, cutoff=0.55)
-    return by_case[near[0]] if near else None
+    """The known word that is nearest to another one, None when none is near; see `plain` for what does not count."""
+    by_plain = {plain(name): name for name in known}
+    near = difflib.get_close_matches(plain(word), by_plain, n=1, cutoff=0.55)
+    return by_plain[near[0]] if near else None
+
+
+def plain(name: str) -> str:
+    """A name without capitals, blanks, dashes and underscores."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -83,7 +83,6 @@ def _fetch(file_id: str, output: str, what: str, *, progress: bool) -> Path:
 
 @contextmanager
 def _errors_told(what: str) -> Iterator[None]:
-    """Errors of gdown and of the connection become DownloadErrors; a used-up quota is named."""
     import gdown
     import requests
 

@@ -85,7 +85,6 @@ def fetch_hub(
 
 
 def _silent_bar() -> Any:
-    """A kind of the hub's progress bar that shows nothing."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Silent(tqdm):
@@ -97,7 +96,6 @@ def _silent_bar() -> Any:
 
 @contextmanager
 def _errors_told(hub: Hub, revision: str | None, what: str) -> Iterator[None]:
-    """The hub's errors become DownloadErrors."""
     from huggingface_hub import errors
 
     # Xet, where the hub keeps large files, raises RuntimeError and kinds of OSError from its Rust library. Failed

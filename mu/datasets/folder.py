@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mu.config_names import nearest
 from mu.datasets.base import DataSet, Problem
 from mu.datasets.generated import substitute_key, substitute_problems, substitute_prompt
 from mu.datasets.image_files import check_folder, find_images, image_problems, no_images, not_read
@@ -22,7 +23,6 @@ from mu.datasets.index import (
     concept_label,
     passed_over,
     raise_problems,
-    suggestion,
 )
 from mu.datasets.tables import QUOTING, read_table, read_text, text_or_problem
 
@@ -122,7 +122,6 @@ class Folder(DataSet):
 
 
 def _check_separate(roots: list[Path]) -> None:
-    """A folder within the other would be forgotten (retained) with it."""
     if len(roots) < 2:
         return
     forget, retain = (root.resolve() for root in roots)
@@ -134,7 +133,6 @@ def _check_separate(roots: list[Path]) -> None:
 
 
 def _check_outside(roots: Mapping[str, Path], written: Mapping[str, Path]) -> None:
-    """Images that a run writes into a folder of images would be forgotten (retained) by the next."""
     for key, folder in written.items():
         for root_key, root in roots.items():
             if folder.resolve().is_relative_to(root.resolve()):
@@ -217,7 +215,7 @@ def _from_table(table: Path, folder: Path, images: Sequence[Path]) -> dict[Path,
     for line, name, text in lines:
         image = by_name.get(name.removeprefix("./"))
         if image is None:
-            problems.append(f"line {line}: there is no image {name!r}.{suggestion(name, by_name)}")
+            problems.append(f"line {line}: there is no image {name!r}.{nearest(name, by_name)}")
         elif not text:
             problems.append(f"line {line}: {name} has no text")
         elif texts.setdefault(image, text) != text:

@@ -22,7 +22,6 @@ from mu.datasets.index import (
     natural_key,
     next_kept,
     raise_problems,
-    suggestion,
 )
 
 SAMPLE_IMAGES = 3
@@ -79,7 +78,7 @@ class UnlearnCanvas(DataSet):
             if target not in names:
                 raise DataError(
                     f"template_name: there is no {template} {target!r} in {root}; found: {', '.join(names)}."
-                    f"{suggestion(target, names)}"
+                    f"{nearest(target, names)}"
                 )
         stand_ins = self._stand_ins(names, styles)
 
@@ -129,7 +128,6 @@ class UnlearnCanvas(DataSet):
 
 
 def _no_images(root: Path) -> str:
-    """What is said of a folder of another layout."""
     return (
         f"{root} holds no images laid out as <Style>/<Class>/<n>.jpg; is it the folder above or below the one that is "
         "meant?"

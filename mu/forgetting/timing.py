@@ -26,12 +26,11 @@ from mu.ldm.sampler import sample_ddim
 from mu.ldm.text_to_image import sampling_precision
 from mu.unlearning.batches import Batch, ForgetBatch, RetainBatch
 from mu.unlearning.compute import Compute, choose, computing
-from mu.unlearning.config import OutputKeys
+from mu.unlearning.config import ComputeKeys, OutputKeys, model_of
 from mu.unlearning.image_data import SAMPLE_BATCH
 from mu.unlearning.method import Loaded
-from mu.unlearning.output import model_of
 from mu.unlearning.trainer import Trainer
-from mu.unlearning.training_config import ComputeKeys, TrainingKeys
+from mu.unlearning.training_config import TrainingKeys
 
 _SLOW_S = 2.0
 """What takes longer for one image is not done for a whole batch, but multiplied."""

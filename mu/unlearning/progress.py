@@ -183,7 +183,6 @@ class ProgressPictures:
 
 
 def _spread(prompts: Sequence[str]) -> list[str]:
-    """A few different ones, evenly over all."""
     prompts = list(dict.fromkeys(prompts))
     count = min(_PROMPTS_OF_EACH_KIND, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]

@@ -151,6 +151,7 @@ class Trainer:
         with log.open(), stopping_between_steps() as stop, shown:
             if self.steps_done == 0:
                 progress.look(0, self.losses)
+            asked = None
             for step in range(self.steps_done, total):
                 # 1. The gradients of the batch, and one step of Adam on the selected entries
                 terms = self.step(batches[step])
@@ -170,12 +171,12 @@ class Trainer:
                 if asked is not None or told[0][1]:
                     ranks.on_main(lambda: self._save(checkpoints, log, unwritten))  # noqa: B023
                 if asked is not None:
-                    raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
-
-            # 4. A signal that came after the last step had looked for one
-            asked = next((signum for signum in ranks.gathered(stop.signum) if signum is not None), None)
+                    break
+            else:  # 4. A signal may have come after the last step had looked for one
+                asked = next((signum for signum in ranks.gathered(stop.signum) if signum is not None), None)
+                if asked is not None:
+                    ranks.on_main(lambda: self._save(checkpoints, log, None))
             if asked is not None:
-                ranks.on_main(lambda: self._save(checkpoints, log, None))
                 raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
         return log.means(last=batches.steps_per_epoch)
 

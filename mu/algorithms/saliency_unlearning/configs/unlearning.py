@@ -8,16 +8,17 @@ from typing import ClassVar
 
 from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
-from mu.unlearning.config import OUTPUTS, DataKeys
-from mu.unlearning.find_checkpoint import Problem
-from mu.unlearning.training_config import (
+from mu.unlearning.config import (
+    OUTPUTS,
     PRECISION_HELP,
     PRECISIONS,
     TRAIN_METHOD_HELP,
     TRAIN_METHODS,
     ComputeKeys,
-    ImageTrainingKeys,
+    DataKeys,
 )
+from mu.unlearning.find_checkpoint import Problem
+from mu.unlearning.training_config import ImageTrainingKeys
 
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
