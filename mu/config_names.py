@@ -108,13 +108,13 @@ def hint(name: str, known: Collection[str]) -> str:
 
 
 def nearest_name(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is nearest to another one, None when none is near; see `plain` for what does not count."""
-    by_plain = {plain(name): name for name in known}
-    near = difflib.get_close_matches(plain(word), by_plain, n=1, cutoff=0.55)
-    return by_plain[near[0]] if near else None
+    """The known word that is nearest to another one, None when none is near; see `folded` for what does not count."""
+    by_folded = {folded(name): name for name in known}
+    near = difflib.get_close_matches(folded(word), by_folded, n=1, cutoff=0.55)
+    return by_folded[near[0]] if near else None
 
 
-def plain(name: str) -> str:
+def folded(name: str) -> str:
     """A name without capitals, blanks, dashes and underscores."""
     return re.sub(r"[\s_-]+", "", name).casefold()
 

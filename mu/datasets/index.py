@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mu.atomic import write_atomically
-from mu.config_names import nearest, plain
+from mu.config_names import folded, nearest
 from mu.errors import MuError
 
 TEMPLATES = ("style", "object")
@@ -100,8 +100,8 @@ def check_folder_names(key: str, names: Sequence[str]) -> None:
                 "beginning with a letter or digit, at most 100."
             )
     # A file system may not tell capitals from small letters: two such styles would share their images.
-    folded = [name.casefold() for name in names]
-    twice = sorted({name for name in names if folded.count(name.casefold()) > 1})
+    lower = [name.casefold() for name in names]
+    twice = sorted({name for name in names if lower.count(name.casefold()) > 1})
     if twice:
         raise DataError(f"{key}: named more than once: {', '.join(twice)}.")
 
@@ -142,8 +142,8 @@ def choose_substitute(
                 f"Set substitute to another {template} or to a whole prompt."
             )
         return default, None
-    by_plain_name = {plain(name): name for name in (*allowed, *targets)}
-    name = by_plain_name.get(plain(value))
+    by_name = {folded(name): name for name in (*allowed, *targets)}
+    name = by_name.get(folded(value))
     if name in targets:
         which = f"the {template}" if len(targets) == 1 else f"one of the {template}s"
         raise DataError(f"substitute: {value!r} is {which} to forget; choose another {template}.")
@@ -183,7 +183,7 @@ def check_whole_prompt(key: str, value: str, forgotten: Sequence[str] = ()) -> N
         raise DataError(
             f"{key}: {value!r} has a placeholder, but this data set knows no styles and objects; write a whole prompt."
         )
-    if plain(value) in {plain(name) for name in forgotten}:
+    if folded(value) in {folded(name) for name in forgotten}:
         raise DataError(f"{key}: {value!r} is to be forgotten; write a prompt of what is wanted instead.")
 
 
@@ -221,7 +221,7 @@ def same_words(prompt: str) -> str:
 
 def same_name(one: str, other: str) -> bool:
     """Whether two names are the same but for capitals, blanks, dashes and underscores."""
-    return plain(one) == plain(other)
+    return folded(one) == folded(other)
 
 
 def raise_problems(problems: Sequence[str], *, what: str, advice: str) -> None:

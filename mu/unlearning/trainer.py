@@ -151,7 +151,7 @@ class Trainer:
         with log.open(), stopping_between_steps() as stop, shown:
             if self.steps_done == 0:
                 progress.look(0, self.losses)
-            asked = None
+            asked: int | None = None
             for step in range(self.steps_done, total):
                 # 1. The gradients of the batch, and one step of Adam on the selected entries
                 terms = self.step(batches[step])
