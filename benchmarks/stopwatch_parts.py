@@ -39,6 +39,7 @@ from benchmarks.stopwatch_spec import Spec
 from mu import memory
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
+from mu.errors import first_line
 from mu.ldm import LatentDiffusion, load_model_config
 from mu.run_folder import environment
 from mu.unlearning.moving import names_of
@@ -252,7 +253,7 @@ def run(spec: Spec) -> Result:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, memory.OutOfMemoryError) and not memory.is_out_of_memory(error):
             raise
-        result = {"status": "out of memory", "message": memory.reason_of(error)}
+        result = {"status": "out of memory", "message": first_line(error)}
     return {**result, "peak": peak_memory(spec.device)}
 
 

@@ -15,12 +15,12 @@ from mu.commands.files import (
     QUOTA_ADVICE,
     DownloadError,
     DownloadQuotaError,
-    first_line,
     looks_like_page,
     page_error,
     says_quota,
 )
 from mu.commands.sources import OTHER_SOURCE, Drive
+from mu.errors import first_line
 
 
 def drive_link(url: str) -> tuple[str, bool] | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from mu.commands.archive import proper_name
 from mu.commands.fetch import fetch, forget
-from mu.commands.files import DownloadError, first_line, require_disk
+from mu.commands.files import DownloadError, require_disk
 from mu.commands.sources import OTHER_SOURCE, Hub
+from mu.errors import first_line
 
 LARGE_BYTES = 64 << 20
 """Files from here on are fetched by `fetch`: the hub's own library begins a large file anew when it was cut off."""

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LinearLR
 from mu import ranks
 from mu.atomic import WriteError
 from mu.bars import bar
-from mu.errors import Terminated
+from mu.errors import Terminated, first_line
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import CheckpointError
 from mu.unlearning.batches import Batch, Batches, Part, on_device, pieces
@@ -221,7 +221,7 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             # Only here is the error, which holds the tensors of the pass that failed, gone.
             for _, parameter in self.model.parameters_to_train():
                 parameter.grad = None
