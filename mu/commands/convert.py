@@ -14,7 +14,7 @@ from mu.unlearning.config import SD_MODEL_CONFIG
 from mu.unlearning.find_checkpoint import (
     checkpoint_file,
     checkpoint_problems,
-    structure_problems,
+    model_config_problems,
 )
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.convert"
@@ -124,7 +124,7 @@ class ConvertConfig(Config):
         for key in ("input_path", "base_ckpt_path"):
             if getattr(self, key) is not None:
                 yield from checkpoint_problems(key, getattr(self, key))
-        yield from structure_problems(self.model_config_path)
+        yield from model_config_problems(self.model_config_path)
         if self.output_path is not None:
             output = Path(self.output_path)
             if output.exists() and not self.overwrite:

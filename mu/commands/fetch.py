@@ -117,7 +117,7 @@ def fetch(
     return found
 
 
-def forget(target: Path) -> None:
+def discard(target: Path) -> None:
     """Removes a fetched file that turned out to be worth nothing, so that the next call fetches it again."""
     target.unlink(missing_ok=True)
     target.with_name(f"{target.name}.fetched.json").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mu.commands.archive import proper_name
-from mu.commands.fetch import fetch, forget
+from mu.commands.fetch import discard, fetch
 from mu.commands.files import DownloadError, require_disk
 from mu.commands.sources import OTHER_SOURCE, Hub
 from mu.errors import first_line
@@ -72,7 +72,7 @@ def fetch_hub(
         verified = api.verify_repo_checksums(**place, local_dir=local)
     wrong = [file for file in verified.mismatches if file["path"] in wanted]
     for file in wrong:
-        forget(local / file["path"])
+        discard(local / file["path"])
     if wrong:
         raise DownloadError(
             f"{hub.text}: the {wrong[0]['algorithm']} of {wrong[0]['path']} is {wrong[0]['actual']}, and should be "

@@ -18,7 +18,7 @@ from mu.unlearning.find_checkpoint import (
     SD_CHECKPOINT,
     checkpoint_file,
     checkpoint_problems,
-    structure_problems,
+    model_config_problems,
 )
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class ModelKeys(Config):
         yield from self._checkpoint_problems()
         if (problem := devices_problem(self.devices)) is not None:
             yield ("devices",), problem
-        yield from structure_problems(self.model_config_path)
+        yield from model_config_problems(self.model_config_path)
 
 
 def model_of(config: ModelKeys) -> LatentDiffusion:

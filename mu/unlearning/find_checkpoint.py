@@ -66,7 +66,7 @@ def checkpoint_problems(
         yield from file_problems(key, path, advice=f"`download_model compvis` puts one at {SD_CHECKPOINT}")
 
 
-def structure_problems(path: str) -> Iterator[Problem]:
+def model_config_problems(path: str) -> Iterator[Problem]:
     """Why the key `model_config_path` leads to no YAML of a model."""
     if not resolve_path(path).is_file():
         yield ("model_config_path",), f"there is no file {path}; for SD v1 leave the key out"
