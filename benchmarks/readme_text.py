@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed_text import ARMS, Report, computes
+from benchmarks.speed_text import Report, computes
+from benchmarks.stopwatch import ARMS
 from benchmarks.table_text import SCORES, Row, by_method
 
 _NAMES = {
