@@ -8,12 +8,13 @@ from pathlib import Path
 from mu.bars import loading, waiting
 from mu.cli import run_door
 from mu.commands.answers import patched
-from mu.config import Config, Problem, resolve_path, setting
+from mu.config import Config, resolve_path, setting
 from mu.console import UCE_EXAMPLE
 from mu.run_folder import space_problem, writable_problem
 from mu.unlearning.config import SD_MODEL_CONFIG
 from mu.unlearning.find_checkpoint import (
     PATCH_NAME,
+    Problem,
     checkpoint_bytes,
     checkpoint_file,
     checkpoint_problems,

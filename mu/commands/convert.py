@@ -8,10 +8,11 @@ from pathlib import Path
 from mu.bars import loading, waiting
 from mu.cli import run_door
 from mu.commands.answers import converted
-from mu.config import Config, Problem, resolve_path, setting
+from mu.config import Config, resolve_path, setting
 from mu.run_folder import writable_problem
 from mu.unlearning.config import SD_MODEL_CONFIG
 from mu.unlearning.find_checkpoint import (
+    Problem,
     checkpoint_file,
     checkpoint_problems,
     model_config_problems,

@@ -8,9 +8,10 @@ from pathlib import Path
 from mu.bars import loading
 from mu.cli import run_door
 from mu.commands.answers import reported
-from mu.config import Config, Problem, resolve_path, setting
+from mu.config import Config, resolve_path, setting
 from mu.console import UCE_EXAMPLE
 from mu.run_folder import RESULT, writable_problem
+from mu.unlearning.find_checkpoint import Problem
 
 MODULE = "mu.commands.report"
 
