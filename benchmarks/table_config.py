@@ -7,11 +7,12 @@ from itertools import product
 from typing import Any
 
 from benchmarks.methods import METHODS
-from mu.config import ConfigError, Problem, nearest, resolve_path, setting
+from mu.config import ConfigError, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.devices import DEVICE_PATTERN
 from mu.evaluation.config import ScoringKeys
 from mu.run_folder import writable_problem
+from mu.unlearning.find_checkpoint import Problem
 
 CONCEPTS = STYLES + OBJECTS
 

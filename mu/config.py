@@ -30,7 +30,6 @@ from mu.ranks import started_rank
 __all__ = [
     "Config",
     "ConfigError",
-    "Problem",
     "as_dict",
     "as_text",
     "assemble",
@@ -48,8 +47,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-Problem = tuple[tuple[str, ...], str]
-"""The keys that are at odds, of which the first is named, and what is wrong."""
 
 
 class ConfigError(MuError, ValueError):
@@ -93,11 +90,11 @@ class Config(BaseModel):
         """Pydantic's, but what is changed is checked."""
         return override(self, **(update or {})) if update else super().model_copy(deep=deep)
 
-    def conflicts(self) -> Iterator[Problem]:
-        """What is wrong between keys. Asked only when the keys are right by themselves."""
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What is wrong between keys: (the keys, message). Asked only when the keys are right by themselves."""
         yield from ()
 
-    def disk_problems(self) -> Iterator[Problem]:
+    def disk_problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is missing on disk, as `conflicts`, of keys without one; names the command that makes it."""
         yield from ()
 

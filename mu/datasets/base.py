@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mu.config import Problem
 from mu.datasets.index import DataError, ForgetRetain, Row, check_apart, check_whole_prompt, concept_names
 
 TRAINING_SEED_BASE = 1_000_000
@@ -20,6 +19,8 @@ TRAINING_SEED_BASE = 1_000_000
 RETAIN_SETS = ("others", "seed_images", "generated")
 SAMPLED_PROMPTS: Mapping[str, str] = {"subfolder": "generated_prompts", "prompt": "{prompt}"}
 """Where images of free prompts lie, and how their manifest says that each has a prompt of its own."""
+Problem = tuple[tuple[str, ...], str]
+"""The keys that are at odds, of which the first is named, and what is wrong."""
 
 _KEYS = (
     "template_name",

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from mu.config import Problem
 from mu.config_names import nearest
-from mu.datasets.base import DataSet
+from mu.datasets.base import DataSet, Problem
 from mu.datasets.canvas import SEED_STYLE
 from mu.datasets.folder import captions
 from mu.datasets.image_files import check_folder, entries, find_images, image_problems, is_image, not_read

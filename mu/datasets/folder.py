@@ -9,9 +9,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mu.config import Problem
 from mu.config_names import nearest
-from mu.datasets.base import DataSet
+from mu.datasets.base import DataSet, Problem
 from mu.datasets.generated import substitute_key, substitute_problems, substitute_prompt
 from mu.datasets.image_files import check_folder, find_images, image_problems, no_images, not_read
 from mu.datasets.index import (

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mu.config import Problem
 from mu.datasets import emoji_canvas
-from mu.datasets.base import SAMPLED_PROMPTS, TRAINING_SEED_BASE, DataSet, prompt_rows
+from mu.datasets.base import SAMPLED_PROMPTS, TRAINING_SEED_BASE, DataSet, Problem, prompt_rows
 from mu.datasets.canvas import CANVAS_TEMPLATE, canvas_row, style_words
 from mu.datasets.index import (
     ForgetRetain,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mu.config import Problem, nearest
-from mu.datasets.base import DataSet, as_problem
+from mu.config import nearest
+from mu.datasets.base import DataSet, Problem, as_problem
 from mu.datasets.canvas import SEED_STYLE, StandIns, canvas_row
 from mu.datasets.image_files import check_folder, entries, image_problems, is_image, not_read
 from mu.datasets.index import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from string import Formatter
 
-from mu.config import Problem, nearest, setting
+from mu.config import nearest, setting
+from mu.datasets.base import Problem
 from mu.datasets.canvas import style_words
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.unlearning.config import ConceptKeys

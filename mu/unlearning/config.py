@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from mu.bars import waiting
-from mu.config import Config, Problem, resolve_path, setting
+from mu.config import Config, resolve_path, setting
 from mu.datasets.base import RETAIN_SETS
 from mu.datasets.data_sets import DATASETS, data_set_of, described
 from mu.datasets.index import concept_names
@@ -16,6 +16,7 @@ from mu.devices import DEVICES_PATTERN, devices_problem, resolve_devices
 from mu.run_folder import writable_problem
 from mu.unlearning.find_checkpoint import (
     SD_CHECKPOINT,
+    Problem,
     checkpoint_file,
     checkpoint_problems,
     model_config_problems,

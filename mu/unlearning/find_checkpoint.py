@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mu.config import Problem as Problem
 from mu.config import resolve_path
 from mu.config_file import PACKAGE_PREFIX, ConfigFileError, Value, read_flat_file
+from mu.datasets.base import Problem as Problem
 from mu.datasets.index import concept_label, concept_names
 
 PATCH_NAME = "model.patch.safetensors"

@@ -187,6 +187,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _mistakes_of(problem: MuError) -> tuple[str, ...]:
+    """A problem as one message, or several."""
     return problem.mistakes if isinstance(problem, ConfigError) else (str(problem),)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import ClassVar
 
-from mu.config import Problem, setting
+from mu.config import setting
 from mu.unlearning.config import TRAIN_METHOD_HELP, TRAIN_METHODS, ComputeKeys, DataKeys, OutputKeys
+from mu.unlearning.find_checkpoint import Problem
 
 RESUME_NEWEST = "newest"
 

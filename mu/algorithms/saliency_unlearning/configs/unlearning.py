@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mu.cli import command_line
-from mu.config import Problem, as_dict, keys_of, resolve_path, setting
+from mu.config import as_dict, keys_of, resolve_path, setting
 from mu.unlearning.config import (
     OUTPUTS,
     PRECISION_HELP,
@@ -17,6 +17,7 @@ from mu.unlearning.config import (
     ComputeKeys,
     DataKeys,
 )
+from mu.unlearning.find_checkpoint import Problem
 from mu.unlearning.training_config import ImageTrainingKeys
 
 MASKS = f"{OUTPUTS}/masks"

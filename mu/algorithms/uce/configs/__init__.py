@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mu.config import Problem, load_config, setting
+from mu.config import load_config, setting
 from mu.datasets.index import next_kept
 from mu.devices import DEVICES_PATTERN, device_names
 from mu.unlearning.concept_prompts import PromptKeys
 from mu.unlearning.config import OutputKeys
+from mu.unlearning.find_checkpoint import Problem
 
 MODULE = "mu.algorithms.uce.scripts.train"
 
