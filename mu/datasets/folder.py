@@ -38,7 +38,10 @@ class Folder(DataSet):
     def key_problems(self) -> Iterator[Problem]:
         config = self.config
         if config.raw_dataset_dir is None:
-            yield ("raw_dataset_dir", "dataset_type"), f"dataset_type folder needs a folder of images; {WITHOUT_IMAGES}"
+            yield (
+                ("raw_dataset_dir", "dataset_type"),
+                f"dataset_type folder needs a folder of images; {WITHOUT_IMAGES}",
+            )
         if config.forget_prompts is not None and len(config.forget_prompts) > 1:
             message = "folder: give one prompt for all images, or texts beside them"
             yield ("forget_prompts", "dataset_type"), message

@@ -311,13 +311,13 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
         return "The names are those of a part of a diffusers model; give the whole folder, or a CompVis checkpoint"
     if any(key.startswith("cond_stage_model.model.") for key in unexpected):
         return (
-            f"Set model_config_path: {_PACKAGED}sd_v2_base.yaml for 512 px, or {_PACKAGED}sd_v2_v.yaml for 768 px; "
-            "its text encoder is OpenCLIP's, so it is an SD v2 checkpoint"
+            "It is an SD v2 checkpoint, by OpenCLIP's text encoder: set model_config_path to "
+            f"{_PACKAGED}sd_v2_base.yaml for 512 px, {_PACKAGED}sd_v2_v.yaml for 768 px"
         )
     if any(key.startswith(_TEXT) for key in unexpected):
         return (
-            f"Set model_config_path: {_PACKAGED}model_config.yaml; its text encoder is CLIP's, so it is an SD v1 "
-            "checkpoint"
+            "It is an SD v1 checkpoint, by CLIP's text encoder: set model_config_path to "
+            f"{_PACKAGED}model_config.yaml"
         )
     if len(missing) == sum(not _may_be_ignored(key) for key in own):
         return (
@@ -326,8 +326,8 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
         )
     if len(missing) < 0.02 * len(own) and not unexpected and not misshaped:
         return (
-            "All else fits: the file is not whole. Get it again; or complete it with the rest of the model that it was "
-            "made from (unlearn_diff convert FILE whole.safetensors --base_ckpt_path MODEL)"
+            "Nearly all of it fits: the file is not whole. Get it again; or complete it with the rest of the model that "
+            "it was made from (unlearn_diff convert FILE whole.safetensors --base_ckpt_path MODEL)"
         )
     for key in [] if misshaped else unexpected[:_SHOWN]:  # of another size, other names are no misspellings
         near = difflib.get_close_matches(key, missing[:1000], n=1, cutoff=0.8)
