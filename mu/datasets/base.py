@@ -22,7 +22,10 @@ SAMPLED_PROMPTS: Mapping[str, str] = {"subfolder": "generated_prompts", "prompt"
 Problem = tuple[tuple[str, ...], str]
 """The keys that are at odds, of which the first is named, and what is wrong."""
 
-WITHOUT_IMAGES = "without any of your own, dataset_type generated with forget_prompts and retain_prompts has the model draw them"
+WITHOUT_IMAGES = (
+    "without images of your own, set dataset_type: generated, with forget_prompts and retain_prompts: the model draws "
+    "them"
+)
 """What to do where a folder of images is missing."""
 _KEYS = (
     "template_name",

@@ -326,8 +326,8 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
         )
     if len(missing) < 0.02 * len(own) and not unexpected and not misshaped:
         return (
-            "Nearly all of it fits: the file is not whole. Get it again; or complete it with the rest of the model that "
-            "it was made from (unlearn_diff convert FILE whole.safetensors --base_ckpt_path MODEL)"
+            "Nearly all of it fits: the file is not whole. Get it again; or complete it with the rest of the model it "
+            "was made from (unlearn_diff convert FILE whole.safetensors --base_ckpt_path MODEL)"
         )
     for key in [] if misshaped else unexpected[:_SHOWN]:  # of another size, other names are no misspellings
         near = difflib.get_close_matches(key, missing[:1000], n=1, cutoff=0.8)

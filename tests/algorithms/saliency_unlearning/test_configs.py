@@ -228,8 +228,8 @@ PROMPTS = {"dataset_type": "generated", "forget_prompts": ["a wolf"], "retain_pr
         ({"retain_dataset_dir": "x"}, "retain_dataset_dir: only dataset_type folder"),
         (
             {"raw_dataset_dir": None},
-            "raw_dataset_dir: dataset_type unlearncanvas needs a folder of images; without any of your own, "
-            "dataset_type generated with",
+            "raw_dataset_dir: dataset_type unlearncanvas needs a folder of images; without images of your "
+            "own, set dataset_type: generated, with forget_prompts",
         ),
         ({**I2P, "forget_prompts": ["x"]}, "forget_prompts: dataset_type i2p has its own prompts"),
         ({**I2P, "retain_prompts": ["x", "y"]}, "retain_prompts: give one prompt for all images"),
