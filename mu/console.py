@@ -67,7 +67,7 @@ class Answer:
         return [str(path) for path in self.made.values() if path is not None]
 
     def __str__(self) -> str:
-        there = {what: shlex.quote(str(path)) for what, path in self.made.items() if path is not None}
+        there = {what: quoted(path) for what, path in self.made.items() if path is not None}
         width = max(map(len, there), default=0)
         lines = [*self.sentences, *(f"  {what:<{width}}  {path}" for what, path in there.items())]
         for what, command in self.following:
@@ -88,6 +88,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def quoted(path: object) -> str:
+    """A path as it can be copied into a command."""
+    return shlex.quote(str(path))
 
 
 def duration(seconds: float) -> str:

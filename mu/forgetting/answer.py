@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mu.config import resolve_path
-from mu.console import Answer, called
+from mu.console import Answer, called, quoted
 from mu.datasets.index import concept_words
 from mu.forgetting.recipes import Recipe
 from mu.run_folder import RESULT, is_finished
@@ -166,7 +166,7 @@ def _following(found: Forgotten) -> Iterator[tuple[str, str]]:
         if not bundled:
             yield (
                 "A1111, ComfyUI and Forge take the file as it is, in their folder of checkpoints",
-                str(found.checkpoint),
+                quoted(found.checkpoint),
             )
         yield "For diffusers", typed("convert", found.checkpoint, found.folder / "diffusers")
         if found.patch is not None:

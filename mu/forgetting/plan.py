@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from mu.console import duration
+from mu.console import duration, quoted
 from mu.forgetting.answer import in_words
 from mu.forgetting.recipes import Recipe
 from mu.unlearning.find_checkpoint import PATCH_NAME
@@ -71,6 +71,7 @@ class ForgetPlan:
 
 def _lines(plan: ForgetPlan) -> Iterator[str]:
     recipe, asked, plans = plan.recipe, plan.recipe.asked, plan.plans.values()
+    folder = quoted(recipe.folder)
 
     # 1. What is forgotten, what is kept, and by what.
     yield f"To forget  {in_words(recipe)}"
@@ -94,18 +95,18 @@ def _lines(plan: ForgetPlan) -> Iterator[str]:
         yield "This cannot be carried out."
         return
     if not plan.work:
-        yield f"All of it is done already, in {recipe.folder}"
+        yield f"All of it is done already, in {folder}"
         return
 
     # 2. What will be written: what one looks at. All files are in `as_json`.
     yield ""
-    yield f"It will write, into {recipe.folder}:"
+    yield f"It will write, into {folder}:"
     for name, what in _most_important(plan):
         yield f"  {name:<{_WIDTH}}  {what}"
     drawn = {file.what: file for each in plans for file in each.files if file.key == "processed_dataset_dir"}
     if count := sum(file.bytes for file in drawn.values()):
-        (folder, *_) = (file.folder for file in drawn.values())
-        yield f"and images and their latents, about {size(count)}, into {folder}, for this and other runs"
+        (shared, *_) = (quoted(file.folder) for file in drawn.values())
+        yield f"and images and their latents, about {size(count)}, into {shared}, for this and other runs"
 
     # 3. How long it will take.
     yield ""
