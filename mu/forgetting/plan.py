@@ -10,7 +10,7 @@ from mu.console import duration, quoted
 from mu.forgetting.answer import in_words
 from mu.forgetting.recipes import Recipe
 from mu.unlearning.find_checkpoint import PATCH_NAME
-from mu.unlearning.plan import Plan, size
+from mu.unlearning.plan import Plan, mistakes_of, size
 
 PICTURE_NAME, REPORT_NAME = "before_after.png", "report.html"
 """What lies at the top of the result's folder, where one looks first."""
@@ -89,7 +89,7 @@ def _lines(plan: ForgetPlan) -> Iterator[str]:
     for warning in dict.fromkeys(warning for each in plans for warning in each.warnings):
         yield f"Warning    {warning}"
     problems = [problem for each in plans for problem in (*each.problems, *each.later_problems)]
-    for problem in problems:
+    for problem in dict.fromkeys(mistake for problem in problems for mistake in mistakes_of(problem)):
         yield f"Problem    {problem}"
     if problems:
         yield "This cannot be carried out."
