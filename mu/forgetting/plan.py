@@ -107,6 +107,8 @@ def _lines(plan: ForgetPlan) -> Iterator[str]:
     if count := sum(file.bytes for file in drawn.values()):
         (shared, *_) = (quoted(file.folder) for file in drawn.values())
         yield f"and images and their latents, about {size(count)}, into {shared}, for this and other runs"
+    if recipe.scores is not None:
+        yield f"and the pictures that are scored, into {quoted(recipe.scores.output_dir)}"
 
     # 3. How long it will take.
     yield ""

@@ -138,7 +138,9 @@ def _looked_at(recipe: Recipe, train: OutputKeys) -> dict[str, Any]:
     picture, report = recipe.folder / PICTURE_NAME, recipe.folder / REPORT_NAME
 
     # 1. Scores, or how far pictures moved. The report is written once, where one looks first.
-    scores = moved = written = None
+    scores: dict[str, Any] | None = None
+    moved: dict[str, Any] | None = None
+    written: Path | None = None
     if recipe.scores is not None:
         config = override(recipe.scores, ckpt_path=str(checkpoint), report=False)
         looked = Path(str(evaluation.run(config)["run"]))
