@@ -270,20 +270,6 @@ def asked_of(config: ForgetConfig) -> Asked:
     return Asked(kind, tuple(names), (config.instead or INSTEAD[kind],) * len(names), tuple(notes))
 
 
-def mentions(prompt: str, names: Sequence[str]) -> bool:
-    """Whether a prompt names one of these: in whole words, whatever their case, with or without an s."""
-    return any(
-        re.search(rf"\b{re.escape(re.sub(r's$', '', _bare(name)))}(?:s|es)?\b", prompt.casefold())
-        for name in names
-    )
-
-
-def given_prompts_file(text: str) -> Path | None:
-    """The file or folder that an item of `keep` means; None: it is a prompt."""
-    path = resolve_path(text)
-    return path if path.suffix.lower() in (".txt", ".csv") or path.is_dir() else None
-
-
 def _kind_of(text: str, config: ForgetConfig) -> str:
     """One of `KINDS`; or, in words, why it cannot be told."""
     if not config.knows_names or config.kind == "prompt":
@@ -321,8 +307,3 @@ def _known(kind: str) -> Sequence[str]:
 def _known_name(text: str, known: Sequence[str]) -> str | None:
     """The name as the model has it, whatever its capitals and blanks; None: there is none."""
     return next((name for name in known if same_name(name, _without_style(text))), None)
-
-
-def _bare(name: str) -> str:
-    """Without a leading article."""
-    return re.sub(r"^(a|an|the)\s+", "", name.casefold().replace("_", " ").strip())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 
-from mu.config import ConfigError
+from mu.config import ConfigError, resolve_path
 from mu.datasets.canvas import canvas_prompt
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.folder import captions
@@ -13,7 +15,7 @@ from mu.datasets.image_files import find_images
 from mu.datasets.index import DataError, same_words
 from mu.datasets.prompt_table import read_prompt_table
 from mu.datasets.tables import read_text
-from mu.forgetting.config import PROMPTS, Asked, ForgetConfig, given_prompts_file, mentions
+from mu.forgetting.config import PROMPTS, Asked, ForgetConfig
 
 
 def kept_prompts(
@@ -64,7 +66,7 @@ def kept_prompts(
 
 def _prompts_in(item: str) -> list[str]:
     """What an item of `keep` names: one prompt, those of a file, or of a folder of images. Raises ConfigError."""
-    path = given_prompts_file(item)
+    path = _given_file(item)
     if path is None:
         return [item]
     try:
@@ -89,3 +91,22 @@ def everyday_prompts() -> list[str]:
     """What is kept where the user does not say: prompts of everyday things, of many kinds."""
     text = resources.files("mu.forgetting").joinpath("everyday_prompts.txt").read_text(encoding="utf-8")
     return text.splitlines()
+
+
+def mentions(prompt: str, names: Sequence[str]) -> bool:
+    """Whether a prompt names one of these: in whole words, whatever their case, with or without an s."""
+    return any(
+        re.search(rf"\b{re.escape(re.sub(r's$', '', _bare(name)))}(?:s|es)?\b", prompt.casefold())
+        for name in names
+    )
+
+
+def _given_file(text: str) -> Path | None:
+    """The file or folder that an item of `keep` means; None: it is a prompt."""
+    path = resolve_path(text)
+    return path if path.suffix.lower() in (".txt", ".csv") or path.is_dir() else None
+
+
+def _bare(name: str) -> str:
+    """Without a leading article."""
+    return re.sub(r"^(a|an|the)\s+", "", name.casefold().replace("_", " ").strip())

@@ -89,8 +89,8 @@ def _lines(plan: ForgetPlan) -> Iterator[str]:
     for warning in dict.fromkeys(warning for each in plans for warning in each.warnings):
         yield f"Warning    {warning}"
     problems = [problem for each in plans for problem in (*each.problems, *each.later_problems)]
-    for problem in dict.fromkeys(mistake for problem in problems for mistake in mistakes_of(problem)):
-        yield f"Problem    {problem}"
+    for mistake in dict.fromkeys(mistake for problem in problems for mistake in mistakes_of(problem)):
+        yield f"Problem    {mistake}"
     if problems:
         yield "This cannot be carried out."
         return

@@ -37,7 +37,6 @@ from mu.forgetting.recipes import Recipe
 from mu.forgetting.stages import plan_of
 from mu.run_folder import RESULT, RunFolder
 from mu.unlearning.checkpoints import find_run_state
-from mu.unlearning.config import OutputKeys
 from mu.unlearning.run_state import ResumeError
 from mu.unlearning.training_config import RESUME_NEWEST, TrainingKeys
 from mu.verbosity import bars_off, console_level, is_json, is_quiet, verbosity
@@ -85,7 +84,7 @@ def run(config: ForgetConfig, recipe: Recipe, *, started: float) -> Forgotten:
         # 4. Pictures and scores, of the written file.
         if read_answer(recipe, seconds=0.0) is None:
             _say("Drawing the same pictures before and after ...")
-            folder.save_json(RESULT_NAME, _looked_at(recipe, train))
+            folder.save_json(RESULT_NAME, _looked_at(recipe))
 
         # 5. The answer.
         answer = read_answer(recipe, seconds=time.monotonic() - started)
@@ -130,7 +129,7 @@ def _resume(config: TrainingKeys) -> str | None:
     return RESUME_NEWEST
 
 
-def _looked_at(recipe: Recipe, train: OutputKeys) -> dict[str, Any]:
+def _looked_at(recipe: Recipe) -> dict[str, Any]:
     """Picture, report, and numbers: scores where there is a classifier, else how far pictures moved."""
     trained = finished(recipe, "train")
     assert trained is not None
@@ -152,7 +151,7 @@ def _looked_at(recipe: Recipe, train: OutputKeys) -> dict[str, Any]:
         looked = trained
         title = f"{in_words(recipe)} forgotten (framed): same prompts, same noise"
         path = looked / "pictures" / PICTURE_NAME
-        found = compare(train, checkpoint, recipe.prompts, recipe.kept, path=path, title=title)
+        found = compare(recipe.train, checkpoint, recipe.prompts, recipe.kept, path=path, title=title)
         moved = found.as_dict()
         write_atomically(looked / "moved.json", f"{json.dumps(moved, indent=2)}\n".encode())
         written = report_training(looked, show_unsafe=False, path=report)

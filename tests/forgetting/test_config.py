@@ -16,8 +16,8 @@ from mu.algorithms.uce.configs import UCEConfig
 from mu.commands.forget import _named
 from mu.config import ConfigError
 from mu.datasets.data_sets import data_set_of
-from mu.forgetting.config import ForgetConfig, asked_of, mentions
-from mu.forgetting.kept import everyday_prompts
+from mu.forgetting.config import ForgetConfig, asked_of
+from mu.forgetting.kept import everyday_prompts, mentions
 from mu.forgetting.recipes import recipe_of
 from mu.forgetting.run import command
 from tests.importable.command_lines import parse_cli
