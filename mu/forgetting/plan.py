@@ -117,7 +117,7 @@ def _lines(plan: ForgetPlan) -> Iterator[str]:
     else:
         yield f"It will take about {_about(plan.seconds)}, by the time that one step takes here:"
     for work in plan.work:
-        yield f"  {work.stage:<9}{work.does:<36}{'' if math.isnan(work.seconds) else _about(work.seconds)}".rstrip()
+        yield f"  {work.stage:<9}{work.does:<48}{'' if math.isnan(work.seconds) else _about(work.seconds)}".rstrip()
 
 
 def _most_important(plan: ForgetPlan) -> Iterator[tuple[str, str]]:

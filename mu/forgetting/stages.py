@@ -72,9 +72,9 @@ def _work(recipe: Recipe, plans: Mapping[str, Plan], once: Timed) -> Iterator[Wo
 
     # 1. Images.
     if "train" in plans and (images := plans["train"].images):
-        count, read = images["to_sample"], images["forget"] + images["retain"]
-        does = f"{count:,} to draw of {read:,}" if count else f"{read:,}, drawn before"
-        yield Work("images", does, count * drawn + read * once.encoding)
+        forget, retain, count = (images[part] for part in ("forget", "retain", "to_sample"))
+        does = f"{forget:,} to forget, {retain:,} to keep: {count:,} to draw"
+        yield Work("images", does, count * drawn + (forget + retain) * once.encoding)
 
     # 2. The mask.
     if "mask" in plans:
@@ -94,9 +94,9 @@ def _work(recipe: Recipe, plans: Mapping[str, Plan], once: Timed) -> Iterator[Wo
     if scores is None:
         count = 2 * len(SEEDS) * sum(map(len, shown_prompts(recipe.prompts, recipe.kept)))
         seconds = count * drawn
-        yield Work("pictures", f"{count:,}, before and after", 2 * once.loading + seconds)
+        yield Work("pictures", f"{count:,} before and after", 2 * once.loading + seconds)
     else:
         every = 2 * len(STYLES) * len(OBJECTS) * len(scores.seeds)
         count = every - once.scored_before
         seconds = once.drawing(count, steps=scores.sample_steps, precision=scores.precision)
-        yield Work("scores", f"{count:,} to draw of {every:,} pictures", 2 * once.loading + seconds)
+        yield Work("scores", f"{every:,} pictures before and after: {count:,} to draw", 2 * once.loading + seconds)

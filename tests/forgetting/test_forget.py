@@ -135,7 +135,7 @@ def test_a_dry_run_says_all_of_it_and_writes_nothing(
     assert tree(tmp_path) == before
     said = capsys.readouterr().out
     assert "To forget  the objects church and a small dog" in said
-    for stage in ("images   18 to draw of 18", "mask", "training", "pictures"):
+    for stage in ("images   16 to forget, 2 to keep: 18 to draw", "mask", "training", "pictures"):
         assert f"\n  {stage}" in said
     assert "model.safetensors" in said
     assert "model.patch.safetensors" in said

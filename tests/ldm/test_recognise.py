@@ -282,7 +282,7 @@ def test_the_yaml_of_the_other_stable_diffusion_is_named(
         f"{tmp_path / 'v1.safetensors'} is not a checkpoint of this model. It is an SD v1"
     )
     assert len(counts) < 500
-    assert counts.count("missing (") == counts.count(", ...)") == 1
+    assert counts.count(", ...)") == 3
 
 
 # ---- parts of a model
