@@ -161,7 +161,10 @@ def _following(found: Forgotten) -> Iterator[tuple[str, str]]:
     bundled = resolve_path(found.structure) == resolve_path(EMOJI_MODEL_CONFIG)
     if bundled:
         how = ("--sample_steps", 20, "--guidance_scale", 3)
-        yield "Draw", typed("sample", "--ckpt_path", found.checkpoint, "--prompts", found.prompts[0], *how)
+        yield (
+            "To draw with it",
+            typed("sample", "--ckpt_path", found.checkpoint, "--prompts", found.prompts[0], *how),
+        )
     if found.checkpoint.is_file():
         if not bundled:
             yield (

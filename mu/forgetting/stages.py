@@ -99,4 +99,6 @@ def _work(recipe: Recipe, plans: Mapping[str, Plan], once: Timed) -> Iterator[Wo
         every = 2 * len(STYLES) * len(OBJECTS) * len(scores.seeds)
         count = every - once.scored_before
         seconds = once.drawing(count, steps=scores.sample_steps, precision=scores.precision)
-        yield Work("scores", f"{every:,} pictures before and after: {count:,} to draw", 2 * once.loading + seconds)
+        yield Work(
+            "scores", f"{every:,} pictures before and after: {count:,} to draw", 2 * once.loading + seconds
+        )
