@@ -122,7 +122,7 @@ def write_report(
     about = next(reversed(runs.values()))
     blurred = not show_unsafe and any(run.template == _UNSAFE for run in runs.values())
     html = (
-        _environment()
+        template_environment()
         .get_template("report.html.jinja")
         .render(
             concept=headline(about),
@@ -148,7 +148,8 @@ def write_report(
     return write_atomically(path, html.encode())
 
 
-def _environment() -> Environment:
+def template_environment() -> Environment:
+    """Jinja's, with the templates of this package and what they need to write numbers."""
     environment = Environment(
         loader=PackageLoader("mu.evaluation"),
         autoescape=True,
