@@ -77,9 +77,10 @@ def run_door(
     shares_work: bool = False,
     plan: Callable[[C], Planned] | None = None,
     answer: Callable[[C, Any, str | None], Answer] | None = None,
-    says_settings: bool = True,
 ) -> int:
-    """A whole command: settings, their print, the run, its result; returns the exit code.
+    """A whole command: settings, the run, its result; returns the exit code.
+
+    The settings are printed at `--log_level debug` alone: a run's folder has them in its config.yaml.
 
     Under torchrun and srun all processes come here, and rank 0 speaks for them. An error that another one alone has met
     is printed there; a mistake in the settings once on each machine, as their files may differ.
@@ -94,7 +95,6 @@ def run_door(
         plan: what `--dry_run` prints in the place of a run, and then ends with the exit code that the run would.
         answer: what is said at the end: of the settings, the result, and the settings file that was given, None
             without one. Left out, the result is printed, name by name.
-        says_settings: print the settings first; false for a command that says in words what it will do.
     """
     words = _named(sys.argv[1:] if argv is None else argv, first_words)
     config: C | None = None
@@ -115,8 +115,8 @@ def run_door(
                     planned = plan(config)
                 say(as_json(planned.as_json()) if asked.json else str(planned))
                 return planned.exit_code
-            if says_settings and not bars_off():
-                say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
+            if console_level() <= logging.DEBUG and not bars_off():
+                say(f"# settings of {called(module)}: defaults < config file < flags\n{dump(config)}")
             with asked.stdout_kept():
                 result = run(config)
         leave()
@@ -345,12 +345,13 @@ def help_text(
         *(f"      {name}" for name in packaged),
         f"--log_level  one of: {', '.join(LEVELS)}; default: info",
         *_wrapped(
-            "Log lines on the console from this level on; debug also gives errors their traceback. log.txt has all."
+            "Log lines on the console from this level on; debug also prints all settings, and gives errors their "
+            "traceback. log.txt has all lines."
         ),
         "--quiet",
         *_wrapped(
-            "No settings, no progress bars, of the log only warnings and errors; at the end, the paths of what was "
-            "made alone, one a line."
+            "No progress bars, of the log only warnings and errors; at the end, the paths of what was made alone, "
+            "one a line."
         ),
         "--json",
         *_wrapped("On stdout nothing but the result, with all its numbers, as one JSON object."),

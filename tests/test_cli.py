@@ -229,7 +229,9 @@ def test_quiet_and_log_level_decide_what_the_console_hears(capsys, tmp_path):
         printed, said = capsys.readouterr()
         assert {level for level in (10, 20, 30, 40) if f"at level {level}\n" in said} == heard, flags
         assert printed.endswith(f"off: {off}\n")
-        assert ("defaults < config file < flags" in printed) == (not off)
+        assert ("# settings of python -m mu.toy: defaults < config file < flags\nlr: " in printed) == (
+            10 in heard
+        )
     assert not bars_off()
 
 
@@ -343,7 +345,7 @@ def test_of_processes_started_together_the_first_speaks_and_the_others_of_what_t
         )
         return (code, *capsys.readouterr())
 
-    code, printed, said = said_by(0)
+    code, printed, said = said_by(0, "--log_level", "debug")
     assert code == 0
     assert "defaults < config file < flags" in printed
     assert "loss: 0.5" in printed

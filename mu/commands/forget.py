@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv=_named(argv),
         plan=_plan,
         answer=_answer,
-        says_settings=False,
     )
 
 
