@@ -73,7 +73,7 @@ def run_door(
     summary: str,
     examples: Sequence[tuple[str, str]] = (),
     argv: Sequence[str] | None = None,
-    first_words: Sequence[str] = (),
+    first_words: Mapping[str, str] = {},
     shares_work: bool = False,
     plan: Callable[[C], Planned] | None = None,
     answer: Callable[[C, Any, str | None], Answer] | None = None,
@@ -90,7 +90,7 @@ def run_door(
             imports what is heavy itself, so that mistakes and help come without the wait.
         module: name after `python -m`.
         examples: (module, arguments) of what can be typed as it stands, this command last: `--help` opens with it.
-        first_words: keys whose values may come first without their names, in this order.
+        first_words: keys whose values may come first without their names, in this order -> how `--help` calls them.
         shares_work: `run` works in as many processes as are started together; otherwise they are refused.
         plan: what `--dry_run` prints in the place of a run, and then ends with the exit code that the run would.
         answer: what is said at the end: of the settings, the result, and the settings file that was given, None
@@ -122,7 +122,17 @@ def run_door(
         leave()
     except HelpAsked:
         with contextlib.suppress(OutputClosed):
-            say(help_text(cls, module=module, summary=summary, examples=examples, has_plan=plan is not None))
+            usage, has_plan = list(first_words.values()), plan is not None
+            say(
+                help_text(
+                    cls,
+                    module=module,
+                    summary=summary,
+                    examples=examples,
+                    first_words=usage,
+                    has_plan=has_plan,
+                )
+            )
         return 0
     except OutputClosed:
         return 141
@@ -170,7 +180,7 @@ def recipe_beside(config_path: str | None, command: str) -> str | None:
     return beside
 
 
-def _named(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
+def _named(argv: Sequence[str], keys: Iterable[str]) -> list[str]:
     """Arguments with the names of `keys` before their first words, as far as these are no flags."""
     words, named = list(argv), []
     for key in keys:
@@ -327,6 +337,7 @@ def help_text(
     module: str,
     summary: str,
     examples: Sequence[tuple[str, str]] = (),
+    first_words: Sequence[str] = (),
     has_plan: bool = False,
 ) -> str:
     """What `--help` prints: what can be typed, then every key with its type, range or choices, default and help."""
@@ -334,7 +345,7 @@ def help_text(
     looked_up = " A name that is not on disk is looked up among the packaged:"
     lines = [
         *([opening(examples)] if examples else []),
-        f"Usage: {called(module)} [--config_path X.yaml] [--key value ...]",
+        f"Usage: {' '.join([called(module), *first_words])} [--config_path X.yaml] [--key value ...]",
         "",
         *_wrapped(summary, ""),
         "",

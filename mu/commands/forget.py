@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv=_named(argv),
         plan=_plan,
         answer=_answer,
+        first_words={"what": "WHAT ..."},
     )
 
 

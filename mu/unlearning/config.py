@@ -137,8 +137,8 @@ class OutputKeys(RunKeys):
     )
     patch: bool = setting(
         True,
-        "Also write model.patch.safetensors, only what changed: apply_patch makes the unlearned checkpoint from the "
-        "original with it, and the original from the unlearned one.",
+        "Also write model.patch.safetensors, only what changed: with it, unlearn_diff patch makes the unlearned "
+        "checkpoint from the original, and the original from the unlearned one.",
     )
     sample_prompts: tuple[str, ...] | None = setting(
         None,
