@@ -203,7 +203,7 @@ def _scores(run: EvaluationRun) -> list[dict[str, Any]]:
 
 
 def _losses(training: TrainingRun | None) -> list[tuple[str, str, Markup]]:
-    """For each term that the run has noted: a title, what one sees, and a figure.
+    """For each term of the run's loss: a title, what one sees, and a figure; ESD notes 0 for a term that it has not.
 
     The axis of the retain term goes at least as far up as that of the forget term: what looks small beside it is.
     """
@@ -212,7 +212,8 @@ def _losses(training: TrainingRun | None) -> list[tuple[str, str, Markup]]:
     found = []
     most = 0.0
     for term, (title, meaning) in _TERMS.items():
-        if curve := training.losses.get(term):
+        curve = training.losses.get(term, [])
+        if any(value != 0 for _, value in curve):
             dots = training.validation.get(term, [])
             figure = loss_curve(title, curve, dots, name=term, at_least=most)
             most = extent(curve, dots)[1]

@@ -313,6 +313,10 @@ def test_what_is_said_of_the_losses_is_computed(trained: Any, tmp_path: Path) ->
     assert "Forget term from 0.4 to 0.2. The lower, the more" in page.text
     assert "Retain term from 0 to 0.02, at most 0.03. The lower, the better" in page.text
     assert page.text.count("0 0.2 0.4 0 3 step loss") == 2, "numbers at the axes of both"
+    (folder / "metrics.csv").write_text("step,forget,retain\n1,0.4,0\n2,0.2,0\n")
+    page = page_of(tmp_path, training=read_training_run(folder))
+    assert "Forget term from 0.4 to 0.2." in page.text
+    assert "Retain term" not in page.text, "as of ESD, which has none"
 
 
 def test_a_running_mean_is_of_its_window() -> None:
