@@ -33,7 +33,7 @@ from mu.config import (
 from mu.config_file import ConfigFileError, Text, find_config, packaged_configs, read_list
 from mu.config_keys import Key
 from mu.config_names import hint, meant
-from mu.console import Answer, OutputClosed, as_json, called, opening, say, terminable
+from mu.console import Answer, OutputClosed, as_json, called, check_heard, opening, say, terminable
 from mu.errors import MuError, Terminated
 from mu.memory import telling
 from mu.ranks import leave, started_local_rank, started_rank, started_world_size
@@ -115,8 +115,10 @@ def run_door(
                     planned = plan(config)
                 say(as_json(planned.as_json()) if asked.json else str(planned))
                 return planned.exit_code
-            if console_level() <= logging.DEBUG and not bars_off():
-                say(f"# settings of {called(module)}: defaults < config file < flags\n{dump(config)}")
+            if not bars_off():
+                check_heard()
+                if console_level() <= logging.DEBUG:
+                    say(f"# settings of {called(module)}: defaults < config file < flags\n{dump(config)}")
             with asked.stdout_kept():
                 result = run(config)
         leave()

@@ -168,15 +168,17 @@ def test_numbers_out_of_range_are_shown_as_they_are():
         Toy(seeds=(-(10**5000),))
 
 
-def test_the_door_prints_the_merged_config_and_the_result(capsys, tmp_path):
+def test_the_door_prints_the_result_and_at_debug_the_merged_config(capsys, tmp_path):
     outcome = {"path": "x.safetensors", "loss": 0.123456789, "row": {"UA": 1}}
     assert door(lambda _: outcome, "--lr", "0.5") == 0
+    result = "path: x.safetensors\nloss: 0.123457\nrow:\n  UA: 1\n"
+    assert capsys.readouterr() == (result, "")
+    assert door(lambda _: outcome, "--lr", "0.5", "--log_level", "debug") == 0
     printed, said = capsys.readouterr()
-    config_text, _, result = printed.partition("\n\n")
+    config_text, _, after = printed.partition("\n\n")
     (tmp_path / "printed.yaml").write_text(config_text)
     assert load_config(Toy, config_path=tmp_path / "printed.yaml") == Toy(lr=0.5)
-    assert result == "path: x.safetensors\nloss: 0.123457\nrow:\n  UA: 1\n"
-    assert said == ""
+    assert (after, said) == (result, "")
 
 
 def test_exit_codes(capsys):
