@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
+import select
 import shlex
 import signal
 import sys
@@ -123,6 +125,20 @@ def say(text: str) -> None:
         # Python flushes once more when it ends: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputClosed from None
+
+
+def check_heard() -> None:
+    """Raises OutputClosed where stdout is a pipe that nobody reads any more: no work is begun for nobody."""
+    if started_rank() > 0 or sys.stdout is None:
+        return
+    try:
+        stdout = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # something else in its place, as in a notebook
+        return
+    looked = select.poll()
+    looked.register(stdout, 0)
+    if any(event & select.POLLERR for _, event in looked.poll(0)):
+        raise OutputClosed
 
 
 @contextlib.contextmanager

@@ -120,7 +120,9 @@ class RunFolder:
 
     def save_config(self, config: Config) -> Path:
         """Writes `config.yaml`, which the same command takes as `--config_path`."""
-        return self._save("config.yaml", dump(config).encode())
+        path = self._save("config.yaml", dump(config).encode())
+        self.logger.info("all settings: %s", path)
+        return path
 
     def save_environment(self) -> Path:
         """Writes `environment.json`, see `environment`."""
@@ -267,6 +269,8 @@ class ConsoleHandler(logging.Handler):
     """Log lines to stderr, above the progress bars that are open."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is None:  # a program without a console; print and tqdm would take stdout
+            return
         line = self.format(record)
         tqdm = sys.modules.get("tqdm")
         if tqdm is None:

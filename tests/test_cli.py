@@ -168,15 +168,17 @@ def test_numbers_out_of_range_are_shown_as_they_are():
         Toy(seeds=(-(10**5000),))
 
 
-def test_the_door_prints_the_merged_config_and_the_result(capsys, tmp_path):
+def test_the_door_prints_the_result_and_at_debug_the_merged_config(capsys, tmp_path):
     outcome = {"path": "x.safetensors", "loss": 0.123456789, "row": {"UA": 1}}
     assert door(lambda _: outcome, "--lr", "0.5") == 0
+    result = "path: x.safetensors\nloss: 0.123457\nrow:\n  UA: 1\n"
+    assert capsys.readouterr() == (result, "")
+    assert door(lambda _: outcome, "--lr", "0.5", "--log_level", "debug") == 0
     printed, said = capsys.readouterr()
-    config_text, _, result = printed.partition("\n\n")
+    config_text, _, after = printed.partition("\n\n")
     (tmp_path / "printed.yaml").write_text(config_text)
     assert load_config(Toy, config_path=tmp_path / "printed.yaml") == Toy(lr=0.5)
-    assert result == "path: x.safetensors\nloss: 0.123457\nrow:\n  UA: 1\n"
-    assert said == ""
+    assert (after, said) == (result, "")
 
 
 def test_exit_codes(capsys):
@@ -229,7 +231,9 @@ def test_quiet_and_log_level_decide_what_the_console_hears(capsys, tmp_path):
         printed, said = capsys.readouterr()
         assert {level for level in (10, 20, 30, 40) if f"at level {level}\n" in said} == heard, flags
         assert printed.endswith(f"off: {off}\n")
-        assert ("defaults < config file < flags" in printed) == (not off)
+        assert ("# settings of python -m mu.toy: defaults < config file < flags\nlr: " in printed) == (
+            10 in heard
+        )
     assert not bars_off()
 
 
@@ -364,7 +368,7 @@ def test_of_processes_started_together_the_first_speaks_and_the_others_of_what_t
         )
         return (code, *capsys.readouterr())
 
-    code, printed, said = said_by(0)
+    code, printed, said = said_by(0, "--log_level", "debug")
     assert code == 0
     assert "defaults < config file < flags" in printed
     assert "loss: 0.5" in printed

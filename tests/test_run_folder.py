@@ -73,6 +73,7 @@ def test_the_saved_config_is_the_config(tmp_path):
     with RunFolder.create(tmp_path, "x") as run:
         path = run.save_config(Toy(lr=0.125))
     assert path == run.path / "config.yaml"
+    assert f"all settings: {path}\n" in (run.path / "log.txt").read_text()
     assert load_config(Toy, config_path=path) == Toy(lr=0.125)
 
 

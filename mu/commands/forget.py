@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv=_named(argv),
         plan=plan,
         answer=_answer,
-        says_settings=False,
+        first_words={"what": "WHAT ..."},
     )
 
 

@@ -215,7 +215,7 @@ def test_files_of_this_package_are_called_what_they_are(
     for name, says in {
         "mask.safetensors": "is a mask of this package, .*give it to mask_path",
         "mask.pt": "is a mask, as SalUn's authors write it, .*give it to mask_path",
-        "p.patch.safetensors": "is a patch of this package, .*apply_patch CHECKPOINT OUTPUT --patches",
+        "p.patch.safetensors": "is a patch of this package, .*unlearn_diff patch CHECKPOINT OUTPUT --patches",
         "state.safetensors": "is the state of a training run, .*--resume",
     }.items():
         with pytest.raises(CheckpointError, match=says):

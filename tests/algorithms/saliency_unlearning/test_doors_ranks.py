@@ -161,7 +161,7 @@ def test_processes_that_others_started_sample_the_images_of_one(
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for command, environ in start([f"{SCRIPTS}.sample", *flags(keys)])
+            for command, environ in start([f"{SCRIPTS}.sample", *flags(keys), "--log_level", "debug"])
         ]
         said = [process.communicate(timeout=300) for process in processes]
         codes = {process.returncode == 0 for process in processes}
