@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 from benchmarks.methods import METHODS
 from mu.config import Config, ConfigError, nearest, resolve_path, setting
@@ -15,8 +17,8 @@ from mu.unlearning.find_checkpoint import Problem
 CONCEPTS = STYLES + OBJECTS
 
 
-class TableConfig(ScoringKeys):
-    """Every concept of EmojiCanvas in turn: forgotten by each method, and measured."""
+class RowKeys(Config):
+    """Which concepts are forgotten, by which methods, and where all of it lies."""
 
     concepts: tuple[str, ...] | None = setting(
         None, "Styles and objects to forget, one after the other; null: all.", kind="name"
@@ -41,14 +43,6 @@ class TableConfig(ScoringKeys):
         "<recipes>/emoji_canvas/train_style.yaml; those that it lacks are the packaged ones.",
         kind="path",
     )
-    fid_reference_seeds: tuple[int, ...] = setting(
-        (1188, 1288, 1588, 1688, 1888),
-        "FID of the retained prompts, by the classifier's features, is measured to the base model's images of these "
-        "seeds; so the base's own FID is from seed to seed. []: no FID.",
-        ge=0,
-        lt=1_000_000,
-        may_be_empty=True,
-    )
     devices: str = setting(
         "0",
         "CUDA device number such as 0, or cpu. The same command, begun again beside the first (on another device), "
@@ -59,18 +53,10 @@ class TableConfig(ScoringKeys):
         True,
         "Keep what output_dir already has and the same settings made; false: unlearn every concept anew.",
     )
-    table_name: str = setting(
-        "table", "Name of the table's files; tables in one folder share their rows.", kind="name"
-    )
     output_dir: str = setting("outputs/benchmark", "Folder of the table and of all its runs.", kind="path")
 
     def conflicts(self) -> Iterator[Problem]:
-        if same := set(self.seeds) & set(self.fid_reference_seeds):
-            yield (
-                ("fid_reference_seeds", "seeds"),
-                f"both have {min(same)}; the reference's must be others",
-            )
-        yield from self._left_out_problems(STYLES, OBJECTS, forgotten=self.concepts or CONCEPTS)
+        yield from super().conflicts()
         for name in self.concepts or ():
             if name not in CONCEPTS:
                 yield (
@@ -85,46 +71,59 @@ class TableConfig(ScoringKeys):
                 ("recipes",),
                 f"there is no folder {self.recipes}; give one of recipes, or leave the key out",
             )
-        for kind in ("style", "object"):
-            for name in self.methods:
-                yield from self._recipe_problems(name, kind)
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
+        for kind, name in product(("style", "object"), self.methods):
+            yield from self._recipe_problems(name, kind)
 
     def _recipe_problems(self, name: str, kind: str) -> Iterator[Problem]:
         """Mistakes in a method's recipes; thresholds without effect; a random mask of another size than SalUn's."""
         method = METHODS[name]
-        loaded: dict[str, Config] = {}
-        # The random mask has the size of the mask that SalUn's recipe makes.
-        mask = METHODS["salun"].mask if name == "random" else method.mask
-        for stage, which in (("mask", mask), ("train", method.train)):
-            if which is None:
-                continue
+        found: list[Any] = []
+        for stage in filter(None, (method.train, METHODS["salun"].mask if method.size_key else None)):
             try:
-                loaded[stage] = which.load(kind, self.recipes)
+                found.append(stage.load(kind, self.recipes))
             except ConfigError as error:
                 for mistake in error.mistakes:
-                    yield ("recipes",), f"{which.recipe_path(kind, self.recipes)}: {mistake}"
-        if len(loaded) < 2:
+                    yield ("recipes",), f"{stage.recipe_path(kind, self.recipes)}: {mistake}"
+        if len(found) < 2:
             return
-        made, trained = loaded["mask"], loaded["train"]
-        train_path = method.train.recipe_path(kind, self.recipes)
-        if name == "salun" and self.thresholds and getattr(trained, "masking", None) == "none":
+        train, mask = found
+        if name == "salun" and self.thresholds and train.masking == "none":
+            path = method.train.recipe_path(kind, self.recipes)
             yield (
                 ("thresholds", "recipes"),
-                f"{train_path} has masking none; leave thresholds out, or give a recipe with a mask",
+                f"{path} has masking none; leave thresholds out, or give a recipe with a mask",
             )
-        if name == "random":
-            ranked, moving = _ranked(made), trained.train_method  # type: ignore[attr-defined]
-            if ranked != moving:
-                yield (
-                    ("methods", "recipes"),
-                    f"of {moving}, which moves, a random mask would select another number of weights than the saliency "
-                    f"mask, which ranks {ranked}; give the mask's recipe pool: train_method and train_method: {moving}",
-                )
+        ranked, moving = mask.train_method if mask.pool == "train_method" else "full", train.train_method
+        if name == "random" and ranked != moving:
+            yield (
+                ("methods", "recipes"),
+                f"of {moving}, which moves, a random mask would select another number of weights than the saliency "
+                f"mask, which ranks {ranked}; give the mask's recipe pool: train_method and train_method: {moving}",
+            )
 
 
-def _ranked(mask: Config) -> str:
-    """The train method whose weights a saliency mask ranks."""
-    found: str = mask.train_method if mask.pool == "train_method" else "full"  # type: ignore[attr-defined]
-    return found
+class TableConfig(RowKeys, ScoringKeys):
+    """Every concept of EmojiCanvas in turn: forgotten by each method, and measured."""
+
+    fid_reference_seeds: tuple[int, ...] = setting(
+        (1188, 1288, 1588, 1688, 1888),
+        "FID of the retained prompts, by the classifier's features, is measured to the base model's images of these "
+        "seeds; so the base's own FID is from seed to seed. []: no FID.",
+        ge=0,
+        lt=1_000_000,
+        may_be_empty=True,
+    )
+    table_name: str = setting(
+        "table", "Name of the table's files; tables in one folder share their rows.", kind="name"
+    )
+
+    def conflicts(self) -> Iterator[Problem]:
+        yield from super().conflicts()
+        if same := set(self.seeds) & set(self.fid_reference_seeds):
+            yield (
+                ("fid_reference_seeds", "seeds"),
+                f"both have {min(same)}; the reference's must be others",
+            )
+        yield from self._left_out_problems(STYLES, OBJECTS, forgotten=self.concepts or CONCEPTS)

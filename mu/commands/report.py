@@ -1,4 +1,4 @@
-"""Write the report of a finished training, evaluation or attack again from its files: report RUN_FOLDER."""
+"""Write the report of a finished training, evaluation or attack again, from the files of its folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mu.bars import loading
 from mu.cli import run_door
 from mu.commands.answers import reported
 from mu.config import Config, resolve_path, setting
-from mu.console import UCE_EXAMPLE
+from mu.console import UCE_EXAMPLE, called
 from mu.run_folder import RESULT, writable_problem
 from mu.unlearning.find_checkpoint import Problem
 
@@ -37,7 +37,7 @@ class ReportConfig(Config):
 
     def conflicts(self) -> Iterator[Problem]:
         if self.run is None:
-            yield ("run",), "is missing; write: report RUN_FOLDER"
+            yield ("run",), f"is missing; write: {called(MODULE)} RUN_FOLDER"
 
     def disk_problems(self) -> Iterator[Problem]:
         if self.run is None:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples=[UCE_EXAMPLE, (MODULE, "outputs/uce")],
         argv=argv,
         answer=reported,
-        first_words=("run",),
+        first_words={"run": "RUN_FOLDER"},
     )
 
 

@@ -186,7 +186,8 @@ def meanings(numbers: Mapping[str, object]) -> dict[str, str]:
     """What the measures that there are mean."""
     texts = {
         "fid": "Frechet distance of features to those of the reference; less is nearer",
-        "kid": "squared kernel distance (MMD) of features to those of the reference; less is nearer",
+        "kid": "squared kernel distance (MMD) of features to those of the reference; less is nearer; an unbiased "
+        "estimate, which may fall a little below 0",
         "clip_score": "100 x cosine of image and prompt; more fits better",
         "nudity": "unsafe parts that NudeNet finds, by label",
         "memorised": "how sure the classifier is of the forgotten concept on its own prompts, in [0, 1]",
