@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from benchmarks.table_config import CONCEPTS, TableConfig
-from benchmarks.table_rows import PlannedRow, concept_folder, planned_rows
+from benchmarks.table_rows import PlannedRow, concept_folder
 from benchmarks.table_text import SCORES, Row, by_method, label, markdown, mean_of, reading
-from mu.arithmetic import CUBLAS_WORKSPACE, run_arithmetic
+from benchmarks.unlearned import Unlearned, claimed
+from mu.arithmetic import run_arithmetic
 from mu.atomic import write_atomically
-from mu.config import override, require_paths, resolve_path
+from mu.config import require_paths, resolve_path
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.datasets.generated_images import SampleSettings
 from mu.devices import resolve_devices
@@ -37,8 +33,6 @@ from mu.ldm import load_model
 from mu.run_folder import environment
 
 _log = logging.getLogger(__name__)
-_COUNTS = ("steps", "weights_selected", "weights_changed", "weights_total")
-"""What a row keeps of an algorithm's result, where it has it."""
 
 
 def run(config: TableConfig) -> dict[str, Any]:
@@ -64,10 +58,9 @@ class ResultsTable:
         self.config = config
         self.folder = Path(config.output_dir)
         self.grid = Grid(STYLES, OBJECTS, config.seeds)
-        # A recipe may ask for deterministic kernels, when CUDA has long begun; cuBLAS reads this once.
-        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
         self.device = resolve_devices(config.devices)
         self.classifier: EmojiClassifier = load_classifier(resolve_path(config.classifier_path), self.device)
+        self._unlearned = Unlearned(config)
         self._bases: dict[tuple[Path, tuple[int, ...]], MeasuredModel] = {}
         self._features = features_of(ClassifierFeatures(self.classifier, Path(config.classifier_path).name))
 
@@ -95,55 +88,7 @@ class ResultsTable:
     @run_arithmetic()
     def rows(self, concept: str) -> list[Row]:
         """The rows of one concept: each unlearned once, its images sampled once, scored now."""
-        # 1. What there is, and what an earlier call has made of it
-        planned = planned_rows(self.config, concept)
-        bases = [self.base(row.train) for row in planned]
-        kept = [self._kept(row, base) for row, base in zip(planned, bases, strict=True)]
-
-        # 2. Masks: one pass of gradients for all that are missing
-        missing = [
-            row for row, made in zip(planned, kept, strict=True) if made is None and row.mask is not None
-        ]
-        seconds = self._make_masks(missing) if missing else {}
-
-        # 3. Each row: unlearn, sample, count
-        return [
-            self.row(row, base, made or self._unlearn(row, base, seconds if row in missing else {}))
-            for row, base, made in zip(planned, bases, kept, strict=True)
-        ]
-
-    def _make_masks(self, rows: Sequence[PlannedRow]) -> dict[str, float]:
-        """The masks of all sizes, for the method that has them; the seconds of the pass."""
-        first, stage = rows[0].mask, rows[0].method.mask
-        assert first is not None
-        assert stage is not None
-        thresholds = tuple(dict.fromkeys(row.threshold for row in rows))
-        started = time.monotonic()
-        stage.run(override(first, threshold=thresholds))
-        return {"mask": round(time.monotonic() - started, 1)}
-
-    def _kept(self, row: PlannedRow, base: MeasuredModel) -> Row | None:
-        """What an earlier call made with the same settings."""
-        path = row.folder / "made.json"
-        if not self.config.resume or not path.exists():
-            return None
-        kept: Row = json.loads(path.read_text(encoding="utf-8"))
-        same = kept["settings_sha256"] == row.settings(base.manifest["model"])
-        return kept if same and (self.folder / kept["checkpoint"]).exists() else None
-
-    def _unlearn(self, row: PlannedRow, base: MeasuredModel, seconds: Mapping[str, float]) -> Row:
-        """Make the checkpoint of a row; `seconds` are those of its mask."""
-        started = time.monotonic()
-        made = row.method.train.run(row.train)
-        took = round(time.monotonic() - started, 1)
-        found: Row = {
-            "settings_sha256": row.settings(base.manifest["model"]),
-            "checkpoint": str(Path(made["checkpoint"]).relative_to(self.folder)),
-            "seconds": {**seconds, "train": took},
-            **{key: made[key] for key in _COUNTS if key in made},
-        }
-        write_atomically(row.folder / "made.json", json.dumps(found, indent=2).encode())
-        return found
+        return [self.row(row, self.base(row.train), made) for row, made in self._unlearned.made(concept)]
 
     def row(self, planned: PlannedRow, base: MeasuredModel, made: Row) -> Row:
         """One row of the table, of a checkpoint that is there."""
@@ -237,23 +182,6 @@ class ResultsTable:
         write_atomically(f"{path}.json", f"{json.dumps(content, indent=2)}\n".encode())
         text = markdown(rows) + reading(config.cra_prompts, config.left_out)
         write_atomically(f"{path}.md", text.encode())
-
-
-@contextmanager
-def claimed(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether this process has the folder for itself; the lock goes with its process, also when that is killed.
-
-    Args:
-        wait: until another process has let go of it; else False is yielded.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    with lock:
-        yield True
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from benchmarks.methods import METHODS
-from mu.config import ConfigError, nearest, resolve_path, setting
+from mu.config import Config, ConfigError, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.devices import DEVICE_PATTERN
 from mu.evaluation.config import ScoringKeys
@@ -17,8 +17,8 @@ from mu.unlearning.find_checkpoint import Problem
 CONCEPTS = STYLES + OBJECTS
 
 
-class TableConfig(ScoringKeys):
-    """Every concept of EmojiCanvas in turn: forgotten by each method, and measured."""
+class RowKeys(Config):
+    """Which concepts are forgotten, by which methods, and where all of it lies."""
 
     concepts: tuple[str, ...] | None = setting(
         None, "Styles and objects to forget, one after the other; null: all.", kind="name"
@@ -43,14 +43,6 @@ class TableConfig(ScoringKeys):
         "<recipes>/emoji_canvas/train_style.yaml; those that it lacks are the packaged ones.",
         kind="path",
     )
-    fid_reference_seeds: tuple[int, ...] = setting(
-        (1188, 1288, 1588, 1688, 1888),
-        "FID of the retained prompts, by the classifier's features, is measured to the base model's images of these "
-        "seeds; so the base's own FID is from seed to seed. []: no FID.",
-        ge=0,
-        lt=1_000_000,
-        may_be_empty=True,
-    )
     devices: str = setting(
         "0",
         "CUDA device number such as 0, or cpu. The same command, begun again beside the first (on another device), "
@@ -61,18 +53,10 @@ class TableConfig(ScoringKeys):
         True,
         "Keep what output_dir already has and the same settings made; false: unlearn every concept anew.",
     )
-    table_name: str = setting(
-        "table", "Name of the table's files; tables in one folder share their rows.", kind="name"
-    )
     output_dir: str = setting("outputs/benchmark", "Folder of the table and of all its runs.", kind="path")
 
     def conflicts(self) -> Iterator[Problem]:
-        if same := set(self.seeds) & set(self.fid_reference_seeds):
-            yield (
-                ("fid_reference_seeds", "seeds"),
-                f"both have {min(same)}; the reference's must be others",
-            )
-        yield from self._left_out_problems(STYLES, OBJECTS, forgotten=self.concepts or CONCEPTS)
+        yield from super().conflicts()
         for name in self.concepts or ():
             if name not in CONCEPTS:
                 yield (
@@ -118,3 +102,28 @@ class TableConfig(ScoringKeys):
                 f"of {moving}, which moves, a random mask would select another number of weights than the saliency "
                 f"mask, which ranks {ranked}; give the mask's recipe pool: train_method and train_method: {moving}",
             )
+
+
+class TableConfig(RowKeys, ScoringKeys):
+    """Every concept of EmojiCanvas in turn: forgotten by each method, and measured."""
+
+    fid_reference_seeds: tuple[int, ...] = setting(
+        (1188, 1288, 1588, 1688, 1888),
+        "FID of the retained prompts, by the classifier's features, is measured to the base model's images of these "
+        "seeds; so the base's own FID is from seed to seed. []: no FID.",
+        ge=0,
+        lt=1_000_000,
+        may_be_empty=True,
+    )
+    table_name: str = setting(
+        "table", "Name of the table's files; tables in one folder share their rows.", kind="name"
+    )
+
+    def conflicts(self) -> Iterator[Problem]:
+        yield from super().conflicts()
+        if same := set(self.seeds) & set(self.fid_reference_seeds):
+            yield (
+                ("fid_reference_seeds", "seeds"),
+                f"both have {min(same)}; the reference's must be others",
+            )
+        yield from self._left_out_problems(STYLES, OBJECTS, forgotten=self.concepts or CONCEPTS)

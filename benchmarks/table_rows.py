@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import METHODS, Method
-from benchmarks.table_config import CONCEPTS, TableConfig
+from benchmarks.table_config import CONCEPTS, RowKeys
 from benchmarks.table_text import exact
 from mu.config import Config, keys_of, override
 from mu.datasets.emoji_canvas import STYLES
@@ -64,12 +64,12 @@ def kind_of(concept: str) -> str:
     return "style" if concept in STYLES else "object"
 
 
-def concept_folder(config: TableConfig, concept: str) -> Path:
+def concept_folder(config: RowKeys, concept: str) -> Path:
     """Where all rows of a concept lie, of every table in this output_dir."""
     return Path(config.output_dir) / "runs" / f"{kind_of(concept)}-{concept}"
 
 
-def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
+def planned_rows(config: RowKeys, concept: str) -> list[PlannedRow]:
     """The rows of a concept: each method, and of those with a mask each threshold.
 
     All that they make lies in the concept's folder: the masks in `masks`, which all rows share, the rest in

@@ -36,8 +36,8 @@ def bar(what: str, *, total: int | None, unit: str = "", initial: int = 0) -> An
         unit: what is counted, in the plural.
         initial: how many were done before.
     """
-    off = bars_off() or not ranks.is_main() or ranks.started_rank() > 0
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    off = sys.stderr is None or bars_off() or not ranks.is_main() or ranks.started_rank() > 0
+    on_terminal = _on_terminal()
     return (_bars() if on_terminal else _lines())(
         desc=what,
         total=total,
@@ -67,10 +67,10 @@ def counted(items: Sequence[T], what: str, *, unit: str) -> Iterator[T]:
 def waiting(what: str) -> Iterator[None]:
     """While the block lasts, how long it has taken so far: for work that cannot be counted."""
     with bar(what, total=None) as shown:
-        done = threading.Event()
+        done, on_terminal = threading.Event(), _on_terminal()
 
         def tick() -> None:
-            while not done.wait(_DELAY_SECONDS if sys.stderr.isatty() else _LINE_SECONDS):
+            while not done.wait(_DELAY_SECONDS if on_terminal else _LINE_SECONDS):
                 shown.refresh()
 
         ticking = threading.Thread(target=tick, daemon=True)
@@ -87,6 +87,11 @@ def waiting(what: str) -> Iterator[None]:
 def loading() -> AbstractContextManager[None]:
     """While PyTorch and what stands on it is imported."""
     return waiting("loading PyTorch")
+
+
+def _on_terminal() -> bool:
+    """Whether stderr is one. It is None in a program without a console, such as pythonw, and where it was closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from mu.config import (
 from mu.config_file import ConfigFileError, Text, find_config, packaged_configs, read_list
 from mu.config_keys import Key
 from mu.config_names import hint, meant
-from mu.console import Answer, OutputClosed, as_json, called, opening, say, terminable
+from mu.console import Answer, OutputClosed, as_json, called, check_heard, opening, say, terminable
 from mu.errors import MuError, Terminated
 from mu.memory import telling
 from mu.ranks import leave, started_local_rank, started_rank, started_world_size
@@ -73,13 +73,14 @@ def run_door(
     summary: str,
     examples: Sequence[tuple[str, str]] = (),
     argv: Sequence[str] | None = None,
-    first_words: Sequence[str] = (),
+    first_words: Mapping[str, str] = {},
     shares_work: bool = False,
     plan: Callable[[C], Planned] | None = None,
     answer: Callable[[C, Any, str | None], Answer] | None = None,
-    says_settings: bool = True,
 ) -> int:
-    """A whole command: settings, their print, the run, its result; returns the exit code.
+    """A whole command: settings, the run, its result; returns the exit code.
+
+    The settings are printed at `--log_level debug` alone: a run's folder has them in its config.yaml.
 
     Under torchrun and srun all processes come here, and rank 0 speaks for them. An error that another one alone has met
     is printed there; a mistake in the settings once on each machine, as their files may differ.
@@ -89,12 +90,11 @@ def run_door(
             imports what is heavy itself, so that mistakes and help come without the wait.
         module: name after `python -m`.
         examples: (module, arguments) of what can be typed as it stands, this command last: `--help` opens with it.
-        first_words: keys whose values may come first without their names, in this order.
+        first_words: keys whose values may come first without their names, in this order -> how `--help` calls them.
         shares_work: `run` works in as many processes as are started together; otherwise they are refused.
         plan: what `--dry_run` prints in the place of a run, and then ends with the exit code that the run would.
         answer: what is said at the end: of the settings, the result, and the settings file that was given, None
             without one. Left out, the result is printed, name by name.
-        says_settings: print the settings first; false for a command that says in words what it will do.
     """
     words = _named(sys.argv[1:] if argv is None else argv, first_words)
     config: C | None = None
@@ -115,14 +115,26 @@ def run_door(
                     planned = plan(config)
                 say(as_json(planned.as_json()) if asked.json else str(planned))
                 return planned.exit_code
-            if says_settings and not bars_off():
-                say(f"# {module.rpartition('.')[2]}: defaults < config file < flags\n{dump(config)}")
+            if not bars_off():
+                check_heard()
+                if console_level() <= logging.DEBUG:
+                    say(f"# settings of {called(module)}: defaults < config file < flags\n{dump(config)}")
             with asked.stdout_kept():
                 result = run(config)
         leave()
     except HelpAsked:
         with contextlib.suppress(OutputClosed):
-            say(help_text(cls, module=module, summary=summary, examples=examples, has_plan=plan is not None))
+            usage, has_plan = list(first_words.values()), plan is not None
+            say(
+                help_text(
+                    cls,
+                    module=module,
+                    summary=summary,
+                    examples=examples,
+                    first_words=usage,
+                    has_plan=has_plan,
+                )
+            )
         return 0
     except OutputClosed:
         return 141
@@ -170,7 +182,7 @@ def recipe_beside(config_path: str | None, command: str) -> str | None:
     return beside
 
 
-def _named(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
+def _named(argv: Sequence[str], keys: Iterable[str]) -> list[str]:
     """Arguments with the names of `keys` before their first words, as far as these are no flags."""
     words, named = list(argv), []
     for key in keys:
@@ -280,8 +292,9 @@ def _read_arguments(cls: type[Config], argv: Sequence[str], *, has_plan: bool = 
         elif name in _ALONE and not equals:
             text, has_value = "true", True
         if name not in known:
-            asked.mistakes.append(f"--{name}: there is no such flag.{hint(name, known)}")
-            asked.unsure |= {key for key in [meant(name, known)] if key is not None}
+            other = cls.of_another(name)
+            asked.mistakes.append(f"--{name}: there is no such flag.{hint(name, known, of_another=other)}")
+            asked.unsure |= {key for key in [meant(name, known, of_another=other)] if key is not None}
         elif not has_value:
             asked.mistakes.append(f"--{name}: a value is missing; write --{name} value")
         elif name in flags:
@@ -327,6 +340,7 @@ def help_text(
     module: str,
     summary: str,
     examples: Sequence[tuple[str, str]] = (),
+    first_words: Sequence[str] = (),
     has_plan: bool = False,
 ) -> str:
     """What `--help` prints: what can be typed, then every key with its type, range or choices, default and help."""
@@ -334,7 +348,7 @@ def help_text(
     looked_up = " A name that is not on disk is looked up among the packaged:"
     lines = [
         *([opening(examples)] if examples else []),
-        f"Usage: {called(module)} [--config_path X.yaml] [--key value ...]",
+        f"Usage: {' '.join([called(module), *first_words])} [--config_path X.yaml] [--key value ...]",
         "",
         *_wrapped(summary, ""),
         "",
@@ -345,12 +359,13 @@ def help_text(
         *(f"      {name}" for name in packaged),
         f"--log_level  one of: {', '.join(LEVELS)}; default: info",
         *_wrapped(
-            "Log lines on the console from this level on; debug also gives errors their traceback. log.txt has all."
+            "Log lines on the console from this level on; debug also prints all settings, and gives errors their "
+            "traceback. log.txt has all lines."
         ),
         "--quiet",
         *_wrapped(
-            "No settings, no progress bars, of the log only warnings and errors; at the end, the paths of what was "
-            "made alone, one a line."
+            "No progress bars, of the log only warnings and errors; at the end, the paths of what was made alone, "
+            "one a line."
         ),
         "--json",
         *_wrapped("On stdout nothing but the result, with all its numbers, as one JSON object."),

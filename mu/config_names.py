@@ -61,6 +61,12 @@ _ELSEWHERE: dict[str, str] = {
     "classifier_path": "classifier_ckpt_path classification_model",
     "images_dir": "image_dir images_path generated_dir",
     "fid_reference_dir": "reference_dir reference_image_dir",
+    # of `forget` alone
+    "kind": "style object template task concept_type",
+    "what": "name concept concepts prompt prompts template_name forget_theme erase_concept target_concept "
+    "concept_to_erase edit_concepts",
+    "instead": "substitute anchor anchor_concept guide_concept guide_concepts mapping_concept retarget",
+    "keep": "retain retain_prompts preserve preserve_prompts preserve_concepts retain_dataset_dir",
 }
 """Key here -> what others call it. A key counts only where the command has it; of several, the first that it has."""
 
@@ -73,6 +79,11 @@ _OTHERWISE: dict[str, tuple[str, str]] = {
     "micro_batch_size": (
         "images at once; the step stays that of the whole batch",
         "gradient_accumulation_steps accumulate_grad_batches",
+    ),
+    "kind": ('the name comes first, as in forget "Van Gogh" --kind style, or --kind object', "style object"),
+    "what": (
+        'it comes first, without a flag, as in forget "Van Gogh"',
+        "name concept concepts prompt prompts template_name",
     ),
 }
 """Key here -> what it counts, where that is not what these of others count."""
@@ -91,20 +102,26 @@ _NEEDLESS: dict[str, str] = {
 """Why a key of others has no counterpart -> those keys. They are to be left out."""
 
 
-def meant(name: str, known: Collection[str]) -> str | None:
+def meant(name: str, known: Collection[str], *, of_another: str | None = None) -> str | None:
     """The known key that an unknown one stands for: in the table, or else by its letters; None when there is none."""
-    return _counterpart(name, known) or (None if _of_name(name, _NEEDLESS) else nearest_name(name, known))
+    if (own := _counterpart(name, known)) is not None:
+        return own
+    return None if of_another or _of_name(name, _NEEDLESS) else nearest_name(name, known)
 
 
-def hint(name: str, known: Collection[str]) -> str:
-    """What to write instead of an unknown key: a sentence with a blank before it, or nothing."""
+def hint(name: str, known: Collection[str], *, of_another: str | None = None) -> str:
+    """What to write instead of an unknown key: a sentence with a blank before it, or nothing.
+
+    Args:
+        of_another: what is said of a key that another command has, see `Config.of_another`.
+    """
     own = _counterpart(name, known)
     if own is not None:
         counts, others = _OTHERWISE.get(own, ("", ""))
         return f" Here it is {own!r}{f': {counts}' if name.replace('-', '_') in others.split() else ''}."
     if (why := _of_name(name, _NEEDLESS)) is not None:
         return f" Leave it out: {why}."
-    return nearest(name, known)
+    return f" {of_another}" if of_another else nearest(name, known)
 
 
 def nearest_name(word: str, known: Iterable[str]) -> str | None:

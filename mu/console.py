@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
+import select
+import shlex
 import signal
 import sys
 import threading
@@ -52,7 +55,8 @@ class Answer:
 
     Attributes:
         sentences: what was done.
-        made: what -> its path, the most important first; None is left out. `--quiet` prints these paths alone.
+        made: what -> its path, the most important first; None is left out. `--quiet` prints these paths alone, one a
+            line as they are; in words they are quoted where a shell needs it, to be copied.
         following: (what for, command) of what may be typed next.
     """
 
@@ -65,7 +69,7 @@ class Answer:
         return [str(path) for path in self.made.values() if path is not None]
 
     def __str__(self) -> str:
-        there = {what: path for what, path in self.made.items() if path is not None}
+        there = {what: quoted(path) for what, path in self.made.items() if path is not None}
         width = max(map(len, there), default=0)
         lines = [*self.sentences, *(f"  {what:<{width}}  {path}" for what, path in there.items())]
         for what, command in self.following:
@@ -88,6 +92,22 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
+def quoted(path: object) -> str:
+    """A path as it can be copied into a command."""
+    return shlex.quote(str(path))
+
+
+def duration(seconds: float) -> str:
+    """`1.2 s`, `12 s`, `2 min 3 s`, `3 min`, `1 h 5 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    large, small = (
+        (f"{minutes} min", f"{rest} s") if minutes < 60 else (f"{minutes // 60} h", f"{minutes % 60} min")
+    )
+    return large if small.startswith("0 ") else f"{large} {small}"
+
+
 class OutputClosed(Exception):
     """Who read the output has gone, as in `--help | head`."""
 
@@ -105,6 +125,20 @@ def say(text: str) -> None:
         # Python flushes once more when it ends: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputClosed from None
+
+
+def check_heard() -> None:
+    """Raises OutputClosed where stdout is a pipe that nobody reads any more: no work is begun for nobody."""
+    if started_rank() > 0 or sys.stdout is None:
+        return
+    try:
+        stdout = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # something else in its place, as in a notebook
+        return
+    looked = select.poll()
+    looked.register(stdout, 0)
+    if any(event & select.POLLERR for _, event in looked.poll(0)):
+        raise OutputClosed
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 Each is a Python of its own, with the environment that torchrun would give it; Lightning Fabric makes them a group
 (`mu.ranks`). Fabric's own launchers run the caller's script again or are refused in a notebook, hang with a result
-that a pipe does not hold, and hand no signal on: tried in docs/developing.md, "Why it is as it is".
+that a pipe does not hold, and hand no signal on: see docs/developing.md, "Why it is as it is".
 """
 
 from __future__ import annotations
@@ -234,8 +234,9 @@ def _note(
     else:
         end = _End(error=RankError(text), kind=_CRASH, at=time.time())
     _write(path, end)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as in a program without a console
+            stream.flush()
     os._exit(1)
 
 

@@ -72,10 +72,12 @@ class RunFolder:
     def create(cls, output_dir: str | Path, name: str) -> RunFolder:
         """Makes `<output_dir>/<name>-<YYYYmmdd-HHMMSS>`, with `-2`, `-3`, ... after it while that is taken.
 
+        Blanks in the name become underscores, so that its path can be copied into a command.
+
         Raises RunFolderError when the folder cannot be made, ValueError for a name that is not one folder's.
         """
         _check_name(name)
-        stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        stem = f"{name.replace(' ', '_')}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             for number in itertools.count(1):
@@ -118,7 +120,9 @@ class RunFolder:
 
     def save_config(self, config: Config) -> Path:
         """Writes `config.yaml`, which the same command takes as `--config_path`."""
-        return self._save("config.yaml", dump(config).encode())
+        path = self._save("config.yaml", dump(config).encode())
+        self.logger.info("all settings: %s", path)
+        return path
 
     def save_environment(self) -> Path:
         """Writes `environment.json`, see `environment`."""
@@ -265,6 +269,8 @@ class ConsoleHandler(logging.Handler):
     """Log lines to stderr, above the progress bars that are open."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is None:  # a program without a console; print and tqdm would take stdout
+            return
         line = self.format(record)
         tqdm = sys.modules.get("tqdm")
         if tqdm is None:

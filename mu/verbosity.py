@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from mu.ranks import started_rank
 
 LEVELS = ("debug", "info", "warning", "error")
-"""Of the console; `debug` also gives errors their traceback."""
+"""Of the console; `debug` also prints the settings, and gives errors their traceback."""
 
 _level, _quiet, _json = "info", False, False
 
@@ -21,8 +21,8 @@ def verbosity(log_level: str = "info", *, quiet: bool = False, json: bool = Fals
     Of the processes of a run the first one speaks; from the others come errors alone.
 
     Args:
-        quiet: no progress bars, no settings, and of the log lines only warnings and errors.
-        json: no progress bars, no settings, and nothing but the result, as JSON, on stdout.
+        quiet: no progress bars, and of the log lines only warnings and errors.
+        json: no progress bars, and nothing but the result, as JSON, on stdout.
     """
     global _level, _quiet, _json
     logger = logging.getLogger("mu")
@@ -45,7 +45,7 @@ def console_level() -> int:
 
 
 def is_quiet() -> bool:
-    """Whether settings and notes are left out."""
+    """Whether notes are left out."""
     return _quiet
 
 
@@ -55,5 +55,5 @@ def is_json() -> bool:
 
 
 def bars_off() -> bool:
-    """Whether nothing is said of progress."""
+    """Whether nothing is said of settings and progress."""
     return _quiet or _json

@@ -124,5 +124,18 @@ def test_a_log_line_brings_no_bar_out_that_is_soon_done(monkeypatch: pytest.Monk
     assert console.getvalue().strip("\r") == "it is a checkpoint\n"
 
 
+@pytest.mark.usefixtures("at_once")
+def test_without_a_console_nothing_is_said_and_nothing_breaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sys.stderr is None under pythonw, and where it was closed; what is printed to None would go to stdout."""
+    monkeypatch.setattr(sys, "stderr", None)
+    work(1)
+    with bars.waiting("reading model.ckpt"):
+        time.sleep(0.1)
+    ConsoleHandler().handle(logging.makeLogRecord({"msg": "it is a checkpoint"}))
+    assert capsys.readouterr().out == ""
+
+
 def test_items_are_counted_one_by_one() -> None:
     assert list(bars.counted([3, 1, 2], "comparing", unit="tensors")) == [3, 1, 2]

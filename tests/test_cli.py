@@ -13,7 +13,7 @@ from command_lines import parse_cli
 
 from mu.cli import HelpAsked, command_line, help_text, recipe_beside, run_door
 from mu.config import Config, ConfigError, load_config, setting
-from mu.console import Answer
+from mu.console import Answer, duration
 from mu.errors import MuError, Terminated
 from mu.run_folder import RunFolder
 from mu.verbosity import bars_off
@@ -168,15 +168,17 @@ def test_numbers_out_of_range_are_shown_as_they_are():
         Toy(seeds=(-(10**5000),))
 
 
-def test_the_door_prints_the_merged_config_and_the_result(capsys, tmp_path):
+def test_the_door_prints_the_result_and_at_debug_the_merged_config(capsys, tmp_path):
     outcome = {"path": "x.safetensors", "loss": 0.123456789, "row": {"UA": 1}}
     assert door(lambda _: outcome, "--lr", "0.5") == 0
+    result = "path: x.safetensors\nloss: 0.123457\nrow:\n  UA: 1\n"
+    assert capsys.readouterr() == (result, "")
+    assert door(lambda _: outcome, "--lr", "0.5", "--log_level", "debug") == 0
     printed, said = capsys.readouterr()
-    config_text, _, result = printed.partition("\n\n")
+    config_text, _, after = printed.partition("\n\n")
     (tmp_path / "printed.yaml").write_text(config_text)
     assert load_config(Toy, config_path=tmp_path / "printed.yaml") == Toy(lr=0.5)
-    assert result == "path: x.safetensors\nloss: 0.123457\nrow:\n  UA: 1\n"
-    assert said == ""
+    assert (after, said) == (result, "")
 
 
 def test_exit_codes(capsys):
@@ -229,7 +231,9 @@ def test_quiet_and_log_level_decide_what_the_console_hears(capsys, tmp_path):
         printed, said = capsys.readouterr()
         assert {level for level in (10, 20, 30, 40) if f"at level {level}\n" in said} == heard, flags
         assert printed.endswith(f"off: {off}\n")
-        assert ("defaults < config file < flags" in printed) == (not off)
+        assert ("# settings of python -m mu.toy: defaults < config file < flags\nlr: " in printed) == (
+            10 in heard
+        )
     assert not bars_off()
 
 
@@ -265,6 +269,27 @@ def test_quiet_prints_paths_alone_and_json_the_whole_result_alone(capsys, tmp_pa
     assert door(run, "--json", "--lr", "0") == 2
     printed, error = capsys.readouterr()
     assert (printed, "lr: must be > 0" in error) == ("", True)
+
+
+def test_paths_are_quoted_where_they_are_copied_and_not_where_programs_read_them():
+    said = Answer(["Done."], made={"model": Path("my runs/it's/m"), "patch": Path("plain/p")})
+    assert str(said).splitlines()[1:] == ["""  model  'my runs/it'"'"'s/m'""", "  patch  plain/p"]
+    assert said.paths == ["my runs/it's/m", "plain/p"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (99.4, "99 s"),
+        (123, "2 min 3 s"),
+        (180.2, "3 min"),
+        (3900, "1 h 5 min"),
+    ],
+)
+def test_a_duration_in_words(seconds, words):
+    assert duration(seconds) == words
 
 
 def test_the_settings_of_the_next_command_lie_beside_those_that_were_given(tmp_path):
@@ -343,7 +368,7 @@ def test_of_processes_started_together_the_first_speaks_and_the_others_of_what_t
         )
         return (code, *capsys.readouterr())
 
-    code, printed, said = said_by(0)
+    code, printed, said = said_by(0, "--log_level", "debug")
     assert code == 0
     assert "defaults < config file < flags" in printed
     assert "loss: 0.5" in printed

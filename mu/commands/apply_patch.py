@@ -1,4 +1,4 @@
-"""Apply patches to a checkpoint, or remove them: apply_patch INPUT OUTPUT --patches PATCH [--key value ...]."""
+"""Put patches on a checkpoint, or take them off again. A patch is what a training run changed, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mu.bars import loading, waiting
 from mu.cli import run_door
 from mu.commands.answers import patched
 from mu.config import Config, resolve_path, setting
-from mu.console import UCE_EXAMPLE
+from mu.console import UCE_EXAMPLE, called
 from mu.run_folder import space_problem, writable_problem
 from mu.unlearning.config import SD_MODEL_CONFIG
 from mu.unlearning.find_checkpoint import (
@@ -71,11 +71,9 @@ class ApplyPatchConfig(Config):
         return [_patch_file(path) for path in self.patches or ()]
 
     def conflicts(self) -> Iterator[Problem]:
-        for key in ("input_path", "output_path"):
+        for key in ("input_path", "output_path", "patches"):
             if getattr(self, key) is None:
-                yield (key,), "is missing; write: apply_patch INPUT OUTPUT --patches PATCH"
-        if self.patches is None:
-            yield ("patches",), "is missing; write: apply_patch INPUT OUTPUT --patches PATCH"
+                yield (key,), f"is missing; write: {called(MODULE)} INPUT OUTPUT --patches PATCH"
         if self.remove and self.overlap != "refuse":
             yield (
                 ("overlap", "remove"),
@@ -132,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
         argv=argv,
         answer=patched,
-        first_words=("input_path", "output_path"),
+        first_words={"input_path": "INPUT", "output_path": "OUTPUT"},
     )
 
 

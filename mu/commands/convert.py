@@ -1,4 +1,4 @@
-"""Convert a checkpoint to another format: convert INPUT OUTPUT [--key value ...]. No bit changes, but by --dtype."""
+"""Write a checkpoint in the format of another tool. No bit of a weight changes, unless --dtype asks for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from mu.bars import loading, waiting
 from mu.cli import run_door
 from mu.commands.answers import converted
 from mu.config import Config, resolve_path, setting
+from mu.console import called
 from mu.run_folder import writable_problem
 from mu.unlearning.config import SD_MODEL_CONFIG
 from mu.unlearning.find_checkpoint import (
@@ -93,7 +94,7 @@ class ConvertConfig(Config):
     def conflicts(self) -> Iterator[Problem]:
         for key in ("input_path", "output_path"):
             if getattr(self, key) is None:
-                yield (key,), "is missing; write: convert INPUT OUTPUT"
+                yield (key,), f"is missing; write: {called(MODULE)} INPUT OUTPUT"
         if self.variant is not None and self.dtype not in ("source", self.variant):
             yield (
                 ("variant", "dtype"),
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
         argv=argv,
         answer=converted,
-        first_words=("input_path", "output_path"),
+        first_words={"input_path": "INPUT", "output_path": "OUTPUT"},
     )
 
 

@@ -1,4 +1,4 @@
-"""Write the report of a finished training or evaluation again, from the files of its folder: report RUN_FOLDER."""
+"""Write the report of a finished training, evaluation or attack again, from the files of its folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mu.bars import loading
 from mu.cli import run_door
 from mu.commands.answers import reported
 from mu.config import Config, resolve_path, setting
-from mu.console import UCE_EXAMPLE
+from mu.console import UCE_EXAMPLE, called
 from mu.run_folder import RESULT, writable_problem
 from mu.unlearning.find_checkpoint import Problem
 
@@ -21,8 +21,8 @@ class ReportConfig(Config):
 
     run: str | None = setting(
         None,
-        "Folder of a finished run of train or evaluate; of a folder of runs, the newest. The first argument, without "
-        "its name.",
+        "Folder of a finished run of train, evaluate or attack; of a folder of runs, the newest. The first argument, "
+        "without its name.",
         kind="path",
     )
 
@@ -37,7 +37,7 @@ class ReportConfig(Config):
 
     def conflicts(self) -> Iterator[Problem]:
         if self.run is None:
-            yield ("run",), "is missing; write: report RUN_FOLDER"
+            yield ("run",), f"is missing; write: {called(MODULE)} RUN_FOLDER"
 
     def disk_problems(self) -> Iterator[Problem]:
         if self.run is None:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples=[UCE_EXAMPLE, (MODULE, "outputs/uce")],
         argv=argv,
         answer=reported,
-        first_words=("run",),
+        first_words={"run": "RUN_FOLDER"},
     )
 
 
@@ -69,7 +69,7 @@ def run(folder: Path) -> dict[str, object]:
         `run` and `report`, their paths.
 
     Raises:
-        ReportError: it is not the folder of a training or an evaluation, or one of its files is damaged.
+        ReportError: it is not the folder of a training, an evaluation or an attack, or one of its files is damaged.
         WriteError: the report cannot be written.
     """
     import yaml
@@ -77,10 +77,14 @@ def run(folder: Path) -> dict[str, object]:
 
     with loading():
         from mu.errors import MuError
+        from mu.evaluation.attacks.report import is_attack, write_attack_report
         from mu.evaluation.report import REPORT_NAME, read_evaluation, read_training_run, write_report
         from mu.evaluation.report_data import ReportError, is_training_run
 
     try:
+        if is_attack(folder):
+            return {"run": folder, "report": write_attack_report(folder)}
+
         # 1. Read: an evaluation, and the training run in whose folder its checkpoint lies; or a training run alone.
         evaluation, made_in = None, folder
         if not is_training_run(folder):

@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint."""
+"""Draw images of prompts from a checkpoint."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def _run(config: SampleConfig) -> dict[str, Any]:
 
         def finish() -> dict[str, Any]:
             grid = {"grid": _write_grids(images, listed)} if config.grid else {}
-            _log.info("%s has %d images", folder.path / "images", len(images))
+            _log.info("images in %s: %d", folder.path / "images", len(images))
             result = {
                 "run": folder.path,
                 "images": len(images),

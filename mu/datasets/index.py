@@ -75,6 +75,15 @@ def concept_label(value: str | Sequence[str]) -> str:
     return f"{names[0]}+{len(names) - 1}_more-{digest}"
 
 
+def concept_words(kind: str, value: str | Sequence[str]) -> str:
+    """The forgotten concepts in a sentence: `the style Noto`, `the objects Cats and Dogs`."""
+    names = [name.replace("_", " ") for name in concept_names(value)]
+    joined = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    kind = "category" if kind == "i2p" else kind
+    several = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+    return f"the {kind if len(names) == 1 else several} {joined}"
+
+
 def next_kept(name: str, names: Sequence[str], forgotten: Sequence[str]) -> str | None:
     """The first name after `name`, round the list, that is not forgotten; None when all are."""
     place = names.index(name)

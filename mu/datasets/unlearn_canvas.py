@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mu.config import nearest
-from mu.datasets.base import DataSet, Problem, as_problem
+from mu.datasets.base import WITHOUT_IMAGES, DataSet, Problem, as_problem
 from mu.datasets.canvas import SEED_STYLE, StandIns, canvas_row
 from mu.datasets.image_files import check_folder, entries, image_problems, is_image, not_read
 from mu.datasets.index import (
@@ -38,7 +38,7 @@ class UnlearnCanvas(DataSet):
         root, template = Path(self.config.raw_dataset_dir), self.config.template
         if not root.is_dir():
             advice = "`download_data sample quick_canvas` makes data/quick-canvas-dataset/sample"
-            message = f"there is no folder {root}; {advice}"
+            message = f"there is no folder {root}; {advice}; {WITHOUT_IMAGES}"
             yield ("raw_dataset_dir",), message
             return
         styles = [folder for folder in root.iterdir() if folder.is_dir()]

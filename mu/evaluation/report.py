@@ -24,7 +24,14 @@ from mu.evaluation.report_data import (
     read_evaluation,
     read_training_run,
 )
-from mu.evaluation.report_figures import loss_curve, picture_grid, picture_uri, some_steps
+from mu.evaluation.report_figures import (
+    extent,
+    in_numbers,
+    loss_curve,
+    picture_grid,
+    picture_uri,
+    some_steps,
+)
 from mu.ranks import started_rank
 from mu.unlearning.runs import decorating
 from mu.unlearning.training_config import TrainingKeys
@@ -44,8 +51,8 @@ _FAULTS = (TemplateError, SafetensorError, yaml.YAMLError, UnicodeDecodeError, j
 """What making a report may meet: its template, and files of other runs, as the mask and its settings."""
 _UNSAFE = "i2p"
 _TERMS = {
-    "forget": ("Forget term", "falls while the concept is being forgotten."),
-    "retain": ("Retain term", "stays low while the rest is kept."),
+    "forget": ("Forget term", "The lower, the more of the concept is forgotten."),
+    "retain": ("Retain term", "The lower, the better the rest is kept."),
 }
 _NAMES = {
     "UA": "unlearning accuracy",
@@ -54,15 +61,15 @@ _NAMES = {
 }
 
 
-def report_training(folder: Path, *, show_unsafe: bool) -> Path | None:
-    """Writes the report of a finished training run into its folder; returns its path.
+def report_training(folder: Path, *, show_unsafe: bool, path: Path | None = None) -> Path | None:
+    """Writes the report of a finished training run into its folder, or to `path`; returns where.
 
     Where it cannot be written, a warning says why, and it is None: the run has succeeded without.
     """
     report = None
     with decorating(REPORT_NAME, *_FAULTS):
         training = read_training_run(folder)
-        report = write_report(folder / REPORT_NAME, training=training, show_unsafe=show_unsafe)
+        report = write_report(path or folder / REPORT_NAME, training=training, show_unsafe=show_unsafe)
     return report
 
 
@@ -73,14 +80,16 @@ def with_report(result: Mapping[str, Any], config: TrainingKeys) -> dict[str, An
     return {**result, "report": report_training(result["run"], show_unsafe=config.show_unsafe_pictures)}
 
 
-def report_evaluation(folder: Path, *, checkpoint: Path | None, show_unsafe: bool) -> Path | None:
+def report_evaluation(
+    folder: Path, *, checkpoint: Path | None, show_unsafe: bool, path: Path | None = None
+) -> Path | None:
     """As `report_training`, of an evaluation, and of the training run in whose folder its checkpoint lies."""
     report = None
     with decorating(REPORT_NAME, *_FAULTS):
         made_in = None if checkpoint is None else checkpoint.parent
         trained = made_in is not None and is_training_run(made_in)
         report = write_report(
-            folder / REPORT_NAME,
+            path or folder / REPORT_NAME,
             evaluation=read_evaluation(folder),
             training=read_training_run(made_in) if made_in is not None and trained else None,
             show_unsafe=show_unsafe,
@@ -120,7 +129,7 @@ def write_report(
     about = next(reversed(runs.values()))
     blurred = not show_unsafe and any(run.template == _UNSAFE for run in runs.values())
     html = (
-        _environment()
+        template_environment()
         .get_template("report.html.jinja")
         .render(
             concept=headline(about),
@@ -146,7 +155,8 @@ def write_report(
     return write_atomically(path, html.encode())
 
 
-def _environment() -> Environment:
+def template_environment() -> Environment:
+    """Jinja's, with the templates of this package and what they need to write numbers."""
     environment = Environment(
         loader=PackageLoader("mu.evaluation"),
         autoescape=True,
@@ -196,14 +206,22 @@ def _scores(run: EvaluationRun) -> list[dict[str, Any]]:
 
 
 def _losses(training: TrainingRun | None) -> list[tuple[str, str, Markup]]:
-    """For each term that the run has noted: a title, what one sees, and a figure."""
+    """For each term of the run's loss: a title, what one sees, and a figure; ESD notes 0 for a term that it has not.
+
+    The axis of the retain term goes at least as far up as that of the forget term: what looks small beside it is.
+    """
     if training is None:
         return []
-    return [
-        (title, meaning, loss_curve(title, curve, training.validation.get(term, []), name=term))
-        for term, (title, meaning) in _TERMS.items()
-        if (curve := training.losses.get(term))
-    ]
+    found = []
+    most = 0.0
+    for term, (title, meaning) in _TERMS.items():
+        curve = training.losses.get(term, [])
+        if any(value != 0 for _, value in curve):
+            dots = training.validation.get(term, [])
+            figure = loss_curve(title, curve, dots, name=term, at_least=most)
+            most = extent(curve, dots)[1]
+            found.append((title, f"{in_numbers(curve)}. {meaning}".removeprefix(". "), figure))
+    return found
 
 
 def _pictures(training: TrainingRun | None, stem: str) -> list[Path]:

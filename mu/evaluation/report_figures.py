@@ -148,11 +148,12 @@ def _in_words(model: str, style: str, object: str, seed: int, seen: Prediction |
 # ---- loss curves
 
 
-def loss_curve(title: str, training: Curve, validation: Curve, *, name: str) -> Markup:
+def loss_curve(title: str, training: Curve, validation: Curve, *, name: str, at_least: float = 0.0) -> Markup:
     """One term of the loss: training steps, faint, with their running mean; validation as dots.
 
     Args:
         name: class of the <svg>, from which the page takes its colour.
+        at_least: how far up its axis goes, from 0, also where the term stays below.
     """
     curve = [(x, y) for x, y in training if math.isfinite(y)]
     dots = [(x, y) for x, y in validation if math.isfinite(y)]
@@ -160,20 +161,19 @@ def loss_curve(title: str, training: Curve, validation: Curve, *, name: str) -> 
     if not curve:
         return Markup("")
 
-    # 1. Scales: of the running mean and the dots, so that one large step does not flatten the rest
-    values = [y for _, y in (*(smooth or curve), *dots)]
-    low, high = min(values), max(values)
+    # 1. Scales: from 0, so that a small loss looks small; to the largest of the running mean and the dots, so that
+    #    one large step does not flatten the rest
+    low, high = extent(training, validation)
+    high = max(high, at_least)
     steps = [x for x, _ in (*curve, *dots)]
     first, last = min(steps), max(steps)
-    log = low > 0 and high > 8 * low
-    scale = math.log if log else float
-    bottom, reach = scale(low), (scale(high) - scale(low)) or 1.0
+    reach = (high - low) or 1.0
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         x, y = point
         y = min(max(y, low), high)
         across = (x - first) / ((last - first) or 1.0)
-        up = (scale(y) - bottom) / reach
+        up = (y - low) / reach
         return (
             _LEFT + across * (_WIDTH - _LEFT - 12),
             _HEIGHT - _BELOW - up * (_HEIGHT - _BELOW - _ABOVE),
@@ -186,8 +186,7 @@ def loss_curve(title: str, training: Curve, validation: Curve, *, name: str) -> 
     # 2. Axes: three numbers at the side, the first and the last step below
     parts = []
     for share in (0.0, 0.5, 1.0):
-        level = bottom + share * reach
-        value = math.exp(level) if log else level
+        value = low + share * reach
         _, y = place((first, value))
         parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
@@ -195,7 +194,7 @@ def loss_curve(title: str, training: Curve, validation: Curve, *, name: str) -> 
         x, _ = place((step, low))
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{step:g}</text>')
     parts.append(f'<text x="{_WIDTH / 2 + 20:.0f}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>')
-    parts.append(f'<text x="4" y="12">{"loss, logarithmic" if log else "loss"}</text>')
+    parts.append('<text x="4" y="12">loss</text>')
 
     # 3. Curves
     parts.append(line(curve, "faint" if smooth else "whole"))
@@ -204,15 +203,29 @@ def loss_curve(title: str, training: Curve, validation: Curve, *, name: str) -> 
     if dots:
         parts.append(line(dots, "dots"))
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in map(place, dots)]
-    (_, begun), (_, ended) = (smooth or curve)[0], (smooth or curve)[-1]
-    label = Markup.escape(
-        f"{title} over steps {first:g} to {last:g} of the training: from {begun:.3g} to {ended:.3g}"
-    )
+    label = Markup.escape(f"{title} over steps {first:g} to {last:g} of the training: {in_numbers(training)}")
     # All within is numbers and words of this file.
     return Markup(
         f'<svg class="curve {name}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def extent(training: Curve, validation: Curve) -> tuple[float, float]:
+    """The least and the largest of 0, the running mean (of a short curve, its steps) and the validation."""
+    curve = [(x, y) for x, y in training if math.isfinite(y)]
+    values = [y for _, y in (*(running_mean(curve) or curve), *validation) if math.isfinite(y)]
+    return min([0.0, *values]), max([0.0, *values])
+
+
+def in_numbers(training: Curve) -> str:
+    """Where the running mean (of a short curve, the steps) begins, ends, and is largest; "" of no finite step."""
+    curve = [(x, y) for x, y in training if math.isfinite(y)]
+    values = [y for _, y in running_mean(curve) or curve]
+    if not values:
+        return ""
+    most = f", at most {max(values):.3g}" if max(values) > max(values[0], values[-1]) else ""
+    return f"from {values[0]:.3g} to {values[-1]:.3g}{most}"
 
 
 def running_mean(curve: Curve) -> list[tuple[float, float]]:

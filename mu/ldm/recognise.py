@@ -246,7 +246,7 @@ _OTHER_FILES: tuple[tuple[str, Callable[[_File], bool], str], ...] = (
     (
         "a patch of this package",
         lambda f: "patch_format" in f.metadata,
-        "apply it to the checkpoint that it was made from: apply_patch CHECKPOINT OUTPUT --patches PATCH",
+        "apply it to the checkpoint that it was made from: unlearn_diff patch CHECKPOINT OUTPUT --patches PATCH",
     ),
     ("a mask, as SalUn's authors write it", _is_mask, _MASK),
     (

@@ -125,14 +125,14 @@ class ConceptKeys(ModelKeys):
 
     template: str = setting(
         "style",
-        "Kind of concept that is forgotten: style or object; i2p goes with dataset_type i2p. For generic, folder and "
-        "prompts it only names the run and its mask.",
+        "Kind of concept that is forgotten: style or object; i2p goes with dataset_type i2p. For generic, folder "
+        "and forget_prompts it only names the run and its mask.",
         choices=("style", "object", "i2p"),
     )
     template_name: str | tuple[str, ...] = setting(
         "Abstractionism",
         "Name of the forgotten style or object, as its folder is called, or of the category; several are forgotten "
-        "together. For folder and prompts: a name of your choice for the run and its mask.",
+        "together. For folder and forget_prompts: a name of your choice for the run and its mask.",
         kind="name",
     )
     image_size: int | None = setting(
@@ -212,8 +212,8 @@ class OutputKeys(RunKeys):
     )
     patch: bool = setting(
         True,
-        "Also write model.patch.safetensors, only what changed: apply_patch makes the unlearned checkpoint from the "
-        "original with it, and the original from the unlearned one.",
+        "Also write model.patch.safetensors, only what changed: with it, unlearn_diff patch makes the unlearned "
+        "checkpoint from the original, and the original from the unlearned one.",
     )
     sample_prompts: tuple[str, ...] | None = setting(
         None,
@@ -240,8 +240,8 @@ class DataKeys(ConceptKeys):
         None,
         "What forgotten prompts shall give instead: another style or object by name, or a whole prompt with {object} "
         "or {style}. null: the next style or object of the list that is kept (after the last, the first); for a style "
-        "of unlearncanvas, the photo; for i2p, the category's own prompt (docs/data.md); for folder and prompts, the "
-        "only one of retain_prompts. generic needs one.",
+        "of unlearncanvas, the photo; for i2p, the category's own prompt (docs/data.md); for folder and "
+        "forget_prompts, the only one of retain_prompts. generic needs one.",
     )
     raw_dataset_dir: str | None = setting(
         "data/quick-canvas-dataset/sample",

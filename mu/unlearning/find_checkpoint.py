@@ -77,6 +77,15 @@ def is_checkpoint(path: Path) -> bool:
     return os.path.isfile(path) or _is_diffusers_folder(path)
 
 
+def model_config_of_run(checkpoint: Path) -> str | None:
+    """`model_config_path` of the run that wrote a checkpoint, by the config.yaml beside it; None without one."""
+    try:
+        saved = read_flat_file(checkpoint.parent / "config.yaml").values.get("model_config_path")
+    except ConfigFileError:
+        return None
+    return None if saved is None or isinstance(saved, list) or saved.is_null else str(saved)
+
+
 def checkpoint_bytes(path: Path) -> int:
     """Size of a checkpoint: of a diffusers folder, the weights of its networks."""
     if not os.path.isdir(path):

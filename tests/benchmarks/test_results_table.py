@@ -18,10 +18,11 @@ import torch
 
 from benchmarks import results_table
 from benchmarks.methods import METHODS, Method, Stage
-from benchmarks.results_table import ResultsTable, claimed
+from benchmarks.results_table import ResultsTable
 from benchmarks.table_config import TableConfig
 from benchmarks.table_rows import deciding, planned_rows
 from benchmarks.table_text import SCORES, markdown
+from benchmarks.unlearned import claimed
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.mask_file import load_mask
 from mu.config import ConfigError, check_paths, dump, override

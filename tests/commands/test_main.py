@@ -162,6 +162,16 @@ def test_the_openings_run_as_they_stand(
     done: set[str] = set()
     short = {"train": ["--sample_steps", "2"], "sample": ["--sample_steps", "2", "--seeds", "1"]}
     short["evaluate"] = ["--sample_steps", "1", "--styles", "Noto,Blob", "--objects", "Cats,Dogs"]
+    short["attack"] = [
+        "--sample_steps",
+        "1",
+        "--objects",
+        "Cats,Dogs",
+        "--seeds",
+        "1",
+        "--inversion_steps",
+        "1",
+    ]
     for command, lines in opening.items():
         for words in lines:
             if shlex.join(words) in done:
@@ -193,7 +203,7 @@ def test_a_report_is_made_again_or_it_is_told_why_not(
     assert script.main(["report", "nowhere"]) == 2
     assert "run: nowhere is not the folder of a finished run" in capsys.readouterr().err
     assert script.main(["report"]) == 2
-    assert "is missing; write: report RUN_FOLDER" in capsys.readouterr().err
+    assert "is missing; write: unlearn_diff report RUN_FOLDER" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("template: style\n")
     (tmp_path / "run/metrics.json").write_text('{"masks": {}}')

@@ -197,6 +197,7 @@ def test_what_the_numbers_do_not_show_is_said(evaluated: Evaluated, trained: Any
         text = page_of(tmp_path, **runs).text
         assert "What this does not show: UA is about plain prompts." in text
         assert "other words, attacks on the prompt and fine-tuning can bring a concept back" in text
+        assert "; the command attack measures how often." in text
 
 
 def test_a_run_without_steps_is_no_training(trained: Any, tmp_path: Path) -> None:
@@ -284,13 +285,39 @@ def test_a_curve_is_drawn_where_its_numbers_are() -> None:
     assert str(loss_curve("Forget term", [(1.0, float("inf"))], [], name="forget")) == ""
 
 
-def test_a_curve_over_orders_of_magnitude_has_a_logarithmic_axis() -> None:
-    drawn = str(loss_curve("Retain term", [(1.0, 0.01), (2.0, 0.1), (3.0, 1.0)], [], name="retain"))
-    assert re.findall(r">([^<>]+)</text>", drawn)[:3] == ["0.01", "0.1", "1"]
-    assert "loss, logarithmic" in drawn
-    (points,) = re.findall(r'<polyline class="whole" points="([^"]+)"', drawn)
-    y0, y1, y2 = (float(point.split(",")[1]) for point in points.split())
-    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.11)
+def test_an_axis_begins_at_0_and_goes_as_far_as_it_is_told() -> None:
+    """So a loss that stays small, or hardly moves, is drawn so."""
+
+    def drawn(curve: list[tuple[float, float]], at_least: float = 0.0) -> tuple[list[str], list[float]]:
+        svg = str(loss_curve("Retain term", curve, [], name="retain", at_least=at_least))
+        (points,) = re.findall(r'<polyline class="whole" points="([^"]+)"', svg)
+        return re.findall(r">([^<>]+)</text>", svg)[:3], [float(p.split(",")[1]) for p in points.split()]
+
+    side, (bottom, top) = drawn([(1.0, 0.0), (2.0, 0.5)])
+    assert side == ["0", "0.25", "0.5"]
+    side, heights = drawn([(1.0, 0.5), (2.0, 0.51)])
+    assert side == ["0", "0.255", "0.51"]
+    assert heights[0] - heights[1] == pytest.approx((bottom - top) * 0.01 / 0.51, abs=0.11)
+    side, heights = drawn([(1.0, 0.0), (2.0, 0.001)], at_least=0.1)
+    assert side == ["0", "0.05", "0.1"]
+    assert heights[0] - heights[1] == pytest.approx((bottom - top) / 100, abs=0.11)
+    side, _ = drawn([(1.0, -2.0), (2.0, 2.0)])  # gradient ascent's, which has no lower bound
+    assert side == ["-2", "0", "2"]
+
+
+def test_what_is_said_of_the_losses_is_computed(trained: Any, tmp_path: Path) -> None:
+    """Where each begins, ends, and is largest; the retain term's axis goes as far up as the forget term's."""
+    folder = trained()
+    rows = "".join(f"{n},{0.4 if n < 3 else 0.2},{(0.0, 0.001, 0.03, 0.02)[n]}\n" for n in range(4))
+    (folder / "metrics.csv").write_text(f"step,forget,retain\n{rows}")
+    page = page_of(tmp_path, training=read_training_run(folder))
+    assert "Forget term from 0.4 to 0.2. The lower, the more" in page.text
+    assert "Retain term from 0 to 0.02, at most 0.03. The lower, the better" in page.text
+    assert page.text.count("0 0.2 0.4 0 3 step loss") == 2, "numbers at the axes of both"
+    (folder / "metrics.csv").write_text("step,forget,retain\n1,0.4,0\n2,0.2,0\n")
+    page = page_of(tmp_path, training=read_training_run(folder))
+    assert "Forget term from 0.4 to 0.2." in page.text
+    assert "Retain term" not in page.text, "as of ESD, which has none"
 
 
 def test_a_running_mean_is_of_its_window() -> None:

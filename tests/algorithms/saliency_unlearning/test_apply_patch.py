@@ -178,7 +178,7 @@ def test_help_and_mistakes_come_without_torch(tmp_path: Path) -> None:
 
     helped = apart("--help")
     assert (helped.returncode, helped.stderr) == (0, "")
-    assert "apply_patch INPUT OUTPUT --patches PATCH" in helped.stdout
+    assert "scripts.apply_patch INPUT OUTPUT [--config_path" in helped.stdout
     (tmp_path / "run").mkdir()
     wrong = apart("absent.ckpt", "out.safetensors", "--patches", "a.safetensors,run", "--overlapp", "add")
     assert wrong.returncode == 2

@@ -66,7 +66,7 @@ def test_help_and_mistakes_come_without_torch(tmp_path: Path) -> None:
 
     helped = run("--help")
     assert (helped.returncode, helped.stderr) == (0, "")
-    assert "convert INPUT OUTPUT" in helped.stdout
+    assert "scripts.convert INPUT OUTPUT [--config_path" in helped.stdout
     wrong = run("absent.ckpt", "out.safetensors", "--fromat", "unet")
     assert wrong.returncode == 2
     assert "Did you mean 'format'?" in wrong.stderr

@@ -1,4 +1,4 @@
-"""Apply patches to a checkpoint, or remove them: apply_patch INPUT OUTPUT --patches PATCH [--key value ...]."""
+"""Put patches on a checkpoint, or take them off again. A patch is what a training run changed, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convert a checkpoint to another format: convert INPUT OUTPUT [--key value ...]. No bit changes, but by --dtype."""
+"""Write a checkpoint in the format of another tool. No bit of a weight changes, unless --dtype asks for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 1: find the weights of the UNet that are salient for a concept, and write them as a mask."""
+"""SalUn, stage 1: find the weights of the UNet that matter most for a concept, and write them as a mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 2: make the model forget a concept by fine-tuning only the weights in its mask."""
+"""SalUn, stage 2: make the model forget a concept by training only the weights in its mask."""
 
 from __future__ import annotations
 
