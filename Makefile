@@ -43,7 +43,7 @@ table: $(VENV)/.installed            ## the results table of docs/results.md: ev
 	$(BIN)/python -m benchmarks.table --config_path benchmarks/emoji_canvas_table.yaml
 
 test: $(VENV)/.installed-dev         ## the tests; ARGS="-k mask -x" is handed to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.installed-dev    ## the tests that take long
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)

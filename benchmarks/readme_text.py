@@ -6,8 +6,9 @@ import ast
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from benchmarks.speed_text import Report, computes
+from benchmarks.stopwatch import ARMS
 from benchmarks.table_text import SCORES, Row, by_method
 
 _NAMES = {
@@ -45,7 +46,7 @@ def scoreboard(rows: Sequence[Row], controls: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def speed_rows(reports: Sequence[dict[str, Any]]) -> str:
+def speed_rows(reports: Sequence[Report]) -> str:
     """A line a measurement of the stopwatch: seconds and peak memory of the whole job, by each way."""
     lines = [
         "| weights of the UNet | device | plain | careful | ours | memory: plain | careful | ours |",
@@ -54,10 +55,10 @@ def speed_rows(reports: Sequence[dict[str, Any]]) -> str:
     for report in sorted(reports, key=lambda report: report["model"]["weights"]["unet"]):
         cells = [
             f"{report['model']['weights']['unet'] / 1e6:,.0f} million",
-            _device(report),
+            computes(report),
         ]
         for key, unit, scale in (("job_s", "s", 1.0), ("job_peak_bytes", "GB", 1e9)):
-            for arm in ("plain", "careful", "ours"):
+            for arm in ARMS:
                 value = report["summary"].get(arm, {}).get(key)
                 cells.append("-" if value is None else f"{value / scale:.3g} {unit}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -80,10 +81,3 @@ def method_source(path: Path, cls: str, name: str) -> str:
 def _line(name: str, rows: Sequence[Row], moment: str, *, seconds: str) -> str:
     means = [100 * sum(row[moment][score]["value"] for row in rows) / len(rows) for score in SCORES]
     return f"| {name} | {len(rows)} | {' | '.join(f'{mean:.1f}' for mean in means)} | {seconds} |"
-
-
-def _device(report: dict[str, Any]) -> str:
-    torch = report["device"]["environment"]["torch"]
-    if report["settings"]["device"] == "cpu":
-        return f"{report['cpu']}, {torch['threads']} threads"
-    return str(torch["devices"][0])

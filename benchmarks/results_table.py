@@ -11,15 +11,17 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims import claimed
+from filelock import FileLock, Timeout
+
 from benchmarks.table_config import CONCEPTS, TableConfig
 from benchmarks.table_rows import PlannedRow, concept_folder, planned_rows
-from benchmarks.table_text import SCORES, Row, by_method, label, markdown, mean_of, reading, scores_of
+from benchmarks.table_text import SCORES, Row, by_method, label, markdown, mean_of, reading
 from mu.arithmetic import CUBLAS_WORKSPACE, run_arithmetic
 from mu.atomic import write_atomically
 from mu.config import override, require_paths, resolve_path
@@ -30,7 +32,7 @@ from mu.evaluation.distances import fid
 from mu.evaluation.emoji_classifier import EmojiClassifier, load_classifier
 from mu.evaluation.features import ClassifierFeatures, features_of
 from mu.evaluation.grid import Grid, MeasuredModel, measure
-from mu.evaluation.metrics import table_csv, unlearning_scores
+from mu.evaluation.metrics import unlearning_scores
 from mu.ldm import load_model
 from mu.run_folder import environment
 
@@ -45,7 +47,7 @@ def run(config: TableConfig) -> dict[str, Any]:
     Returns:
         `styles` and `objects`, the means of their rows in percent, with several methods or thresholds as
         `styles, salun 0.5` and so on; `cra_prompts` and `left_out`, how the scores are
-        read; `table`, path of `table.md`, `.csv` and `.json`.
+        read; `table`, path of `table.md`, beside `table.json`.
 
     Raises:
         ConfigError: a path or a recipe is missing or wrong.
@@ -212,7 +214,7 @@ class ResultsTable:
         )
 
     def write(self, rows: Sequence[Row]) -> None:
-        """`<table_name>`.json, .csv and .md."""
+        """`<table_name>`.json and .md."""
         config, path = self.config, self.folder / self.config.table_name
         groups = by_method(rows)
         means = [{kind: mean_of(own, kind) for kind in ("style", "object")} for own in groups.values()]
@@ -233,20 +235,25 @@ class ResultsTable:
             "rows": list(rows),
         }
         write_atomically(f"{path}.json", f"{json.dumps(content, indent=2)}\n".encode())
-        identity = ("template", "template_name", "method", "recipe", "threshold")
-        scores = scores_of(rows)
-        columns = [*identity, *scores, *(f"base_{key}" for key in scores), "seconds"]
-        cells = [
-            [
-                *(row[key] for key in identity),
-                *(row[moment][key]["value"] for moment in ("after", "before") for key in scores),
-                sum(row["seconds"].values()),
-            ]
-            for row in rows
-        ]
-        write_atomically(f"{path}.csv", table_csv(columns, cells))
         text = markdown(rows) + reading(config.cra_prompts, config.left_out)
         write_atomically(f"{path}.md", text.encode())
+
+
+@contextmanager
+def claimed(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this process has the folder for itself; the lock goes with its process, also when that is killed.
+
+    Args:
+        wait: until another process has let go of it; else False is yielded.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    with lock:
+        yield True
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-ARMS = ("plain", "careful", "ours")
+from benchmarks.stopwatch import ARMS, SUMS
+
 Report = dict[str, Any]
 
 _SECONDS = {
@@ -27,7 +28,6 @@ _BYTES = {
     "checkpoint_bytes": "checkpoint",
     "patch_bytes": "patch",
 }
-_STAGE_OF = {"mask_and_threshold": ("mask", "threshold"), "job": ("job_mask", "job_train")}
 
 
 def table(report: Report) -> str:
@@ -61,25 +61,30 @@ def table(report: Report) -> str:
 def heading(report: Report) -> str:
     """One paragraph: model, images, machine."""
     settings, device = report["settings"], report["device"]
-    torch = device["environment"]["torch"]
-    on_cpu, rates = settings["device"] == "cpu", device["matmul"]
-    where = f"{report['cpu']}, {torch['threads']} threads" if on_cpu else torch["devices"][0]
+    rates = device["matmul"]
     return (
-        f"**`--scale {report['scale']}` on {'the CPU' if on_cpu else 'a GPU'}.** "
+        f"**`--scale {report['scale']}` on {'the CPU' if settings['device'] == 'cpu' else 'a GPU'}.** "
         f"A UNet of {report['model']['weights']['unet']:,} weights, train method {settings['train_method']}, "
         f"{settings['image_size']} px; {settings['images']} images to forget and as many to retain, "
         f"batches of {settings['mask_batch_size']} for the mask and of {settings['batch_size']} + "
         f"{settings['retain_batch_size']} in training, {settings['epochs']} epochs; careful and ours "
-        f"in {'bf16 autocast' if settings['autocast'] else 'fp32'}. {where}; "
-        f"torch {torch['version']}; matrices of {rates['side']} x {rates['side']} multiply at "
+        f"in {'bf16 autocast' if settings['autocast'] else 'fp32'}. {computes(report)}; "
+        f"torch {device['environment']['torch']['version']}; matrices of {rates['side']} x {rates['side']} multiply at "
         f"{rates['fp32_tflops']:.3g} TFLOP/s in fp32 and {rates['bf16_tflops']:.3g} in bf16. {report['date'][:10]}."
     )
+
+
+def computes(report: Report) -> str:
+    """The processor or the GPU."""
+    torch = report["device"]["environment"]["torch"]
+    on_cpu = report["settings"]["device"] == "cpu"
+    return f"{report['cpu']}, {torch['threads']} threads" if on_cpu else str(torch["devices"][0])
 
 
 def _why(report: Report, arm: str, key: str) -> str:
     """Why an arm has no number: what stopped it, or a dash where it has no such thing."""
     stage = key.removesuffix("_s").removesuffix("_peak_bytes").removesuffix("_host_bytes")
-    for name in _STAGE_OF.get(stage, (stage,)):
+    for name in SUMS.get(stage, (stage,)):
         status = report["arms"][arm].get(name, {}).get("status", "measured")
         if status != "measured":
             return str(status)

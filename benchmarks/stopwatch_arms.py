@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mu.datasets.streams import Draw
 from mu.ldm import LatentDiffusion, sample_posterior
 from mu.unlearning.moving import names_of
 
@@ -31,36 +33,29 @@ Values = dict[str, Tensor]
 """UNet-relative name -> tensor of the weight's shape."""
 
 
+class Example(NamedTuple):
+    """An image, and everything that is drawn at random for it; on the CPU."""
+
+    name: str
+    image: Tensor
+    """(3, H, W) in [-1, 1]."""
+    draw: Draw
+
+
 @dataclass(frozen=True)
 class Examples:
-    """Images, one prompt for all of them, and everything that is drawn at random for them; all on the CPU."""
+    """Images of different names, and one prompt for all of them."""
 
-    names: tuple[str, ...]
-    """All different."""
-    images: tuple[Tensor, ...]
-    """N of (3, H, W) in [-1, 1]."""
     prompt: str
-    timesteps: Tensor
-    """(N,)"""
-    noise: Tensor
-    """(N, C, h, w)"""
-    posterior_noise: Tensor
-    """(N, C, h, w)"""
+    rows: tuple[Example, ...]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
 
     def cut(self, first: int, size: int) -> Examples:
         """Rows first..first+size-1, from the beginning again after the last."""
-        rows = [row % len(self) for row in range(first, first + size)]
-        return Examples(
-            tuple(self.names[row] for row in rows),
-            tuple(self.images[row] for row in rows),
-            self.prompt,
-            self.timesteps[rows],
-            self.noise[rows],
-            self.posterior_noise[rows],
-        )
+        rows = range(first, first + size)
+        return Examples(self.prompt, tuple(self.rows[row % len(self)] for row in rows))
 
     def batches(self, size: int) -> list[Examples]:
         """Of `size`; the last may be short."""
@@ -113,7 +108,7 @@ class Arm:
         return path
 
     def start_training(self, mask: Values, train_method: str) -> None:
-        """Make the optimizer."""
+        """Make the optimizer: dense Adam."""
         names = set(names_of(self.model.unet, train_method))
         self.model.requires_grad_(False)
         self.moving = {name: p for name, p in self.model.unet.named_parameters() if name in names}
@@ -123,8 +118,24 @@ class Arm:
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.moving.values(), lr=LR)
 
     def step(self, forget: Examples, retain: Examples) -> None:
-        """One update of the weights."""
-        raise NotImplementedError
+        """One update of the weights, by gradients that are multiplied by the mask."""
+        predict = self.model.predict_noise
+        noisy, timesteps, _ = self.noised(forget)
+        retain_noisy, retain_timesteps, noise = self.noised(retain)
+        prompts = ((forget, forget.prompt), (forget, self.substitute), (retain, retain.prompt))
+        context, substituted, retain_context = (self.context(prompt, len(batch)) for batch, prompt in prompts)
+        with self.precision():
+            with torch.no_grad():
+                target = predict(noisy, timesteps, substituted).float()  # (B, C, h, w)
+            prediction = predict(noisy, timesteps, context).float()  # (B, C, h, w)
+            retained = predict(retain_noisy, retain_timesteps, retain_context).float()  # (B', C, h, w)
+        loss = F.mse_loss(prediction, target) + ALPHA * F.mse_loss(retained, noise)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for name, parameter in self.moving.items():
+            if parameter.grad is not None:
+                parameter.grad *= self.kept[name]
+        self.optimizer.step()
 
     def save_model(self, folder: Path) -> Path:
         raise NotImplementedError
@@ -132,35 +143,45 @@ class Arm:
     def precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
-    def sampled(self, mean: Tensor, logvar: Tensor, batch: Examples) -> Tensor:
-        """Scaled latents (B, C, h, w), a sample of the posterior."""
-        noise = batch.posterior_noise.to(self.device)
-        return sample_posterior(mean.float(), logvar.float(), noise, self.model.scale_factor)
+    def moments(self, batch: Examples) -> tuple[Tensor, Tensor]:
+        """Mean and log variance (B, C, h, w) of the posterior of each image."""
+        raise NotImplementedError
 
-    def _masked_update(self) -> None:
-        """A step of dense Adam on gradients multiplied by the mask."""
-        for name, parameter in self.moving.items():
-            if parameter.grad is not None:
-                parameter.grad *= self.kept[name]
-        self.optimizer.step()
+    def context(self, prompt: str, count: int) -> Tensor:
+        """A prompt's embedding, `count` times: (B, L, D)."""
+        raise NotImplementedError
 
-    def noised(self, latents: Tensor, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
+    def latents(self, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled latents, a sample of the posterior, with t and eps, on the device."""
+        mean, logvar = self.moments(batch)
+        timesteps = torch.tensor([row.draw.timestep for row in batch.rows]).to(self.device)
+        noise, posterior_noise = (
+            torch.stack(which).to(self.device)
+            for which in zip(*((row.draw.noise, row.draw.posterior_noise) for row in batch.rows), strict=True)
+        )
+        latents = sample_posterior(mean.float(), logvar.float(), posterior_noise, self.model.scale_factor)
+        return latents, timesteps, noise
+
+    def noised(self, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """z_t, t and eps on the device."""
-        timesteps, noise = batch.timesteps.to(self.device), batch.noise.to(self.device)
+        latents, timesteps, noise = self.latents(batch)
         return self.model.q_sample(latents, timesteps, noise).to(self.model.dtype), timesteps, noise
 
 
 class Plain(Arm):
     """The authors' procedure, as it is described in public."""
 
-    @torch.no_grad()
-    def _latents(self, batch: Examples) -> Tensor:
-        mean, logvar = self.model.encode(torch.stack(batch.images).to(self.device, self.model.dtype))
-        return self.sampled(mean, logvar, batch)  # (B, C, h, w)
+    def precision(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     @torch.no_grad()
-    def _context(self, prompt: str, count: int) -> Tensor:
-        return self.model.embed([prompt] * count)  # (B, L, D)
+    def moments(self, batch: Examples) -> tuple[Tensor, Tensor]:
+        images = torch.stack([row.image for row in batch.rows])
+        return self.model.encode(images.to(self.device, self.model.dtype))
+
+    @torch.no_grad()
+    def context(self, prompt: str, count: int) -> Tensor:
+        return self.model.embed([prompt] * count)
 
     def saliency(self, batches: Iterable[Examples]) -> Values:
         self.model.eval()
@@ -171,9 +192,8 @@ class Plain(Arm):
         images = 0
         with attention_written_out():
             for batch in batches:
-                noisy, timesteps, noise = self.noised(self._latents(batch), batch)
-                context = self._context(batch.prompt, len(batch))
-                empty = self._context("", len(batch))
+                noisy, timesteps, noise = self.noised(batch)
+                context, empty = (self.context(prompt, len(batch)) for prompt in (batch.prompt, ""))
                 conditional = self.model.predict_noise(noisy, timesteps, context).float()  # (B, C, h, w)
                 unconditional = self.model.predict_noise(noisy, timesteps, empty).float()  # (B, C, h, w)
                 guided = (1 + C_GUIDANCE) * conditional - C_GUIDANCE * unconditional
@@ -198,19 +218,8 @@ class Plain(Arm):
         return mask
 
     def step(self, forget: Examples, retain: Examples) -> None:
-        predict = self.model.predict_noise
-        self.optimizer.zero_grad()
         with attention_written_out():
-            noisy, timesteps, _ = self.noised(self._latents(forget), forget)
-            prediction = predict(noisy, timesteps, self._context(forget.prompt, len(forget))).float()
-            with torch.no_grad():
-                target = predict(noisy, timesteps, self._context(self.substitute, len(forget))).float()
-            loss = F.mse_loss(prediction, target)
-            noisy, timesteps, noise = self.noised(self._latents(retain), retain)
-            prediction = predict(noisy, timesteps, self._context(retain.prompt, len(retain))).float()
-            loss = loss + ALPHA * F.mse_loss(prediction, noise)
-            loss.backward()
-        self._masked_update()
+            super().step(forget, retain)
 
     def save_model(self, folder: Path) -> Path:
         path = folder / "model.ckpt"
@@ -218,42 +227,38 @@ class Plain(Arm):
         return path
 
 
-class EncodedOnce(Arm):
-    """Keeps the posterior's moments of all images, and the embedding of each prompt."""
+class Careful(Arm):
+    """A day's good work with torch alone. Posterior moments and embeddings of prompts are computed once."""
 
     def __init__(self, model: LatentDiffusion, *, substitute: str, autocast: bool) -> None:
         super().__init__(model, substitute=substitute, autocast=autocast)
-        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self.encoded: dict[str, tuple[Tensor, Tensor]] = {}
         self.contexts: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def encode(self, examples: Examples) -> None:
         """One image after the other, as the library does, so that neither arm needs memory for more."""
-        for name, image in zip(examples.names, examples.images, strict=True):
+        for name, image, _ in examples.rows:
             mean, logvar = self.model.encode(image[None].to(self.device, self.model.dtype))
-            self.moments[name] = mean.float(), logvar.float()  # each (1, C, h, w)
+            self.encoded[name] = mean.float(), logvar.float()  # each (1, C, h, w)
         for prompt in (examples.prompt, self.substitute, ""):
             if prompt not in self.contexts:
                 self.contexts[prompt] = self.model.embed([prompt])  # (1, L, D)
 
-    def _latents(self, batch: Examples) -> Tensor:
-        means, logvars = zip(*(self.moments[name] for name in batch.names), strict=True)
-        return self.sampled(torch.cat(means), torch.cat(logvars), batch)  # (B, C, h, w)
+    def moments(self, batch: Examples) -> tuple[Tensor, Tensor]:
+        means, logvars = zip(*(self.encoded[row.name] for row in batch.rows), strict=True)
+        return torch.cat(means), torch.cat(logvars)
 
-    def _context(self, prompt: str, count: int) -> Tensor:
-        return self.contexts[prompt].expand(count, -1, -1)  # (B, L, D)
-
-
-class Careful(EncodedOnce):
-    """A day's good work with torch alone."""
+    def context(self, prompt: str, count: int) -> Tensor:
+        return self.contexts[prompt].expand(count, -1, -1)
 
     def saliency(self, batches: Iterable[Examples]) -> Values:
         self.model.eval()
         self.model.unet.requires_grad_(True)
         images = 0
         for batch in batches:
-            noisy, timesteps, noise = self.noised(self._latents(batch), batch)
-            contexts = torch.cat([self._context(prompt, len(batch)) for prompt in (batch.prompt, "")])
+            noisy, timesteps, noise = self.noised(batch)
+            contexts = torch.cat([self.context(prompt, len(batch)) for prompt in (batch.prompt, "")])
             with self.precision():
                 both = self.model.predict_noise(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), contexts)
             conditional, unconditional = both.float().chunk(2)  # two of (B, C, h, w)
@@ -272,20 +277,6 @@ class Careful(EncodedOnce):
         every = torch.cat([values.flatten() for values in saliency.values()])  # (n,)
         edge = torch.topk(every, int(threshold * len(every)), sorted=False).values.min()  # ()
         return {name: values >= edge for name, values in saliency.items()}
-
-    def step(self, forget: Examples, retain: Examples) -> None:
-        predict = self.model.predict_noise
-        noisy, timesteps, _ = self.noised(self._latents(forget), forget)
-        retain_noisy, retain_timesteps, noise = self.noised(self._latents(retain), retain)
-        with self.precision():
-            with torch.no_grad():
-                target = predict(noisy, timesteps, self._context(self.substitute, len(forget))).float()
-            prediction = predict(noisy, timesteps, self._context(forget.prompt, len(forget))).float()
-            retained = predict(retain_noisy, retain_timesteps, self._context(retain.prompt, len(retain)))
-        loss = F.mse_loss(prediction, target) + ALPHA * F.mse_loss(retained.float(), noise)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._masked_update()
 
     def save_model(self, folder: Path) -> Path:
         path = folder / "model.safetensors"

@@ -10,30 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.stopwatch_arms import (
-    ALPHA,
-    C_GUIDANCE,
-    LR,
-    Arm,
-    Careful,
-    EncodedOnce,
-    Examples,
-    Plain,
-    Values,
-)
+from benchmarks.stopwatch_arms import ALPHA, C_GUIDANCE, LR, Arm, Careful, Examples, Plain, Values
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency, save_mask, threshold_masks
 from mu.algorithms.saliency_unlearning.model import SaliencyUnlearnModel
 from mu.algorithms.saliency_unlearning.trainer import SaliencyUnlearnTrainer, salun_loss
 from mu.ldm import LatentDiffusion, save_checkpoint
 from mu.unlearning.batches import ForgetBatch, RetainBatch
-from mu.unlearning.compute import (
-    Compute,
-    computing,
-)
+from mu.unlearning.compute import Compute, computing
 
 
-class Ours(EncodedOnce):
-    """The library's own functions, in the order in which its two algorithms call them."""
+class Ours(Careful):
+    """The library's own functions, in the order in which its two algorithms call them; it encodes as careful does."""
 
     def __init__(self, model: LatentDiffusion, *, substitute: str, autocast: bool) -> None:
         super().__init__(model, substitute=substitute, autocast=autocast)
@@ -42,17 +29,14 @@ class Ours(EncodedOnce):
         )
         self.training = ExitStack()
 
-    def saliency(self, batches: Iterable[Examples]) -> Values:
-        def ready() -> Iterator[ForgetBatch]:
-            for batch in batches:
-                count = len(batch)
-                context, empty = self._context(batch.prompt, count), self._context("", count)
-                latents = self._latents(batch)
-                timesteps, noise = batch.timesteps.to(self.device), batch.noise.to(self.device)
-                yield ForgetBatch(latents, timesteps, noise, context, empty)
+    def ready(self, batch: Examples, reference_prompt: str) -> ForgetBatch:
+        context, reference = (self.context(prompt, len(batch)) for prompt in (batch.prompt, reference_prompt))
+        return ForgetBatch(*self.latents(batch), context, reference)
 
+    def saliency(self, batches: Iterable[Examples]) -> Values:
+        ready: Iterator[ForgetBatch] = (self.ready(batch, "") for batch in batches)
         with computing(self.model, self.compute):
-            return accumulate_saliency(self.model, ready(), c_guidance=C_GUIDANCE, compute=self.compute)
+            return accumulate_saliency(self.model, ready, c_guidance=C_GUIDANCE, compute=self.compute)
 
     @staticmethod
     def mask(saliency: Values, threshold: float) -> Values:
@@ -71,15 +55,9 @@ class Ours(EncodedOnce):
         self.optimizer = self.trainer.optimizer
 
     def step(self, forget: Examples, retain: Examples) -> None:
-        def ready(batch: Examples) -> RetainBatch:
-            timesteps, noise = batch.timesteps.to(self.device), batch.noise.to(self.device)
-            return RetainBatch(
-                self._latents(batch), timesteps, noise, self._context(batch.prompt, len(batch))
-            )
-
-        substitute = self._context(self.substitute, len(forget))
+        to_retain = RetainBatch(*self.ready(retain, retain.prompt)[:4])
         with self.precision():
-            terms = salun_loss(self.model, ForgetBatch(*ready(forget), substitute), ready(retain), ALPHA)
+            terms = salun_loss(self.model, self.ready(forget, self.substitute), to_retain, ALPHA)
         self.optimizer.zero_grad(set_to_none=True)
         terms[0].backward()
         self.trainer.check_finite(dict(zip(("loss", "forget", "retain"), terms, strict=True)), {})

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import mu.ldm.text_encoder  # noqa: F401 (transformers, which each arm needs, is no part of its time)
 from benchmarks.stopwatch_arms import ALPHA, C_GUIDANCE, LR, attention_written_out
@@ -24,10 +23,9 @@ from benchmarks.stopwatch_setup import (
     PROMPTS,
     SUBSTITUTE,
     Result,
-    Spec,
+    begin_training,
     build_model,
     checkpoint_path,
-    is_out_of_memory,
     make_arm,
     model_yaml,
     peak_memory,
@@ -37,8 +35,11 @@ from benchmarks.stopwatch_setup import (
     synchronise,
     timed,
 )
+from benchmarks.stopwatch_spec import Spec
+from mu import memory
 from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
 from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
+from mu.errors import first_line
 from mu.ldm import LatentDiffusion, load_model_config
 from mu.run_folder import environment
 from mu.unlearning.moving import names_of
@@ -46,19 +47,12 @@ from mu.unlearning.moving import names_of
 
 def measure_device(spec: Spec) -> Result:
     """What is computed with: the machine, its matmul rates, and the UNet's FLOPs."""
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    side = spec.matmul_side
+    side, calls = spec.matmul_side, 10
     rates: Result = {"side": side}
     torch.set_float32_matmul_precision("highest")  # no TF32
-    for name, dtype in kinds.items():
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.randn((side, side), device=spec.device).to(dtype)
-        calls = 10
-
-        def multiply(a: Tensor = a, calls: int = calls) -> None:
-            for _ in range(calls):
-                torch.mm(a, a)
-
-        best = repeated(multiply, spec)["fastest"]
+        best = repeated(lambda a=a: [torch.mm(a, a) for _ in range(calls)], spec)["fastest"]  # type: ignore[misc]
         rates[f"{name}_tflops"] = 2 * side**3 * calls / best / 1e12
     return {"environment": environment(), "matmul": rates, "flops": count_flops(spec)}
 
@@ -126,30 +120,7 @@ def measure_threshold(spec: Spec) -> Result:
 
 def measure_step(spec: Spec) -> Result:
     """One update on a batch to forget and one to retain, under a random mask."""
-    model = build_model(spec)
-    arm = make_arm(spec, model)
-    stream = torch.Generator().manual_seed(0)
-    mask = {
-        name: torch.rand(p.shape, generator=stream) < spec.threshold
-        for name, p in model.unet.named_parameters()
-    }
-    if spec.arm == "plain":
-        mask = {name: marked.long() for name, marked in mask.items()}
-    forget, retain = read_examples(spec, "forget", model), read_examples(spec, "retain", model)
-    arm.encode(forget)
-    arm.encode(retain)
-    arm.start_training(mask, spec.train_method)
-    del mask
-    steps = iter(range(10**9))
-
-    def step() -> None:
-        number = next(steps)
-        arm.step(
-            forget.cut(number * spec.batch_size, spec.batch_size),
-            retain.cut(number * spec.retain_batch_size, spec.retain_batch_size),
-        )
-
-    result = repeated(step, spec)
+    result = repeated(begin_training(spec, make_arm(spec, build_model(spec))), spec)
     images = spec.batch_size + spec.retain_batch_size
     return {**result, "images": images, "images_per_second": images / result["seconds"]}
 
@@ -161,7 +132,6 @@ def job_mask(spec: Spec) -> Result:
         (path,) = made["masks"].values()
         shutil.copy(path, _job_folder(spec) / path.name)
         return {"seconds": seconds, "mask_bytes": path.stat().st_size}
-    started = time.perf_counter()
     clock = _Laps(spec)
     model = build_model(replace(spec, checkpoint=str(checkpoint_path(spec))))
     clock.lap("load")
@@ -174,8 +144,7 @@ def job_mask(spec: Spec) -> Result:
     clock.lap("threshold")
     path = arm.save_mask(mask, _job_folder(spec))
     clock.lap("write")
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "of_which": clock.laps, "mask_bytes": path.stat().st_size}
+    return {**clock.result(), "mask_bytes": path.stat().st_size}
 
 
 def job_train(spec: Spec) -> Result:
@@ -184,13 +153,8 @@ def job_train(spec: Spec) -> Result:
     if spec.arm == "ours":
         config = _config(TrainConfig, spec, mask_path=str(mask_path))
         seconds, made = timed(lambda: SaliencyUnlearningAlgorithm(config).run(), spec.device)
-        return {
-            "seconds": seconds,
-            "steps": made["steps"],
-            "checkpoint_bytes": made["checkpoint"].stat().st_size,
-            "patch_bytes": made["patch"].stat().st_size,
-        }
-    started = time.perf_counter()
+        sizes = {f"{name}_bytes": made[name].stat().st_size for name in ("checkpoint", "patch")}
+        return {"seconds": seconds, "steps": made["steps"], **sizes}
     clock = _Laps(spec)
     model = build_model(replace(spec, checkpoint=str(checkpoint_path(spec))))
     mask = torch.load(mask_path)
@@ -201,17 +165,13 @@ def job_train(spec: Spec) -> Result:
     arm.encode(retain)
     clock.lap("encode")
     arm.start_training(mask, spec.train_method)
-    steps = 0
-    for _ in range(spec.epochs):
-        for batch in forget.batches(spec.batch_size):
-            arm.step(batch, retain.cut(steps * spec.retain_batch_size, spec.retain_batch_size))
-            steps += 1
+    batches = forget.batches(spec.batch_size) * spec.epochs
+    for step, batch in enumerate(batches):
+        arm.step(batch, retain.cut(step * spec.retain_batch_size, spec.retain_batch_size))
     clock.lap("train")
     path = arm.save_model(_job_folder(spec))
     clock.lap("write")
-    seconds = time.perf_counter() - started
-    size = path.stat().st_size
-    return {"seconds": seconds, "of_which": clock.laps, "steps": steps, "checkpoint_bytes": size}
+    return {**clock.result(), "steps": len(batches), "checkpoint_bytes": path.stat().st_size}
 
 
 class _Laps:
@@ -226,6 +186,9 @@ class _Laps:
         synchronise(self.device)
         now = time.perf_counter()
         self.laps[name], self.last = now - self.last, now
+
+    def result(self) -> Result:
+        return {"seconds": sum(self.laps.values()), "of_which": self.laps}
 
 
 def _job_folder(spec: Spec) -> Path:
@@ -288,9 +251,9 @@ def run(spec: Spec) -> Result:
     try:
         result = {"status": "measured", **PARTS[spec.part](spec)}
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not isinstance(error, memory.OutOfMemoryError) and not memory.is_out_of_memory(error):
             raise
-        result = {"status": "out of memory", "message": str(error).splitlines()[0] if str(error) else ""}
+        result = {"status": "out of memory", "message": first_line(error)}
     return {**result, "peak": peak_memory(spec.device)}
 
 

@@ -1,23 +1,25 @@
-"""What the parts of the stopwatch share: what is measured, the clock, the memory, the model, the images."""
+"""What the parts of the stopwatch share: the clock, the memory, the model, the images, the step of an arm."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from benchmarks.stopwatch_arms import Arm, Examples
+from benchmarks.stopwatch import kilobytes
+from benchmarks.stopwatch_arms import Arm, Example, Examples
 from benchmarks.stopwatch_ours import ARMS
+from benchmarks.stopwatch_spec import Spec
 from mu.config import resolve_path
 from mu.datasets.images import load_image, save_png
 from mu.datasets.streams import draw, generator
+from mu.devices import peak_memory_bytes
 from mu.ldm import LatentDiffusion, load_model, load_model_config, save_checkpoint
 from mu.unlearning.moving import names_of
 
@@ -26,41 +28,7 @@ SUBSTITUTE = "A picture in another style."
 Result = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """What one process measures."""
-
-    part: str
-    arm: str | None
-    device: str
-    folder: str
-    """Of the model (model.yaml, model.safetensors) and the images (forget/, retain/); see `prepare`."""
-    model_config: str
-    """YAML of the model, as the key `model_config_path` takes it."""
-    checkpoint: str | None
-    """None: random weights."""
-    overrides: dict[str, Any]
-    """Of the UNet's options in the YAML."""
-    image_size: int
-    images: int
-    """To forget, and as many to retain."""
-    mask_batch_size: int
-    batch_size: int
-    retain_batch_size: int
-    epochs: int
-    train_method: str
-    threshold: float
-    autocast: bool
-    """bf16 autocast of careful's and our two stages."""
-    matmul_side: int
-    """Of the square matrices whose product gives the device's rate."""
-    repeats: int
-    budget_s: float
-    """No further repeat begins after so many seconds of one measurement."""
-    threads: int | None
-
-
-# ---------------------------------------------------------------------------------------------- time and memory
+# ---- time and memory
 
 
 def synchronise(device: str) -> None:
@@ -83,17 +51,16 @@ def repeated(function: Callable[[], Any], spec: Spec) -> Result:
     Where the first call alone takes the whole budget, it is what counts, and `warm_up` is false.
     """
     first, _ = timed(function, spec.device)
-    if first > spec.budget_s:
-        return {"seconds": first, "fastest": first, "slowest": first, "repeats": 1, "warm_up": False}
-    runs: list[float] = []
-    while len(runs) < spec.repeats and (not runs or sum(runs) < spec.budget_s):
+    warm_up = first <= spec.budget_s
+    runs = [] if warm_up else [first]
+    while warm_up and len(runs) < spec.repeats and (not runs or sum(runs) < spec.budget_s):
         runs.append(timed(function, spec.device)[0])
     return {
         "seconds": statistics.median(runs),
         "fastest": min(runs),
         "slowest": max(runs),
         "repeats": len(runs),
-        "warm_up": True,
+        "warm_up": warm_up,
     }
 
 
@@ -101,42 +68,14 @@ def peak_memory(device: str) -> Result:
     """`host_bytes`: the largest resident size of this process so far, with libraries and mapped files;
     `device_bytes`: the most that torch had allocated on CUDA.
     """
-    peak: Result = {"host_bytes": _host_peak()}
-    if device != "cpu":
-        peak["device_bytes"] = torch.cuda.max_memory_allocated(device)
-    return peak
+    # What the library asks begins at the size of the process that started this one; the kernel's own mark does not.
+    host = kilobytes("/proc/self/status").get("VmHWM") or peak_memory_bytes()["process"]
+    if device == "cpu":
+        return {"host_bytes": host}
+    return {"host_bytes": host, "device_bytes": torch.cuda.max_memory_allocated(device)}
 
 
-def _host_peak() -> int:
-    # ru_maxrss begins at the size of the process that started this one; the kernel's own mark does not.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; torch says so of the CPU's in a RuntimeError."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error)
-        for sign in (
-            "can't allocate memory",
-            "not enough memory",
-            "bad_alloc",
-            "out of memory",
-            "ALLOC_FAILED",
-        )
-    )
-
-
-# --------------------------------------------------------------------------------------------- model and examples
+# ---- model and images
 
 
 def model_yaml(spec: Spec) -> Path:
@@ -144,8 +83,7 @@ def model_yaml(spec: Spec) -> Path:
     path = Path(spec.folder) / "model.yaml"
     if not path.exists():
         content = yaml.safe_load(resolve_path(spec.model_config).read_text(encoding="utf-8"))
-        params = content["model"]["params"]["unet_config"]["params"]
-        params.update(spec.overrides)
+        content["model"]["params"]["unet_config"]["params"].update(spec.overrides)
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
 
@@ -177,40 +115,60 @@ def random_model(spec: Spec, device: str) -> LatentDiffusion:
 
 def prepare(spec: Spec) -> Result:
     """Write what the whole job reads: the YAML, the images (noise), and the checkpoint where weights are random."""
-    folder = Path(spec.folder)
-    model_yaml(spec)
+    folder, side = Path(spec.folder), spec.image_size
     for kind in PROMPTS:
         (folder / kind).mkdir(exist_ok=True)
         for number in range(spec.images):
-            noise = torch.rand(
-                (3, spec.image_size, spec.image_size), generator=generator(0, kind, number, "")
-            )
+            noise = torch.rand((3, side, side), generator=generator(0, kind, number, ""))
             save_png(2 * noise - 1, folder / kind / f"{number:04d}.png")
     if not spec.checkpoint:
         save_checkpoint(build_model(spec), checkpoint_path(spec))
-    params = load_model_config(model_yaml(spec))
-    unet = LatentDiffusion(params, device="meta").unet
-    weights = {"unet": sum(p.numel() for p in unet.parameters())}
+    unet = LatentDiffusion(load_model_config(model_yaml(spec)), device="meta").unet
+    sizes = {name: p.numel() for name, p in unet.named_parameters()}
+    weights = {"unet": sum(sizes.values())}
     for method in ("full", "xattn", spec.train_method):
-        names = set(names_of(unet, method))
-        weights[method] = sum(p.numel() for name, p in unet.named_parameters() if name in names)
+        weights[method] = sum(sizes[name] for name in names_of(unet, method))
     return {"weights": weights, "checkpoint_bytes": checkpoint_path(spec).stat().st_size}
 
 
 def read_examples(spec: Spec, kind: str, model: LatentDiffusion) -> Examples:
-    files = sorted((Path(spec.folder) / kind).glob("*.png"))[: spec.images]
-    shape = model.latent_shape(spec.image_size)
-    draws = [draw(0, kind, 0, f.name, shape=shape, num_timesteps=model.num_timesteps) for f in files]
-    return Examples(
-        names=tuple(f"{kind}/{file.name}" for file in files),
-        images=tuple(load_image(file, spec.image_size) for file in files),
-        prompt=PROMPTS[kind],
-        timesteps=torch.tensor([one.timestep for one in draws]),
-        noise=torch.stack([one.noise for one in draws]),
-        posterior_noise=torch.stack([one.posterior_noise for one in draws]),
-    )
+    shape, steps = model.latent_shape(spec.image_size), model.num_timesteps
+    rows = [
+        Example(
+            f"{kind}/{file.name}",
+            load_image(file, spec.image_size),
+            draw(0, kind, 0, file.name, shape=shape, num_timesteps=steps),
+        )
+        for file in sorted((Path(spec.folder) / kind).glob("*.png"))[: spec.images]
+    ]
+    return Examples(PROMPTS[kind], tuple(rows))
 
 
 def make_arm(spec: Spec, model: LatentDiffusion) -> Arm:
     assert spec.arm is not None
     return ARMS[spec.arm](model, substitute=SUBSTITUTE, autocast=spec.autocast)
+
+
+def begin_training(spec: Spec, arm: Arm) -> Callable[[], None]:
+    """Make an arm ready to train, under a random mask; what is returned makes its next step."""
+    stream = torch.Generator(spec.device).manual_seed(0)
+    mask = {
+        name: torch.rand(p.shape, generator=stream, device=spec.device) < spec.threshold
+        for name, p in arm.model.unet.named_parameters()
+    }
+    if spec.arm == "plain":
+        mask = {name: marked.long() for name, marked in mask.items()}
+    forget, retain = (read_examples(spec, kind, arm.model) for kind in PROMPTS)
+    arm.encode(forget)
+    arm.encode(retain)
+    arm.start_training(mask, spec.train_method)
+    steps = count()
+
+    def step() -> None:
+        number = next(steps)
+        arm.step(
+            forget.cut(number * spec.batch_size, spec.batch_size),
+            retain.cut(number * spec.retain_batch_size, spec.retain_batch_size),
+        )
+
+    return step

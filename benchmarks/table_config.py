@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 from benchmarks.methods import METHODS
-from mu.config import Config, ConfigError, nearest, resolve_path, setting
+from mu.config import ConfigError, nearest, resolve_path, setting
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
 from mu.devices import DEVICE_PATTERN
 from mu.evaluation.config import ScoringKeys
@@ -85,46 +87,34 @@ class TableConfig(ScoringKeys):
                 ("recipes",),
                 f"there is no folder {self.recipes}; give one of recipes, or leave the key out",
             )
-        for kind in ("style", "object"):
-            for name in self.methods:
-                yield from self._recipe_problems(name, kind)
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
+        for kind, name in product(("style", "object"), self.methods):
+            yield from self._recipe_problems(name, kind)
 
     def _recipe_problems(self, name: str, kind: str) -> Iterator[Problem]:
         """Mistakes in a method's recipes; thresholds without effect; a random mask of another size than SalUn's."""
         method = METHODS[name]
-        loaded: dict[str, Config] = {}
-        # The random mask has the size of the mask that SalUn's recipe makes.
-        mask = METHODS["salun"].mask if name == "random" else method.mask
-        for stage, which in (("mask", mask), ("train", method.train)):
-            if which is None:
-                continue
+        found: list[Any] = []
+        for stage in filter(None, (method.train, METHODS["salun"].mask if method.size_key else None)):
             try:
-                loaded[stage] = which.load(kind, self.recipes)
+                found.append(stage.load(kind, self.recipes))
             except ConfigError as error:
                 for mistake in error.mistakes:
-                    yield ("recipes",), f"{which.recipe_path(kind, self.recipes)}: {mistake}"
-        if len(loaded) < 2:
+                    yield ("recipes",), f"{stage.recipe_path(kind, self.recipes)}: {mistake}"
+        if len(found) < 2:
             return
-        made, trained = loaded["mask"], loaded["train"]
-        train_path = method.train.recipe_path(kind, self.recipes)
-        if name == "salun" and self.thresholds and getattr(trained, "masking", None) == "none":
+        train, mask = found
+        if name == "salun" and self.thresholds and train.masking == "none":
+            path = method.train.recipe_path(kind, self.recipes)
             yield (
                 ("thresholds", "recipes"),
-                f"{train_path} has masking none; leave thresholds out, or give a recipe with a mask",
+                f"{path} has masking none; leave thresholds out, or give a recipe with a mask",
             )
-        if name == "random":
-            ranked, moving = _ranked(made), trained.train_method  # type: ignore[attr-defined]
-            if ranked != moving:
-                yield (
-                    ("methods", "recipes"),
-                    f"of {moving}, which moves, a random mask would select another number of weights than the saliency "
-                    f"mask, which ranks {ranked}; give the mask's recipe pool: train_method and train_method: {moving}",
-                )
-
-
-def _ranked(mask: Config) -> str:
-    """The train method whose weights a saliency mask ranks."""
-    found: str = mask.train_method if mask.pool == "train_method" else "full"  # type: ignore[attr-defined]
-    return found
+        ranked, moving = mask.train_method if mask.pool == "train_method" else "full", train.train_method
+        if name == "random" and ranked != moving:
+            yield (
+                ("methods", "recipes"),
+                f"of {moving}, which moves, a random mask would select another number of weights than the saliency "
+                f"mask, which ranks {ranked}; give the mask's recipe pool: train_method and train_method: {moving}",
+            )

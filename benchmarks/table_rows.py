@@ -82,8 +82,11 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
         "devices": config.devices,
         "processed_dataset_dir": str(Path(config.output_dir) / "processed"),
     }
+    salun_mask = METHODS["salun"].mask
+    assert salun_mask is not None
     found = []
     for name in config.methods:
+        # 1. How it is trained, whatever its mask
         method = METHODS[name]
         recipe: Any = method.train.load(kind, config.recipes)
         changes = {key: value for key, value in here.items() if hasattr(recipe, key)} | dict(method.changes)
@@ -92,35 +95,22 @@ def planned_rows(config: TableConfig, concept: str) -> list[PlannedRow]:
         if method.mask is not None:
             changes["mask_path"] = str(folder / "masks")
         train: Any = override(recipe, **changes)
-        stage: Any = method.mask.load(kind, config.recipes) if method.mask is not None else None
+
+        # 2. Without a mask one row; else one for each size: those asked for, or that of SalUn's recipe
+        mask: Any = None
         thresholds: tuple[float | None, ...] = (None,)
         if method.size_key is not None and train.masking != "none":
-            thresholds = config.thresholds or (_size(METHODS["salun"], kind, config.recipes),)
+            mask = salun_mask.load(kind, config.recipes)
+            thresholds = config.thresholds or (float(recipe.threshold or mask.thresholds[0]),)
         for threshold in thresholds:
             own = folder / (name if threshold is None else f"{name}-{exact(threshold)}")
             size = {} if threshold is None else {str(method.size_key): threshold}
-            mask = None
-            if stage is not None and threshold is not None:
-                mask = override(stage, **here, threshold=threshold, output_dir=str(folder / "masks"))
-            found.append(
-                PlannedRow(
-                    name,
-                    threshold,
-                    mask,
-                    override(train, **size, output_dir=str(own / "runs")),
-                    method.train.recipe.format(kind=kind),
-                    own,
-                )
-            )
+            made = None
+            if method.mask is not None and threshold is not None:
+                made = override(mask, **here, threshold=threshold, output_dir=str(folder / "masks"))
+            row = override(train, **size, output_dir=str(own / "runs"))
+            found.append(PlannedRow(name, threshold, made, row, method.train.recipe.format(kind=kind), own))
     return found
-
-
-def _size(method: Method, kind: str, recipes: str | None) -> float:
-    """The threshold of a method's recipe for training, else the first of that for the mask."""
-    assert method.mask is not None
-    train: Any = method.train.load(kind, recipes)
-    mask: Any = method.mask.load(kind, recipes)
-    return float(train.threshold if train.threshold is not None else mask.thresholds[0])
 
 
 def deciding(config: Config) -> dict[str, Any]:

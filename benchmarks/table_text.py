@@ -6,25 +6,11 @@ Numbers but FID are percent, to one decimal. A row without method is one of SalU
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy
+from mu.evaluation.intervals import Estimate, mean_estimate
 
 SCORES = ("UA", "IRA", "CRA", "own")
-RESAMPLES = 10_000
-_COLUMNS = {
-    "UA": "UA",
-    "IRA": "IRA",
-    "base_IRA": "base",
-    "CRA": "CRA",
-    "base_CRA": "base",
-    "own": "own",
-    "base_own": "base",
-    "FID": "FID",
-    "base_FID": "base",
-}
-"""The columns between the concept and the seconds, in their order, and their headings. FID is no percentage."""
 
 Row = dict[str, Any]
 """One concept: `template`, `template_name`, `method`, `recipe`, `threshold`; the shares `before` and `after` by score;
@@ -74,44 +60,17 @@ def exact(threshold: float) -> str:
 # ---- differences
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The mean of n paired differences, with the bootstrap's 95 % interval of it; None of fewer than two pairs."""
+def compare(own: Sequence[Row], others: Sequence[Row], score: str) -> Estimate | None:
+    """The mean of a score's differences after unlearning, in percentage points, over the concepts that both have.
 
-    mean: float
-    interval: tuple[float, float] | None
-    n: int
-
-
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """`first` minus `second`, pair by pair. The pairs are drawn anew (Efron 1979); the same numbers, the same interval.
-
-    Raises:
-        ValueError: there are no pairs, or one is left over.
+    Its interval is the bootstrap's, of pairs drawn anew (Efron 1979); None where no concept is in both.
     """
-    pairs = list(zip(first, second, strict=True))
-    if not pairs:
-        raise ValueError("there is no pair to take a difference of")
-    differences = numpy.array([one - other for one, other in pairs])  # (n,)
-    n = len(differences)
-    if n < 2:
-        return Difference(float(differences[0]), None, n)
-    drawn = numpy.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-    low, high = numpy.percentile(differences[drawn].mean(1), (2.5, 97.5))
-    return Difference(float(differences.mean()), (float(low), float(high)), n)
-
-
-def compare(own: Sequence[Row], others: Sequence[Row], score: str) -> Difference | None:
-    """A score after unlearning, in percentage points, over the concepts that both have; None where there are none."""
-
-    def scores(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-        return {(row["template"], row["template_name"]): 100 * row["after"][score]["value"] for row in rows}
-
-    first, second = scores(own), scores(others)
-    both = [concept for concept in first if concept in second]
-    if not both:
-        return None
-    return paired_difference([first[concept] for concept in both], [second[concept] for concept in both])
+    first, second = (
+        {(row["template"], row["template_name"]): 100 * row["after"][score]["value"] for row in rows}
+        for rows in (own, others)
+    )
+    both = [first[concept] - second[concept] for concept in first if concept in second]
+    return mean_estimate(both) if both else None
 
 
 def differences_markdown(rows: Sequence[Row]) -> str:
@@ -136,11 +95,11 @@ def differences_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _difference(difference: Difference) -> str:
-    if difference.interval is None:
-        return f"{difference.mean:+.1f}"
-    low, high = difference.interval
-    return f"{difference.mean:+.1f} ({low:+.1f} to {high:+.1f})"
+def _difference(difference: Estimate) -> str:
+    text = f"{difference.value:+.1f}"
+    if difference.bootstrap_95 is None:
+        return text
+    return f"{text} ({difference.bootstrap_95[0]:+.1f} to {difference.bootstrap_95[1]:+.1f})"
 
 
 # ---- Markdown
@@ -192,8 +151,13 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, str]:
-    scores = scores_of(rows)
-    return {key: heading for key, heading in _COLUMNS.items() if key.removeprefix("base_") in scores}
+    """Key -> heading of the columns before the seconds: each score, and that of the base, which has no UA."""
+    columns = {}
+    for score in scores_of(rows):
+        columns[score] = score
+        if score != "UA":
+            columns[f"base_{score}"] = "base"
+    return columns
 
 
 def _head(names: Sequence[str], numbers: Iterable[str]) -> list[str]:

@@ -46,10 +46,8 @@ def forget(
     """
     from mu.config import load_config
     from mu.forgetting.config import ForgetConfig
+    from mu.forgetting.forget import forget as run
 
     given = {"what": what, "ckpt_path": ckpt_path, "instead": instead, "keep": keep, **keys}
     given = {key: value for key, value in given.items() if value is not None}
-    config = load_config(ForgetConfig, overrides=given, on_disk=True)
-    from mu.forgetting.run import forget as run
-
-    return run(config)
+    return run(load_config(ForgetConfig, overrides=given, on_disk=True))

@@ -292,8 +292,9 @@ def _read_arguments(cls: type[Config], argv: Sequence[str], *, has_plan: bool = 
         elif name in _ALONE and not equals:
             text, has_value = "true", True
         if name not in known:
-            asked.mistakes.append(f"--{name}: there is no such flag.{hint(name, known)}")
-            asked.unsure |= {key for key in [meant(name, known)] if key is not None}
+            other = cls.of_another(name)
+            asked.mistakes.append(f"--{name}: there is no such flag.{hint(name, known, of_another=other)}")
+            asked.unsure |= {key for key in [meant(name, known, of_another=other)] if key is not None}
         elif not has_value:
             asked.mistakes.append(f"--{name}: a value is missing; write --{name} value")
         elif name in flags:

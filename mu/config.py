@@ -90,6 +90,11 @@ class Config(BaseModel):
         """Pydantic's, but what is changed is checked."""
         return override(self, **(update or {})) if update else super().model_copy(deep=deep)
 
+    @classmethod
+    def of_another(cls, name: str) -> str | None:  # noqa: ARG003
+        """A sentence on a key that is not of this class but of a command that is easily taken for it; else None."""
+        return None
+
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong between keys: (the keys, message). Asked only when the keys are right by themselves."""
         yield from ()
@@ -245,8 +250,9 @@ def _fill(
         elif name in cls.without_effect or (name in cls.gone and _is_text(value, cls.gone[name])):
             unused[name] = None
         else:
-            found.append(f"{name}: there is no such key.{hint(name, keys)}{at}")
-            wrong |= {key for key in [meant(name, keys)] if key is not None}
+            other = cls.of_another(name)
+            found.append(f"{name}: there is no such key.{hint(name, keys, of_another=other)}{at}")
+            wrong |= {key for key in [meant(name, keys, of_another=other)] if key is not None}
 
     # 2. Types, ranges and texts. Where one is wrong, the key's default stands in while the rest is checked.
     try:

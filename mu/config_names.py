@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 METHOD_NAMES: Mapping[str, str] = {"salun": "saliency_unlearning"}
@@ -60,6 +61,12 @@ _ELSEWHERE: dict[str, str] = {
     "classifier_path": "classifier_ckpt_path classification_model",
     "images_dir": "image_dir images_path generated_dir",
     "fid_reference_dir": "reference_dir reference_image_dir",
+    # of `forget` alone
+    "kind": "style object template task concept_type",
+    "what": "name concept concepts prompt prompts template_name forget_theme erase_concept target_concept "
+    "concept_to_erase edit_concepts",
+    "instead": "substitute anchor anchor_concept guide_concept guide_concepts mapping_concept retarget",
+    "keep": "retain retain_prompts preserve preserve_prompts preserve_concepts retain_dataset_dir",
 }
 """Key here -> what others call it. A key counts only where the command has it; of several, the first that it has."""
 
@@ -72,6 +79,11 @@ _OTHERWISE: dict[str, tuple[str, str]] = {
     "micro_batch_size": (
         "images at once; the step stays that of the whole batch",
         "gradient_accumulation_steps accumulate_grad_batches",
+    ),
+    "kind": ('the name comes first, as in forget "Van Gogh" --kind style, or --kind object', "style object"),
+    "what": (
+        'it comes first, without a flag, as in forget "Van Gogh"',
+        "name concept concepts prompt prompts template_name",
     ),
 }
 """Key here -> what it counts, where that is not what these of others count."""
@@ -90,27 +102,38 @@ _NEEDLESS: dict[str, str] = {
 """Why a key of others has no counterpart -> those keys. They are to be left out."""
 
 
-def meant(name: str, known: Collection[str]) -> str | None:
+def meant(name: str, known: Collection[str], *, of_another: str | None = None) -> str | None:
     """The known key that an unknown one stands for: in the table, or else by its letters; None when there is none."""
-    return _counterpart(name, known) or (None if _of_name(name, _NEEDLESS) else nearest_name(name, known))
+    if (own := _counterpart(name, known)) is not None:
+        return own
+    return None if of_another or _of_name(name, _NEEDLESS) else nearest_name(name, known)
 
 
-def hint(name: str, known: Collection[str]) -> str:
-    """What to write instead of an unknown key: a sentence with a blank before it, or nothing."""
+def hint(name: str, known: Collection[str], *, of_another: str | None = None) -> str:
+    """What to write instead of an unknown key: a sentence with a blank before it, or nothing.
+
+    Args:
+        of_another: what is said of a key that another command has, see `Config.of_another`.
+    """
     own = _counterpart(name, known)
     if own is not None:
         counts, others = _OTHERWISE.get(own, ("", ""))
         return f" Here it is {own!r}{f': {counts}' if name.replace('-', '_') in others.split() else ''}."
     if (why := _of_name(name, _NEEDLESS)) is not None:
         return f" Leave it out: {why}."
-    return nearest(name, known)
+    return f" {of_another}" if of_another else nearest(name, known)
 
 
 def nearest_name(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is nearest to another one, None when none is near."""
-    by_case = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(word.casefold(), by_case, n=1, cutoff=0.55)
-    return by_case[near[0]] if near else None
+    """The known word that is nearest to another one, None when none is near; see `folded` for what does not count."""
+    by_folded = {folded(name): name for name in known}
+    near = difflib.get_close_matches(folded(word), by_folded, n=1, cutoff=0.55)
+    return by_folded[near[0]] if near else None
+
+
+def folded(name: str) -> str:
+    """A name without capitals, blanks, dashes and underscores."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

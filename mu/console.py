@@ -9,6 +9,7 @@ import json
 import math
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -54,7 +55,8 @@ class Answer:
 
     Attributes:
         sentences: what was done.
-        made: what -> its path, the most important first; None is left out. `--quiet` prints these paths alone.
+        made: what -> its path, the most important first; None is left out. `--quiet` prints these paths alone, one a
+            line as they are; in words they are quoted where a shell needs it, to be copied.
         following: (what for, command) of what may be typed next.
     """
 
@@ -67,7 +69,7 @@ class Answer:
         return [str(path) for path in self.made.values() if path is not None]
 
     def __str__(self) -> str:
-        there = {what: path for what, path in self.made.items() if path is not None}
+        there = {what: quoted(path) for what, path in self.made.items() if path is not None}
         width = max(map(len, there), default=0)
         lines = [*self.sentences, *(f"  {what:<{width}}  {path}" for what, path in there.items())]
         for what, command in self.following:
@@ -88,6 +90,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def quoted(path: object) -> str:
+    """A path as it can be copied into a command."""
+    return shlex.quote(str(path))
+
+
+def duration(seconds: float) -> str:
+    """`1.2 s`, `12 s`, `2 min 3 s`, `3 min`, `1 h 5 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    large, small = (
+        (f"{minutes} min", f"{rest} s") if minutes < 60 else (f"{minutes // 60} h", f"{minutes % 60} min")
+    )
+    return large if small.startswith("0 ") else f"{large} {small}"
 
 
 class OutputClosed(Exception):

@@ -31,3 +31,8 @@ def nothing_begun() -> Iterator[None]:
 
 class Terminated(BaseException):
     """The process was asked to end, by SIGTERM. As KeyboardInterrupt, it is no error, and no Exception."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from mu.errors import MuError
+from mu.errors import MuError, first_line
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -47,11 +47,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in str(error) for words in _ALLOCATION_ERRORS)
 
 
-def reason_of(error: BaseException) -> str:
-    """The first line of an error of an allocation; a MemoryError often has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 @contextmanager
 def telling(doing: str, *, advice: str = ADVICE) -> Iterator[None]:
     """Turns the error of an allocation inside into one that names what saves memory.
@@ -68,7 +63,7 @@ def telling(doing: str, *, advice: str = ADVICE) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
-            f"out of memory {doing} ({reason_of(error)}). What saves memory: {advice}"
+            f"out of memory {doing} ({first_line(error)}). What saves memory: {advice}"
         ) from error
 
 
@@ -134,7 +129,7 @@ class AtOnce:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = reason_of(error)
+                reason = first_line(error)
             else:
                 done += size
                 yield result

@@ -72,10 +72,12 @@ class RunFolder:
     def create(cls, output_dir: str | Path, name: str) -> RunFolder:
         """Makes `<output_dir>/<name>-<YYYYmmdd-HHMMSS>`, with `-2`, `-3`, ... after it while that is taken.
 
+        Blanks in the name become underscores, so that its path can be copied into a command.
+
         Raises RunFolderError when the folder cannot be made, ValueError for a name that is not one folder's.
         """
         _check_name(name)
-        stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        stem = f"{name.replace(' ', '_')}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             for number in itertools.count(1):

@@ -6,6 +6,7 @@ At full size it is SD v1's structure at 512 px, as in the benchmark's scale sd1;
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gpu_parts import Record, Spec
 from benchmarks.stopwatch import parser, spec_of
 from benchmarks.stopwatch_parts import measure_device
 from benchmarks.stopwatch_setup import PROMPTS, SUBSTITUTE, model_yaml, prepare, random_model, timed
-from benchmarks.stopwatch_setup import Spec as BenchmarkSpec
+from benchmarks.stopwatch_spec import Spec as BenchmarkSpec
 from mu.ldm import save_checkpoint
 from mu.run_folder import environment
 
@@ -33,7 +34,7 @@ def device(spec: Spec, record: Record) -> None:
             capability=[properties.major, properties.minor],
         )
     record.add(device=name, environment=environment())
-    measured = measure_device(BenchmarkSpec(**benchmark_fields(spec), part="device", arm=None))
+    measured = measure_device(benchmark_spec(spec))
     rates = measured["matmul"]
     record.add(
         f"matmul: {rates['fp32_tflops']:.1f} TFLOP/s in fp32, {rates['bf16_tflops']:.1f} in bf16",
@@ -46,31 +47,27 @@ def model(spec: Spec, record: Record) -> None:
     seconds, _ = timed(lambda: make_model(spec), spec.device)
     size = checkpoint_path(spec).stat().st_size
     record.add(f"model made and written in {seconds:.1f} s, {size / 1e9:.2f} GB", model_s=seconds, bytes=size)
-    one = BenchmarkSpec(**benchmark_fields(spec), part="prepare", arm=None)
+    one = benchmark_spec(spec)
     seconds, prepared = timed(lambda: prepare(one), spec.device)
     record.add(f"{2 * one.images} images of {one.image_size} px", images_s=seconds, prepared=prepared)
 
 
 def make_model(spec: Spec) -> None:
     """Random weights, made on the device and written."""
-    one = BenchmarkSpec(**benchmark_fields(spec), part="prepare", arm=None)
+    one = benchmark_spec(spec)
     save_checkpoint(random_model(one, spec.device), checkpoint_path(spec))
 
 
-def benchmark_fields(spec: Spec) -> dict[str, Any]:
-    """The fields of `stopwatch_setup.Spec` but part and arm; its checkpoint is the one that `model` writes."""
+def benchmark_spec(spec: Spec, **fields: Any) -> BenchmarkSpec:
+    """What the stopwatch measures at this size, of the checkpoint that `model` writes; `fields` replace its own."""
     scale, kind = ("tiny" if spec.toy else "sd1"), ("cuda" if spec.on_cuda else "cpu")
-    given = parser().parse_args(["--scale", scale, "--device", kind])
-    return {
-        **spec_of(given, Path(spec.folder)),
-        "checkpoint": str(checkpoint_path(spec)),
-        "device": spec.device,
-    }
+    one = spec_of(parser().parse_args(["--scale", scale, "--device", kind]), Path(spec.folder))
+    return replace(one, **{"checkpoint": str(checkpoint_path(spec)), "device": spec.device, **fields})
 
 
 def model_path(spec: Spec) -> Path:
     """The model's YAML."""
-    return model_yaml(BenchmarkSpec(**benchmark_fields(spec), part="prepare", arm=None))
+    return model_yaml(benchmark_spec(spec))
 
 
 def checkpoint_path(spec: Spec) -> Path:
@@ -79,7 +76,7 @@ def checkpoint_path(spec: Spec) -> Path:
 
 def image_size(spec: Spec) -> int:
     """Pixels."""
-    return int(benchmark_fields(spec)["image_size"])
+    return benchmark_spec(spec).image_size
 
 
 def few_images(spec: Spec, kind: str, count: int) -> Path:

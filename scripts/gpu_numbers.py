@@ -7,10 +7,11 @@ from gpu_model import checkpoint_path, image_size, model_path
 from gpu_parts import Record, Spec
 from torch import Tensor
 
-from benchmarks.stopwatch_setup import is_out_of_memory, timed
+from benchmarks.stopwatch_setup import timed
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency, threshold_mask
 from mu.config import resolve_path
 from mu.ldm import LatentDiffusion, load_model, load_model_config
+from mu.memory import is_out_of_memory
 from mu.unlearning.compute import (
     Compute,
     computing,

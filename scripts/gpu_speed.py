@@ -9,17 +9,25 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_model import benchmark_fields
+from gpu_model import benchmark_spec
 from gpu_parts import Record, Spec
 
 from benchmarks import stopwatch
-from benchmarks.stopwatch_setup import Result, build_model, make_arm, read_examples, repeated, timed
-from benchmarks.stopwatch_setup import Spec as BenchmarkSpec
+from benchmarks.stopwatch_setup import (
+    Result,
+    begin_training,
+    build_model,
+    make_arm,
+    read_examples,
+    repeated,
+    timed,
+)
+from benchmarks.stopwatch_spec import Spec as BenchmarkSpec
 
 GOAL_JOB_S = 30.0
 GOAL_BYTES = {"xattn": 8e9, "full": 14e9}
@@ -32,13 +40,13 @@ _MEASURED = (
 
 def arms(spec: Spec, record: Record) -> None:
     """The benchmark's parts of the three arms, each in a process of its own."""
-    fields = benchmark_fields(spec)
+    bench = benchmark_spec(spec)
     report: Result = {
         "device": _of_device(spec),
         "arms": {arm: {} for arm in stopwatch.ARMS},
     }
     for part, arm in _MEASURED:
-        result = _measured(fields, part, arm, limit_s=120)
+        result = _measured(replace(bench, part=part, arm=arm), limit_s=120)
         report["arms"][arm][part] = result
         report |= stopwatch.conclusions(report)
         rate = report["achieved"][arm].get(part)
@@ -51,12 +59,14 @@ def arms(spec: Spec, record: Record) -> None:
 
 def job(spec: Spec, record: Record) -> None:
     """Mask and training as a user's two commands: load, encode, compute, write, compare; xattn and full."""
-    fields = benchmark_fields(spec)
+    bench = benchmark_spec(spec)
     for method in ("xattn", "full"):
         shutil.rmtree(Path(spec.folder) / "job-ours", ignore_errors=True)
         stages = {}
         for stage in ("job_mask", "job_train"):
-            result = stages[stage] = _measured({**fields, "train_method": method}, stage, "ours", limit_s=120)
+            result = stages[stage] = _measured(
+                replace(bench, train_method=method, part=stage, arm="ours"), limit_s=120
+            )
             record.add(f"{method:6} {stage:9} {stopwatch.described(result)}", **{f"{stage}_{method}": result})
             if result["status"] != "measured":
                 record.check(f"the whole job runs, {method}", False)
@@ -178,11 +188,10 @@ def _of_device(spec: Spec) -> Result:
     return found
 
 
-def _measured(fields: Result, part: str, arm: str, *, limit_s: float) -> Result:
+def _measured(one: BenchmarkSpec, *, limit_s: float) -> Result:
     """A measurement of the benchmark, with the seconds of its whole process."""
     started = time.monotonic()
-    one = {**fields, "part": part, "arm": arm}
-    result = stopwatch.run_part(one, Path(fields["folder"]), timeout_s=limit_s, memory_limit=None)
+    result = stopwatch.run_part(asdict(one), timeout_s=limit_s, memory_limit=None)
     return {**result, "process_s": time.monotonic() - started}
 
 
@@ -193,35 +202,16 @@ def _training(spec: Spec, **computing: Any) -> Iterator[tuple[Callable[[], None]
     Args:
         computing: fields of `Compute` with other values than ours.
     """
-    bench = BenchmarkSpec(**benchmark_fields(spec), part="step", arm="ours")
-    model = build_model(bench)
-    arm: Any = make_arm(bench, model)
+    bench = benchmark_spec(spec, arm="ours")
+    arm: Any = make_arm(bench, build_model(bench))
     arm.compute = replace(arm.compute, **computing)
-    stream = torch.Generator(bench.device).manual_seed(0)
-    mask = {
-        name: torch.rand(p.shape, generator=stream, device=bench.device) < bench.threshold
-        for name, p in model.unet.named_parameters()
-    }
-    forget, retain = read_examples(bench, "forget", model), read_examples(bench, "retain", model)
-    arm.encode(forget)
-    arm.encode(retain)
-    arm.start_training(mask, bench.train_method)
-    del mask
-    steps = iter(range(10**9))
-
-    def step() -> None:
-        number = next(steps)
-        arm.step(
-            forget.cut(number * bench.batch_size, bench.batch_size),
-            retain.cut(number * bench.retain_batch_size, bench.retain_batch_size),
-        )
-
+    step = begin_training(bench, arm)
     with arm.training:
         yield step, bench, arm
 
 
 def _mask_seconds(spec: Spec, channels_last: bool) -> float:
-    bench = BenchmarkSpec(**benchmark_fields(spec), part="mask", arm="ours")
+    bench = benchmark_spec(spec, arm="ours")
     model = build_model(bench)
     arm: Any = make_arm(bench, model)
     arm.compute = replace(arm.compute, channels_last=channels_last)

@@ -19,6 +19,7 @@ from mu.commands.convert import ConvertConfig
 from mu.commands.report import ReportConfig
 from mu.config import Config, keys_of
 from mu.config_keys import Key
+from mu.evaluation.attacks.config import AttackConfig
 from mu.evaluation.config import EvaluateConfig, SampleConfig
 from mu.forgetting.config import ForgetConfig
 
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[str, type[Config]]] = {
     "uce": ("Unified Concept Editing: a closed form, without training", UCEConfig),
     "sample": ("images from a checkpoint", SampleConfig),
     "evaluate": ("what a checkpoint forgot, and what it kept", EvaluateConfig),
+    "attack": ("whether what it forgot can be brought back", AttackConfig),
     "report": ("the report of a finished run, written again", ReportConfig),
     "convert": ("a checkpoint in another format", ConvertConfig),
     "patch": ("patches put on a checkpoint, or taken off", ApplyPatchConfig),

@@ -8,6 +8,16 @@
 Each stage writes its state to the run folder at intervals and goes on from there when started again. With
 `--start_from mu/assets/emoji_canvas` a stage begins with the packaged weights: so better ones are made of the ones that
 are there. The diffusion stage takes the autoencoder of the run folder, if there is one, else the packaged one.
+
+An oracle, the model retrained without a concept, by which unlearning is judged (docs/attacks.md):
+
+    python scripts/train_emoji_base.py --data_dir data/emoji-canvas --run_dir outputs/without_noto --stage diffusion \
+        --autoencoder_from mu/assets/emoji_canvas --leave_out Noto
+    python scripts/train_emoji_base.py --run_dir outputs/without_noto --stage package \
+        --output_dir outputs/without_noto/model
+
+`--leave_out` leaves out every picture of the styles and objects it names. UNet and text encoder begin anew; with
+`--autoencoder_from` the VAE is that of the packaged model, which no attack here changes.
 """
 
 from __future__ import annotations
@@ -17,6 +27,7 @@ import copy
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -107,6 +118,12 @@ def model_yaml(scale_factor: float = 1.0) -> dict:
             },
         }
     }
+
+
+def kept_cells(leave_out: Sequence[str]) -> Tensor:
+    """Places on the grid of styles and objects, counted a style at a time, that have none of these concepts."""
+    cells = [(style, obj) for style in STYLES for obj in OBJECTS]
+    return torch.tensor([n for n, cell in enumerate(cells) if not set(cell) & set(leave_out)])
 
 
 def load_drawings(data_dir: Path) -> Tensor:
@@ -279,14 +296,21 @@ def train_diffusion(args: argparse.Namespace) -> None:
     else:
         model = LatentDiffusion(parse_model_config(model_yaml()["model"]))
     autoencoder = args.run_dir / "autoencoder.pt"
-    packaged_autoencoder = args.start_from is not None and not autoencoder.exists()
+    packaged = args.autoencoder_from or args.start_from
+    packaged_autoencoder = packaged is not None and not autoencoder.exists()
     if packaged_autoencoder:  # written out: the package stage takes it from there
-        save_state(autoencoder, {"ema": model.first_stage_model.state_dict()})
-    model.first_stage_model.load_state_dict(torch.load(autoencoder, weights_only=True)["ema"])
+        source = load_model(packaged / "model_config.yaml", packaged / "model.safetensors")
+        save_state(
+            autoencoder,
+            {"ema": source.first_stage_model.state_dict(), "scale_factor": source.scale_factor},
+        )
+    encoder = torch.load(autoencoder, weights_only=True)
+    model.first_stage_model.load_state_dict(encoder["ema"])
     model.to(args.device)
     mean, logvar = encode_drawings(model, args)
     total_variance = mean.float().var() + logvar.float().exp().mean()
-    scale_factor = model.scale_factor if packaged_autoencoder else round(1 / total_variance.sqrt().item(), 4)
+    scale_factor = encoder.get("scale_factor", round(1 / total_variance.sqrt().item(), 4))
+    kept = kept_cells(args.leave_out)
     prompts = [canvas_prompt(obj, style) for style in STYLES for obj in OBJECTS] + [""]
 
     trained = nn.ModuleDict({"unet": model.unet, "text": model.cond_stage_model})
@@ -301,6 +325,10 @@ def train_diffusion(args: argparse.Namespace) -> None:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start, scale_factor = state["step"], state["scale_factor"]
+        if state.get("leave_out", []) != args.leave_out:
+            raise SystemExit(
+                f"{path} is of --leave_out {' '.join(state.get('leave_out', [])) or '(nothing)'}"
+            )
     print(
         f"scale_factor {scale_factor}; {sum(p.numel() for p in model.unet.parameters()):,} UNet parameters",
         flush=True,
@@ -315,7 +343,7 @@ def train_diffusion(args: argparse.Namespace) -> None:
     network = torch.compile(model.unet) if args.compile else model.unet
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        cells = torch.randint(len(mean), (batch_size,), generator=generator)
+        cells = kept[torch.randint(len(kept), (batch_size,), generator=generator)]
         placements = torch.randint(mean.shape[1], (batch_size,), generator=generator)
         noise = torch.randn((2, batch_size, *mean.shape[2:]), generator=generator).to(args.device)
         # One timestep from each of batch_size equal parts of the schedule: less variance than independent draws.
@@ -345,7 +373,8 @@ def train_diffusion(args: argparse.Namespace) -> None:
                 "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
-            save_state(path, state | {"step": step + 1, "scale_factor": scale_factor})
+            state |= {"step": step + 1, "scale_factor": scale_factor, "leave_out": args.leave_out}
+            save_state(path, state)
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             package(args, args.run_dir / "preview")
 
@@ -366,6 +395,10 @@ def package(args: argparse.Namespace, output_dir: Path) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(model_yaml(state["scale_factor"]), sort_keys=False)
     header = "# The EmojiCanvas base model (scripts/train_emoji_base.py), as CompVis writes a model.\n"
+    if left_out := state.get("leave_out"):
+        header += (
+            f"# Trained without {' and '.join(left_out)}: no picture of it was seen but by the autoencoder.\n"
+        )
     (output_dir / "model_config.yaml").write_text(header + text, encoding="utf-8")
     model = load_model(output_dir / "model_config.yaml")
     model.first_stage_model.load_state_dict(
@@ -432,6 +465,19 @@ def main() -> None:
     )
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the sample grids")
     parser.add_argument("--start_from", type=Path, help="folder with model.safetensors and model_config.yaml")
+    parser.add_argument(
+        "--autoencoder_from",
+        type=Path,
+        help="the same; the diffusion stage takes the autoencoder alone from it",
+    )
+    parser.add_argument(
+        "--leave_out",
+        nargs="+",
+        default=[],
+        choices=[*STYLES, *OBJECTS],
+        metavar="CONCEPT",
+        help="styles and objects of which the diffusion stage sees no picture",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
     parser.add_argument("--compile", action="store_true", help="compile the UNet")

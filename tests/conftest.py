@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from mu import launch
 from mu.ldm import LatentDiffusion, load_model
 from tests.forked_commands import Commands
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what it starts with `&`
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests that start commands take longest: they come first, so that none is left over for one worker."""
+    first = {
+        item.path for item in items if isinstance(item, pytest.Function) and "commands" in item.fixturenames
+    }
+    items.sort(key=lambda item: item.path not in first)
+
 
 TINY_UNET: dict[str, Any] = {
     "image_size": 8,
@@ -160,3 +172,10 @@ def commands() -> Iterator[Commands]:
     """Starts commands as processes of their own."""
     with Commands() as server:
         yield server
+
+
+@pytest.fixture
+def forked_ranks(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`on_ranks` has its processes forked by the server of `commands`; test_launch.py starts some for real."""
+    stand_in = SimpleNamespace(Popen=commands.rank, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(launch, "subprocess", stand_in)

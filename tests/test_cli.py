@@ -13,7 +13,7 @@ from command_lines import parse_cli
 
 from mu.cli import HelpAsked, command_line, help_text, recipe_beside, run_door
 from mu.config import Config, ConfigError, load_config, setting
-from mu.console import Answer
+from mu.console import Answer, duration
 from mu.errors import MuError, Terminated
 from mu.run_folder import RunFolder
 from mu.verbosity import bars_off
@@ -269,6 +269,27 @@ def test_quiet_prints_paths_alone_and_json_the_whole_result_alone(capsys, tmp_pa
     assert door(run, "--json", "--lr", "0") == 2
     printed, error = capsys.readouterr()
     assert (printed, "lr: must be > 0" in error) == ("", True)
+
+
+def test_paths_are_quoted_where_they_are_copied_and_not_where_programs_read_them():
+    said = Answer(["Done."], made={"model": Path("my runs/it's/m"), "patch": Path("plain/p")})
+    assert str(said).splitlines()[1:] == ["""  model  'my runs/it'"'"'s/m'""", "  patch  plain/p"]
+    assert said.paths == ["my runs/it's/m", "plain/p"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (99.4, "99 s"),
+        (123, "2 min 3 s"),
+        (180.2, "3 min"),
+        (3900, "1 h 5 min"),
+    ],
+)
+def test_a_duration_in_words(seconds, words):
+    assert duration(seconds) == words
 
 
 def test_the_settings_of_the_next_command_lie_beside_those_that_were_given(tmp_path):

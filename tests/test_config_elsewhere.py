@@ -41,6 +41,7 @@ from mu.evaluation.config import (
     EvaluateConfig,
     SampleConfig,
 )
+from mu.forgetting.config import ForgetConfig
 
 CLASSES = (
     ApplyPatchConfig,
@@ -267,10 +268,11 @@ def test_promise_25_a_name_of_other_programs_leads_to_the_key_here(cls, name, ow
 
 
 def test_the_table_of_names_has_no_key_of_ours_as_anothers_and_none_twice():
-    ours = {key.name for cls in CLASSES for key in keys_of(cls)}
+    classes = (*CLASSES, ForgetConfig)
+    ours = {key.name for cls in classes for key in keys_of(cls)}
     assert set(_ELSEWHERE) <= ours
     for own, names in _ELSEWHERE.items():
-        for cls in CLASSES:
+        for cls in classes:
             known = [key.name for key in keys_of(cls)]
             for name in names.split():
                 if own in known and name not in known:
@@ -287,6 +289,32 @@ def test_the_table_of_names_has_no_key_of_ours_as_anothers_and_none_twice():
     for why, names in _NEEDLESS.items():
         for name in names.split():
             assert hint(name, ["lr"]) == f" Leave it out: {why}."
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "says"),
+    [
+        (MaskConfig, "epochs", "It is a key of train, which follows; leave it out here."),
+        (TrainConfig, "draws_per_image", "It is a key of mask, which comes first; leave it out here."),
+        (ForgetConfig, "draws_per_image", "It is a key of the stages; write --set draws_per_image=VALUE."),
+        (
+            ForgetConfig,
+            "style",
+            "Here it is 'kind': the name comes first, as in forget \"Van Gogh\" --kind style",
+        ),
+        (
+            ForgetConfig,
+            "prompt",
+            "Here it is 'what': it comes first, without a flag, as in forget \"Van Gogh\".",
+        ),
+    ],
+)
+def test_a_key_of_another_command_is_told_as_such(cls, name, says, tmp_path):
+    (tmp_path / "x.yaml").write_text(f"{name}: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(cls, config_path=tmp_path / "x.yaml")
+    assert caught.value.mistakes[0].startswith(f"{name}: there is no such key. {says}")
+    assert mistakes_of(f"--{name}", "1", cls=cls)[0].startswith(f"--{name}: there is no such flag. {says}")
 
 
 def test_keys_of_old_training_files_are_taken_with_one_note(tmp_path, caplog):

@@ -218,7 +218,7 @@ def test_tables_are_what_their_scripts_make(command: list[str]) -> None:
 def test_the_page_on_keys_has_every_command() -> None:
     """A table for each config class that a door is opened with."""
     doors = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mu").rglob("*.py"))
-    classes = set(re.findall(r"\brun_door\(\s*(\w+),", doors))
+    classes = set(re.findall(r"\brun_(?:door|method)\(\s*([A-Z]\w+),", doors))
     page = (ROOT / "scripts/keys_page.py").read_text(encoding="utf-8")
     listed = set(re.findall(r'^    "\w+": \(".*", (\w+)\),$', page, flags=re.M))
     assert len(classes) >= 6

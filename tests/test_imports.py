@@ -27,7 +27,7 @@ LIGHT = [
         for name in MODULES
         if name
         in {"mu.config", "mu.run_folder", "mu.errors", "mu.datasets.data_sets", "mu.unlearning.config"}
-        or name in {"mu.commands.forget", "mu.forgetting.config", "mu.forgetting.recipes"}
+        or name in {"mu.commands.forget", "mu.forgetting.forget", "mu.forgetting.plan"}
         or (name.startswith("mu.algorithms.") and ".configs" in name)
         or ".scripts" in name
     ),

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import signal
 import socket
@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rank_work
@@ -18,6 +19,7 @@ from mu import launch, ranks
 from mu.errors import MuError, Terminated
 from mu.launch import on_ranks
 from mu.ranks import RankError, started_local_rank, started_rank, started_world_size
+from tests.forked_commands import Commands
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,7 @@ def not_ignoring_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_processes_exchange_what_they_have_and_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = on_ranks(rank_work.exchanges, None, "cpu,cpu")
@@ -48,15 +51,15 @@ from mu.launch import on_ranks
 
 print("the script runs")
 before = dict(os.environ)
-for _ in range(2):
+for _ in range(TURNS):
     print(len(on_ranks(large, 1_000_000, "cpu,cpu")), "bytes")
 assert os.environ == before
 assert "torch" not in sys.modules
 """
 BESIDE = """
 import os
-if "RANK" in os.environ:
-    import pytorch_lightning  # as what a run imports does; it has a word to say of the processes
+if os.environ.get("RANK") == "0":
+    import pytorch_lightning  # as a run may; in process 0 it has a word to say of the processes
 
 def large(size):
     return bytes(size)
@@ -67,7 +70,8 @@ def large(size):
 def test_a_script_without_a_guard_and_a_python_prompt_start_processes(tmp_path, how):
     """The caller's code is run once, its environment is what it was, and torch (and so CUDA) is left to the others."""
     path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
+    turns = 2 if how == "script" else 1  # also after another one
+    path.write_text(SCRIPT.replace("TURNS", str(turns)))
     (tmp_path / "beside.py").write_text(BESIDE)
     arguments, typed = (
         ([str(path)], "") if how == "script" else (["-i"], f"exec(open({str(path)!r}).read())\n")
@@ -76,7 +80,7 @@ def test_a_script_without_a_guard_and_a_python_prompt_start_processes(tmp_path, 
     done = subprocess.run(
         [sys.executable, *arguments], env=environ, input=typed, capture_output=True, text=True, timeout=300
     )
-    assert done.stdout.splitlines() == ["the script runs", "1000000 bytes", "1000000 bytes"], done.stderr
+    assert done.stdout.splitlines() == ["the script runs", *["1000000 bytes"] * turns], done.stderr
     assert "Error" not in done.stderr
     assert "distributed" not in done.stderr, "Lightning's announcements"
 
@@ -88,12 +92,14 @@ def test_one_device_is_this_process_alone():
     assert found["shares"] == [[0, 1, 2, 3, 4]]
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_an_error_of_the_main_process_is_raised_in_all():
     with pytest.raises(MuError) as caught:
         on_ranks(rank_work.main_fails, None, "cpu,cpu")
     assert str(caught.value).count("lr: too large") == 2
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_an_error_of_another_process_comes_back_as_it_was(tmp_path):
     with pytest.raises(MuError, match="rank 1 cannot read its image"):
         on_ranks(rank_work.one_fails, str(tmp_path / "other"), "cpu,cpu")
@@ -102,16 +108,19 @@ def test_an_error_of_another_process_comes_back_as_it_was(tmp_path):
         on_ranks(rank_work.one_fails_alone, None, "cpu,cpu")
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_crash_comes_back_with_its_traceback():
     with pytest.raises(RankError, match="KeyError: 'surprise'"):
         on_ranks(rank_work.one_crashes, None, "cpu,cpu")
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_killed_process_is_named_and_the_other_does_not_stay():
     with pytest.raises(RankError, match="process 1 of the run was ended by SIGKILL"):
         on_ranks(rank_work.one_is_killed, None, "cpu,cpu")
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_process_that_waits_for_a_failed_one_is_ended_and_not_blamed(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.2)
     path = tmp_path / "waiting"
@@ -144,12 +153,13 @@ def srun_on_two_nodes(rank, port):
     ("start", "devices", "local_ranks"),
     [(torchrun_on_one_node, "cpu,cpu", (0, 1)), (srun_on_two_nodes, "cpu", (0, 0))],
 )
-def test_where_others_start_the_processes_one_run_comes_after_the_other(start, devices, local_ranks):
+def test_where_others_start_the_processes_one_run_comes_after_the_other(
+    start, devices, local_ranks, commands, tmp_path
+):
     port = _free_port()
     tasks = [(devices, start(rank, port)) for rank in (0, 1)]
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(rank_work.again_and_again, tasks))
-    assert found == [[[(10 * turn + rank, local_ranks[rank]) for rank in (0, 1)] for turn in range(10)]] * 2
+    found = _at_once(commands, tmp_path, "again_and_again", tasks)
+    assert found == [[[[10 * turn + rank, local_ranks[rank]] for rank in (0, 1)] for turn in range(10)]] * 2
 
 
 @pytest.mark.parametrize(
@@ -171,41 +181,34 @@ def test_a_signal_before_the_processes_have_begun_is_no_failure(tmp_path, number
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_nobody_else_is_given_the_port_where_the_processes_meet(monkeypatch):
-    started = subprocess.Popen
+def test_nobody_else_is_given_the_port_where_the_processes_meet(monkeypatch, commands):
+    started = commands.rank
 
     def start(*args, env, **kwargs):
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", int(env["MASTER_PORT"])))
         return started(*args, env=env, **kwargs)
 
-    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
     assert on_ranks(rank_work.exchanges, None, "cpu,cpu")["from_main"] == 1
 
 
-def test_two_steps_of_a_slurm_job_meet_at_two_ports(monkeypatch):
-    names = ("MASTER_ADDR", "MASTER_PORT", *ranks._TORCHRUN)
-    for name in (*names, "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "first,second")
-    ports = set()
-    for step in ("0", "1"):
-        monkeypatch.setenv("SLURM_STEP_ID", step)
-        with ranks._described(ranks._Place(1, 2, 0, 1)):
-            assert [os.environ[name] for name in ("MASTER_ADDR", "RANK")] == ["first", "1"]
-            ports.add(os.environ["MASTER_PORT"])
-    assert len(ports) == 2
-    assert not os.environ.keys() & set(names), "the environment is what it was"
+def test_two_steps_of_a_slurm_job_meet_at_two_ports(commands, tmp_path):
+    steps = [{"SLURM_STEP_ID": step} for step in ("0", "1")]
+    step = {"SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "first,second"}
+    found = _at_once(commands, tmp_path, "meeting_of_a_step", [step | each for each in steps])
+    assert [place["inside"][:2] for place in found] == [["first", "1"]] * 2
+    assert found[0]["inside"][2] != found[1]["inside"][2]
+    assert [place["after"] for place in found] == [[], []], "the environment is what it was"
 
 
-def test_in_a_group_of_the_callers_the_run_is_one_of_it():
+def test_in_a_group_of_the_callers_the_run_is_one_of_it(commands, tmp_path):
     port = _free_port()
     places = [(rank, port) for rank in (0, 1)]
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert list(pool.map(rank_work.in_the_callers_group, places)) == [[0, 1], [0, 1]]
+    assert _at_once(commands, tmp_path, "in_the_callers_group", places) == [[0, 1], [0, 1]]
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(
     ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 )
@@ -226,14 +229,9 @@ def test_a_signal_is_handed_on_and_raised_when_all_have_ended(tmp_path, number, 
     assert not any(_alive(pid) for pid in pids)
 
 
-def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path):
+def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path, commands):
     path = tmp_path / "ready"
-    code = (
-        "import rank_work; from mu.launch import on_ranks; "
-        f"on_ranks(rank_work.wait_for_signal, {str(path)!r}, 'cpu,cpu')"
-    )
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}
-    parent = subprocess.Popen([sys.executable, "-c", code], env=environ)
+    parent = commands.call("starts_two", str(path), tmp_path / "parent")
     pids = _ready(path)
     parent.kill()
     parent.wait()
@@ -269,6 +267,15 @@ def test_alone_every_exchange_gives_back_what_went_in():
     assert ranks.from_main("a") == ranks.on_main(lambda: "a") == "a"
     with pytest.raises(MuError, match="mine"), ranks.in_step():
         raise MuError("mine")
+
+
+def _at_once(commands: Commands, folder: Path, function: str, arguments: Sequence[object]) -> list[object]:
+    """What a function of `rank_work` returns in several processes, one for each argument."""
+    results = [folder / f"{number}.json" for number in range(len(arguments))]
+    started = [commands.call(function, *each) for each in zip(arguments, results, strict=True)]
+    for command in started:
+        assert command.wait() == 0, command.output()
+    return [json.loads(result.read_text()) for result in results]
 
 
 def _ready(path: Path) -> list[int]:

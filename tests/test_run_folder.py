@@ -47,6 +47,14 @@ def test_each_run_has_its_own_folder(tmp_path):
     assert all(re.fullmatch(r"Noto-\d{8}-\d{6}(-\d)?", path.name) for path in paths)
 
 
+def test_its_path_can_be_copied_into_a_command(tmp_path):
+    with RunFolder.create(tmp_path, "style-High Contrast") as run:
+        assert re.fullmatch(r"style-High_Contrast-\d{8}-\d{6}", run.path.name)
+    (tmp_path / "style-High Contrast-20250101-000000").mkdir()  # of an earlier version
+    with RunFolder.go_on(tmp_path, "style-High Contrast-20250101-000000") as run:
+        assert run.path.name == "style-High Contrast-20250101-000000"
+
+
 @pytest.mark.parametrize("name", ["a/b", "..", "", "/abs"])
 def test_a_name_stays_in_its_folder(tmp_path, name):
     with pytest.raises(ValueError, match="cannot be part"):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mu.cli import recipe_beside
-from mu.console import Answer, called
-from mu.datasets.index import concept_names
+from mu.console import Answer, called, duration
+from mu.datasets.index import concept_names, concept_words
 from mu.run_folder import RESULT
 
 _SALUN = "mu.algorithms.saliency_unlearning.scripts"
@@ -23,7 +23,10 @@ Result = Mapping[str, Any]
 def masked(config: Any, result: Result, config_path: str | None) -> Answer:
     """Of generate_mask."""
     kept, total = result["kept"], result["total"]
-    shares = ", ".join(f"{count:,} ({count / total:.1%})" for count in kept.values())
+    shares = ", ".join(
+        f"{count:,} ({count / total:.1%}{f', threshold {threshold:g}' if len(kept) > 1 else ''})"
+        for threshold, count in kept.items()
+    )
     masks = {
         "mask" if len(kept) == 1 else f"mask {threshold:g}": path
         for threshold, path in result["masks"].items()
@@ -32,8 +35,8 @@ def masked(config: Any, result: Result, config_path: str | None) -> Answer:
     train = ["--config_path", recipe, *_concept(config), "--mask_path", str(next(iter(masks.values())))]
     return Answer(
         [
-            f"Found the weights that matter most for {_named(config)}: {shares} of the {total:,} weights of the "
-            f"UNet, from {result['images']} images, in {duration(result['seconds'])}."
+            f"Found the weights that matter most for {_what(config)}: {shares} of the {total:,} weights of the "
+            f"UNet, from {_count(result['images'], 'image')}, in {duration(result['seconds'])}."
         ],
         made={**masks, "numbers": result["run"] / RESULT},
         following=[("To forget it, moving these weights alone", _command("train", train))],
@@ -43,7 +46,7 @@ def masked(config: Any, result: Result, config_path: str | None) -> Answer:
 def trained(config: Any, result: Result, config_path: str | None) -> Answer:
     """Of all methods' train."""
     moved, total = result["weights_changed"], result["weights_total"]
-    steps = f" by {result['steps']:,} steps" if "steps" in result else ""
+    steps = f" by {_count(result['steps'], 'step')}" if "steps" in result else ""
     kind = "in the mask" if result.get("mask") is not None else "that may move"
     recipe = recipe_beside(config_path, "evaluate")
     run = str(result["run"])
@@ -57,7 +60,7 @@ def trained(config: Any, result: Result, config_path: str | None) -> Answer:
         following.append(("For diffusers", _command("convert", words)))
     return Answer(
         [
-            f"Made the model forget {_named(config)}{steps}, in {duration(result['seconds'])}: {moved:,} of its "
+            f"Made the model forget {_what(config)}{steps}, in {duration(result['seconds'])}: {moved:,} of its "
             f"{total:,} UNet weights changed, and not one bit of the file outside the {result['weights_selected']:,} "
             f"{kind}."
         ],
@@ -97,7 +100,7 @@ def evaluated(config: Any, result: Result, config_path: str | None) -> Answer:  
     shares = {key: value for key, value in measured.items() if "after, %" in value}
     lines = [
         f"Measured {_count(result['images of each model'], 'image')} of each model, in "
-        f"{duration(result['seconds'])}; {_named(config)} was to be forgotten."
+        f"{duration(result['seconds'])}; to be forgotten: {_what(config)}."
     ]
     if shares:
         models = [name for name in ("before", "after") if f"{name}, %" in next(iter(shares.values()))]
@@ -148,23 +151,12 @@ def reported(config: Any, result: Result, config_path: str | None) -> Answer:  #
     )
 
 
-def duration(seconds: float) -> str:
-    """`12 s`, `2 min 3 s`, `1 h 5 min`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 _DIFFUSERS = "diffusers"
 """Where the suggested conversion writes, in the run's folder."""
 
 
-def _named(config: Any) -> str:
-    """`style Noto`, `objects Cats and Dogs`."""
-    names = concept_names(config.template_name)
-    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    return f"{config.template} {listed.replace('_', ' ')}"
+def _what(config: Any) -> str:
+    return concept_words(config.template, config.template_name)
 
 
 def _of_both_stages(config_path: str | None) -> str | None:

@@ -19,6 +19,7 @@ from mu.unlearning.find_checkpoint import (
     checkpoint_file,
     checkpoint_problems,
     is_checkpoint,
+    model_config_problems,
 )
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.apply_patch"
@@ -89,11 +90,7 @@ class ApplyPatchConfig(Config):
         places = [path.resolve() for path in files if path.is_file()]
         if twice := next((path for path in places if places.count(path) > 1), None):
             yield ("patches",), f"{twice} is given twice; once is enough"
-        if not resolve_path(self.model_config_path).is_file():
-            yield (
-                ("model_config_path",),
-                f"there is no file {self.model_config_path}; for SD v1 leave the key out",
-            )
+        yield from model_config_problems(self.model_config_path)
         if self.output_path is None:
             return
         output = Path(self.output_path)

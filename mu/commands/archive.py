@@ -166,7 +166,6 @@ def _check(path: Path, limits: Limits) -> int:
 
 @contextlib.contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """Errors of the libraries, for an archive that cannot be read, become ArchiveError."""
     try:
         yield
     except _DAMAGE as error:

@@ -100,7 +100,6 @@ def create_conda(
 
 
 def _conda_environment(executable: str, name: str) -> Path | None:
-    """Where conda has an environment of that name."""
     command = [executable, "env", "list", "--json"]
     try:
         listed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
@@ -113,7 +112,6 @@ def _conda_environment(executable: str, name: str) -> Path | None:
 
 
 def _is_used(folder: Path) -> bool:
-    """Whether something is there that is not an empty folder."""
     return folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir())))
 
 
@@ -203,7 +201,6 @@ def _is_version(version: str, wanted: str) -> bool:
 
 
 def _version(executable: str) -> str:
-    """The version of an interpreter, such as `3.11.7`. Raises EnvironmentProblem when it does not say."""
     program = "import sys; print('.'.join(map(str, sys.version_info[:3])))"
     try:
         done = subprocess.run(

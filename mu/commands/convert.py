@@ -16,6 +16,7 @@ from mu.unlearning.find_checkpoint import (
     Problem,
     checkpoint_file,
     checkpoint_problems,
+    model_config_problems,
 )
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.convert"
@@ -125,11 +126,7 @@ class ConvertConfig(Config):
         for key in ("input_path", "base_ckpt_path"):
             if getattr(self, key) is not None:
                 yield from checkpoint_problems(key, getattr(self, key))
-        if not resolve_path(self.model_config_path).is_file():
-            yield (
-                ("model_config_path",),
-                f"there is no file {self.model_config_path}; for SD v1 leave the key out",
-            )
+        yield from model_config_problems(self.model_config_path)
         if self.output_path is not None:
             output = Path(self.output_path)
             if output.exists() and not self.overwrite:

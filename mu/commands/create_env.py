@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from mu.commands.backends import (
     find_python,
 )
 from mu.commands.door import Outcome, add_verbosity, guarded, path, program
+from mu.config_names import nearest
 from mu.console import ArgumentParser
 
 ALGORITHMS = Path(mu.__file__).parent / "algorithms"
@@ -157,9 +157,9 @@ def find_environment(name: str, root: Path = ALGORITHMS) -> Path:
     if name in names:
         own = root / name / FILE_NAME
         return own if own.is_file() else root / FILE_NAME
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise EnvironmentProblem(f"{name!r} is no algorithm; there are: {', '.join(names)}.{hint}")
+    raise EnvironmentProblem(
+        f"{name!r} is no algorithm; there are: {', '.join(names)}.{nearest(name, names)}"
+    )
 
 
 def read_environment(path: Path, algorithm: str) -> EnvironmentFile:

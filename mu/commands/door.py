@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import io
 import logging
 import os
@@ -21,6 +20,7 @@ from mu.commands.download import Result, download
 from mu.commands.origins import Wish
 from mu.commands.sources import MIRROR_VARIABLE, Source
 from mu.config_file import path_problem
+from mu.config_names import nearest
 from mu.console import ArgumentParser, as_json, called
 from mu.errors import MuError
 from mu.verbosity import LEVELS, console_level, is_json, is_quiet, verbosity
@@ -138,9 +138,9 @@ def one_of(names: Sequence[str], aliases: Mapping[str, str] | None = None) -> Ca
         if name in names:
             return name
         allowed = [*names, *(aliases or ())]
-        near = difflib.get_close_matches(text.replace("-", "_").lower(), allowed, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of: {', '.join(allowed)}.{hint}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of: {', '.join(allowed)}.{nearest(text, allowed)}"
+        )
 
     return checked
 

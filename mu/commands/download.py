@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mu.commands.archive import ArchiveError, archive_kind, unpack
-from mu.commands.fetch import forget
+from mu.commands.fetch import discard
 from mu.commands.files import DownloadError, require_disk
 from mu.commands.origins import Payload, Wish, fetch_payload, place_of
 from mu.commands.record import Pin, Record, exclusive, read_record, some, write_record
@@ -120,7 +120,7 @@ def _arranged(wish: Wish, payload: Payload, staging: Path) -> list[str]:
             content = _content(wish, payload, path, name, staging / f"unpacked-{number}")
         except ArchiveError:
             if not payload.keep:
-                forget(path)  # else the next call would find it and fail again
+                discard(path)  # else the next call would find it and fail again
             raise
         if twice := content.keys() & found.keys():
             raise ArchiveError(f"{wish.source.name}: {min(twice)} comes twice, in {name} and in another file")

@@ -15,12 +15,12 @@ from mu.commands.files import (
     QUOTA_ADVICE,
     DownloadError,
     DownloadQuotaError,
-    first_line,
     looks_like_page,
     page_error,
     says_quota,
 )
 from mu.commands.sources import OTHER_SOURCE, Drive
+from mu.errors import first_line
 
 
 def drive_link(url: str) -> tuple[str, bool] | None:
@@ -83,7 +83,6 @@ def _fetch(file_id: str, output: str, what: str, *, progress: bool) -> Path:
 
 @contextmanager
 def _errors_told(what: str) -> Iterator[None]:
-    """Errors of gdown and of the connection become DownloadErrors; a used-up quota is named."""
     import gdown
     import requests
 

@@ -117,7 +117,7 @@ def fetch(
     return found
 
 
-def forget(target: Path) -> None:
+def discard(target: Path) -> None:
     """Removes a fetched file that turned out to be worth nothing, so that the next call fetches it again."""
     target.unlink(missing_ok=True)
     target.with_name(f"{target.name}.fetched.json").unlink(missing_ok=True)
@@ -206,7 +206,6 @@ def _receive(
 
 
 def _refusal(error: urllib.error.HTTPError, url: str) -> Exception:
-    """The error for an answer of 4xx or 5xx."""
     if error.code == 416:
         return _CutError("the server does not go on where the file stopped")
     if error.code in _PASSING_STATUS:
@@ -222,7 +221,6 @@ def _refusal(error: urllib.error.HTTPError, url: str) -> Exception:
 
 
 def _connection_error(reason: object, url: str) -> Exception:
-    """The error for a connection that broke, or was never made, or could not be written down."""
     if isinstance(reason, socket.gaierror):
         return DownloadError(
             f"{shown_url(url)}: its host cannot be found ({reason.strerror}). Is there a network?"

@@ -79,12 +79,6 @@ def progress_bar(name: str, total: int | None, shown: bool, initial: int = 0) ->
     )  # fmt: skip
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind's name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
-
-
 def shown_url(url: str) -> str:
     """The URL as it may be printed and written down: what may hold a secret is left out, a hash tells two apart."""
     parts = urllib.parse.urlsplit(url)

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mu.bars import loading
-from mu.cli import Planned, run_door
+from mu.cli import run_door
 from mu.console import Answer
 from mu.forgetting.answer import Forgotten
 from mu.forgetting.config import ForgetConfig
+from mu.forgetting.forget import forget, plan
 
 MODULE = "mu.commands.forget"
 _SUMMARY = (
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary=_SUMMARY,
         examples=[(MODULE, "Noto")],
         argv=_named(argv),
-        plan=_plan,
+        plan=plan,
         answer=_answer,
         first_words={"what": "WHAT ..."},
     )
@@ -49,22 +49,11 @@ def _named(argv: Sequence[str] | None) -> list[str]:
 
 
 def _run(config: ForgetConfig) -> dict[str, Any]:
-    with loading():
-        from mu.forgetting.run import forget
-
     return {**vars(forget(config))}
 
 
 def _answer(config: ForgetConfig, result: Mapping[str, Any], config_path: str | None) -> Answer:  # noqa: ARG001
     return Forgotten(**result).answer()
-
-
-def _plan(config: ForgetConfig) -> Planned:
-    with loading():
-        from mu.forgetting.plan import plan_of
-        from mu.forgetting.recipes import recipe_of
-
-    return plan_of(recipe_of(config), examined=True)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mu.commands.archive import proper_name
-from mu.commands.fetch import fetch, forget
-from mu.commands.files import DownloadError, first_line, require_disk
+from mu.commands.fetch import discard, fetch
+from mu.commands.files import DownloadError, require_disk
 from mu.commands.sources import OTHER_SOURCE, Hub
+from mu.errors import first_line
 
 LARGE_BYTES = 64 << 20
 """Files from here on are fetched by `fetch`: the hub's own library begins a large file anew when it was cut off."""
@@ -71,7 +72,7 @@ def fetch_hub(
         verified = api.verify_repo_checksums(**place, local_dir=local)
     wrong = [file for file in verified.mismatches if file["path"] in wanted]
     for file in wrong:
-        forget(local / file["path"])
+        discard(local / file["path"])
     if wrong:
         raise DownloadError(
             f"{hub.text}: the {wrong[0]['algorithm']} of {wrong[0]['path']} is {wrong[0]['actual']}, and should be "
@@ -85,7 +86,6 @@ def fetch_hub(
 
 
 def _silent_bar() -> Any:
-    """A kind of the hub's progress bar that shows nothing."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Silent(tqdm):
@@ -97,7 +97,6 @@ def _silent_bar() -> Any:
 
 @contextmanager
 def _errors_told(hub: Hub, revision: str | None, what: str) -> Iterator[None]:
-    """The hub's errors become DownloadErrors."""
     from huggingface_hub import errors
 
     # Xet, where the hub keeps large files, raises RuntimeError and kinds of OSError from its Rust library. Failed

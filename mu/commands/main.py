@@ -29,6 +29,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Look at what became of it": {
         "sample": (f"{_SALUN}.sample", "draw images of prompts"),
         "evaluate": (f"{_SALUN}.evaluate", "measure what was forgotten and what was kept"),
+        "attack": (
+            "mu.commands.attack",
+            "try to bring back what was forgotten, and count how often it works",
+        ),
         "report": ("mu.commands.report", "write the report of a finished run again: one HTML file"),
     },
     "Take it elsewhere": {

@@ -119,7 +119,6 @@ def _locked(path: Path, waiting: str) -> IO[str]:
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether a path still leads to an open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Write the report of a finished training or evaluation again, from the files of its folder."""
+"""Write the report of a finished training, evaluation or attack again, from the files of its folder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ReportConfig(Config):
 
     run: str | None = setting(
         None,
-        "Folder of a finished run of train or evaluate; of a folder of runs, the newest. The first argument, without "
-        "its name.",
+        "Folder of a finished run of train, evaluate or attack; of a folder of runs, the newest. The first argument, "
+        "without its name.",
         kind="path",
     )
 
@@ -69,7 +69,7 @@ def run(folder: Path) -> dict[str, object]:
         `run` and `report`, their paths.
 
     Raises:
-        ReportError: it is not the folder of a training or an evaluation, or one of its files is damaged.
+        ReportError: it is not the folder of a training, an evaluation or an attack, or one of its files is damaged.
         WriteError: the report cannot be written.
     """
     import yaml
@@ -77,10 +77,14 @@ def run(folder: Path) -> dict[str, object]:
 
     with loading():
         from mu.errors import MuError
+        from mu.evaluation.attacks.report import is_attack, write_attack_report
         from mu.evaluation.report import REPORT_NAME, read_evaluation, read_training_run, write_report
         from mu.evaluation.report_data import ReportError, is_training_run
 
     try:
+        if is_attack(folder):
+            return {"run": folder, "report": write_attack_report(folder)}
+
         # 1. Read: an evaluation, and the training run in whose folder its checkpoint lies; or a training run alone.
         evaluation, made_in = None, folder
         if not is_training_run(folder):

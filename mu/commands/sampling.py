@@ -33,7 +33,7 @@ from mu.ldm.tensor_file import fingerprint
 from mu.ldm.text_to_image import SamplingError, TextToImage, sampling_precision
 from mu.pictures import image_grid, write_png
 from mu.run_folder import RunFolder, shared_folder
-from mu.unlearning.output import model_of
+from mu.unlearning.config import model_of
 from mu.unlearning.runs import save_result
 
 PLAN_JSON = "plan.json"
@@ -228,7 +228,7 @@ def _run(config: SampleConfig) -> dict[str, Any]:
 
         def finish() -> dict[str, Any]:
             grid = {"grid": _write_grids(images, listed)} if config.grid else {}
-            _log.info("%s has %d images", folder.path / "images", len(images))
+            _log.info("images in %s: %d", folder.path / "images", len(images))
             result = {
                 "run": folder.path,
                 "images": len(images),

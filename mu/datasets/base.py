@@ -22,6 +22,11 @@ SAMPLED_PROMPTS: Mapping[str, str] = {"subfolder": "generated_prompts", "prompt"
 Problem = tuple[tuple[str, ...], str]
 """The keys that are at odds, of which the first is named, and what is wrong."""
 
+WITHOUT_IMAGES = (
+    "without images of your own, set dataset_type: generated, with forget_prompts and retain_prompts: the model draws "
+    "them"
+)
+"""What to do where a folder of images is missing."""
 _KEYS = (
     "template_name",
     "substitute",
@@ -131,7 +136,7 @@ class DataSet:
     def key_problems(self) -> Iterator[Problem]:
         """Keys that are missing, or have no meaning here: those of a folder whose images to forget have prompts."""
         if self.config.raw_dataset_dir is None:
-            message = f"dataset_type {self.kind} needs a folder of images"
+            message = f"dataset_type {self.kind} needs a folder of images; {WITHOUT_IMAGES}"
             yield ("raw_dataset_dir", "dataset_type"), message
         own = f"dataset_type {self.kind} has its own prompts; leave the key out"
         yield from self.unused(own, "forget_prompts", "dataset_type")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from mu.config_names import nearest
 from mu.datasets.base import DataSet, Problem
 from mu.datasets.canvas import SEED_STYLE
 from mu.datasets.folder import captions
@@ -25,7 +26,6 @@ from mu.datasets.index import (
     raise_problems,
     same_name,
     same_words,
-    suggestion,
 )
 from mu.datasets.prompt_table import (
     CASE_NUMBERS,
@@ -93,7 +93,7 @@ class CategoryTable(DataSet):
             if target not in known:
                 raise DataError(
                     f"template_name: there is no category {target!r} in {table}; it has: {', '.join(sorted(known))}."
-                    f"{suggestion(target, known)}"
+                    f"{nearest(target, known)}"
                 )
         substitutes = {target: self.substitute_for(target) for target in targets}
         for substitute in substitutes.values():

@@ -5,11 +5,13 @@ Prompts are given, one for all images of a folder, or stand beside the images.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mu.datasets.base import DataSet, Problem
+from mu.config_names import nearest
+from mu.datasets.base import WITHOUT_IMAGES, DataSet, Problem
 from mu.datasets.generated import substitute_key, substitute_problems, substitute_prompt
 from mu.datasets.image_files import check_folder, find_images, image_problems, no_images, not_read
 from mu.datasets.index import (
@@ -22,7 +24,6 @@ from mu.datasets.index import (
     concept_label,
     passed_over,
     raise_problems,
-    suggestion,
 )
 from mu.datasets.tables import QUOTING, read_table, read_text, text_or_problem
 
@@ -37,7 +38,10 @@ class Folder(DataSet):
     def key_problems(self) -> Iterator[Problem]:
         config = self.config
         if config.raw_dataset_dir is None:
-            yield ("raw_dataset_dir", "dataset_type"), "dataset_type folder needs a folder of images"
+            yield (
+                ("raw_dataset_dir", "dataset_type"),
+                f"dataset_type folder needs a folder of images; {WITHOUT_IMAGES}",
+            )
         if config.forget_prompts is not None and len(config.forget_prompts) > 1:
             message = "folder: give one prompt for all images, or texts beside them"
             yield ("forget_prompts", "dataset_type"), message
@@ -91,6 +95,7 @@ class Folder(DataSet):
             what="files cannot be used",
             advice="Replace or delete them; copy the files that links lead to.",
         )
+        _check_no_copies(images["raw_dataset_dir"], images.get("retain_dataset_dir", ()))
 
         # Their prompts.
         texts: dict[Path, str] = {}
@@ -122,7 +127,6 @@ class Folder(DataSet):
 
 
 def _check_separate(roots: list[Path]) -> None:
-    """A folder within the other would be forgotten (retained) with it."""
     if len(roots) < 2:
         return
     forget, retain = (root.resolve() for root in roots)
@@ -133,8 +137,31 @@ def _check_separate(roots: list[Path]) -> None:
         )
 
 
+def _check_no_copies(forget: Sequence[Path], retain: Sequence[Path]) -> None:
+    """Raises DataError for files of the same bytes, which would be forgotten and retained; lists all of them."""
+    by_size: dict[int, list[Path]] = {}
+    for path in forget:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    hashes: dict[int, dict[str, Path]] = {}  # size -> SHA-256 -> file: only files of one size are read
+    copies = []
+    for path in retain:
+        if (size := path.stat().st_size) in by_size:
+            if size not in hashes:
+                hashes[size] = {_sha256(other): other for other in by_size[size]}
+            if (other := hashes[size].get(_sha256(path))) is not None:
+                copies.append(f"{other} and {path}")
+    raise_problems(
+        copies,
+        what="images lie in raw_dataset_dir, to be forgotten, and as the same file in retain_dataset_dir",
+        advice="Delete one of the two.",
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _check_outside(roots: Mapping[str, Path], written: Mapping[str, Path]) -> None:
-    """Images that a run writes into a folder of images would be forgotten (retained) by the next."""
     for key, folder in written.items():
         for root_key, root in roots.items():
             if folder.resolve().is_relative_to(root.resolve()):
@@ -217,7 +244,7 @@ def _from_table(table: Path, folder: Path, images: Sequence[Path]) -> dict[Path,
     for line, name, text in lines:
         image = by_name.get(name.removeprefix("./"))
         if image is None:
-            problems.append(f"line {line}: there is no image {name!r}.{suggestion(name, by_name)}")
+            problems.append(f"line {line}: there is no image {name!r}.{nearest(name, by_name)}")
         elif not text:
             problems.append(f"line {line}: {name} has no text")
         elif texts.setdefault(image, text) != text:

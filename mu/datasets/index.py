@@ -6,15 +6,15 @@ imports torch.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mu.atomic import write_atomically
+from mu.config_names import folded, nearest
 from mu.errors import MuError
 
 TEMPLATES = ("style", "object")
@@ -75,6 +75,15 @@ def concept_label(value: str | Sequence[str]) -> str:
     return f"{names[0]}+{len(names) - 1}_more-{digest}"
 
 
+def concept_words(kind: str, value: str | Sequence[str]) -> str:
+    """The forgotten concepts in a sentence: `the style Noto`, `the objects Cats and Dogs`."""
+    names = [name.replace("_", " ") for name in concept_names(value)]
+    joined = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    kind = "category" if kind == "i2p" else kind
+    several = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+    return f"the {kind if len(names) == 1 else several} {joined}"
+
+
 def next_kept(name: str, names: Sequence[str], forgotten: Sequence[str]) -> str | None:
     """The first name after `name`, round the list, that is not forgotten; None when all are."""
     place = names.index(name)
@@ -82,18 +91,11 @@ def next_kept(name: str, names: Sequence[str], forgotten: Sequence[str]) -> str 
     return next((other for other in following if other not in forgotten), None)
 
 
-def suggestion(name: str, allowed: Iterable[str]) -> str:
-    """`" Did you mean 'Cats'?"`, or nothing when no allowed name is near. Case, spaces and dashes do not count."""
-    plain = {_plain(choice): choice for choice in allowed}
-    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
-    return f" Did you mean {plain[near[0]]!r}?" if near else ""
-
-
 def check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
     """Raises DataError naming `key`, what is allowed and the nearest valid name, unless `value` is allowed."""
     if value not in allowed:
         listed = ", ".join(allowed) or "none"
-        raise DataError(f"{key}: {value!r} is not one of: {listed}.{suggestion(value, allowed)}")
+        raise DataError(f"{key}: {value!r} is not one of: {listed}.{nearest(value, allowed)}")
 
 
 def check_folder_names(key: str, names: Sequence[str]) -> None:
@@ -107,8 +109,8 @@ def check_folder_names(key: str, names: Sequence[str]) -> None:
                 "beginning with a letter or digit, at most 100."
             )
     # A file system may not tell capitals from small letters: two such styles would share their images.
-    folded = [name.casefold() for name in names]
-    twice = sorted({name for name in names if folded.count(name.casefold()) > 1})
+    lower = [name.casefold() for name in names]
+    twice = sorted({name for name in names if lower.count(name.casefold()) > 1})
     if twice:
         raise DataError(f"{key}: named more than once: {', '.join(twice)}.")
 
@@ -149,8 +151,8 @@ def choose_substitute(
                 f"Set substitute to another {template} or to a whole prompt."
             )
         return default, None
-    by_plain_name = {_plain(name): name for name in (*allowed, *targets)}
-    name = by_plain_name.get(_plain(value))
+    by_name = {folded(name): name for name in (*allowed, *targets)}
+    name = by_name.get(folded(value))
     if name in targets:
         which = f"the {template}" if len(targets) == 1 else f"one of the {template}s"
         raise DataError(f"substitute: {value!r} is {which} to forget; choose another {template}.")
@@ -159,7 +161,7 @@ def choose_substitute(
     if "{" not in value and "}" not in value and not re.search(r"\s", value.strip()):
         raise DataError(
             f"substitute: {value!r} is no {template} of this data set: {', '.join(allowed)}."
-            f"{suggestion(value, allowed)} (A whole prompt is also accepted; it contains a space.)"
+            f"{nearest(value, allowed)} (A whole prompt is also accepted; it contains a space.)"
         )
     if not value.isprintable():
         raise DataError(f"substitute: {value!r} contains a line break or control character.")
@@ -190,7 +192,7 @@ def check_whole_prompt(key: str, value: str, forgotten: Sequence[str] = ()) -> N
         raise DataError(
             f"{key}: {value!r} has a placeholder, but this data set knows no styles and objects; write a whole prompt."
         )
-    if _plain(value) in {_plain(name) for name in forgotten}:
+    if folded(value) in {folded(name) for name in forgotten}:
         raise DataError(f"{key}: {value!r} is to be forgotten; write a prompt of what is wanted instead.")
 
 
@@ -228,7 +230,7 @@ def same_words(prompt: str) -> str:
 
 def same_name(one: str, other: str) -> bool:
     """Whether two names are the same but for capitals, blanks, dashes and underscores."""
-    return _plain(one) == _plain(other)
+    return folded(one) == folded(other)
 
 
 def raise_problems(problems: Sequence[str], *, what: str, advice: str) -> None:
@@ -262,7 +264,3 @@ def write_index_files(rows: Sequence[Row], folder: Path) -> None:
         if broken:
             raise DataError(f"{name} holds one entry a line; this one contains a line break: {broken[0]!r}.")
         write_atomically(folder / name, "".join(f"{line}\n" for line in lines).encode())
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name).casefold()

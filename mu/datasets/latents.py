@@ -173,7 +173,6 @@ class LatentCache:
         return self._images / f"{group or 'images'}.safetensors"
 
     def _read_group(self, group: str) -> _Group:
-        """What is kept for one folder of images."""
         path = self._path(group)
         found = _read(path)
         if found is None:
@@ -193,7 +192,6 @@ class LatentCache:
         return {name: (hashes[name], tensors[f"mean {name}"], tensors[f"logvar {name}"]) for name in hashes}
 
     def _write_groups(self, rows: Sequence[Row], kept: Mapping[str, _Group]) -> None:
-        """The files of these rows. Raises DataError for NaN or Inf."""
         for row in rows:
             _, *moments = kept[_group(row)][row.relative]
             if not all(bool(torch.isfinite(moment).all()) for moment in moments):

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mu.datasets.index import DataError, raise_problems, suggestion
+from mu.config_names import nearest
+from mu.datasets.index import DataError, raise_problems
 
 INDEX = ""
 """Name of the unnamed first column in which pandas writes its index; reading and writing again calls it Unnamed: 0."""
@@ -83,7 +84,7 @@ def read_table(
             there = [column for column in columns if column]
             raise DataError(
                 f"{path} has no column {name!r}; its columns are: {', '.join(there) or 'none'}."
-                f"{suggestion(name, there)}{advice}"
+                f"{nearest(name, there)}{advice}"
             )
     twice = [name for name in wanted if columns.count(name) > 1]
     if twice:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mu.config import nearest
-from mu.datasets.base import DataSet, Problem, as_problem
+from mu.datasets.base import WITHOUT_IMAGES, DataSet, Problem, as_problem
 from mu.datasets.canvas import SEED_STYLE, StandIns, canvas_row
 from mu.datasets.image_files import check_folder, entries, image_problems, is_image, not_read
 from mu.datasets.index import (
@@ -22,7 +22,6 @@ from mu.datasets.index import (
     natural_key,
     next_kept,
     raise_problems,
-    suggestion,
 )
 
 SAMPLE_IMAGES = 3
@@ -39,7 +38,7 @@ class UnlearnCanvas(DataSet):
         root, template = Path(self.config.raw_dataset_dir), self.config.template
         if not root.is_dir():
             advice = "`download_data sample quick_canvas` makes data/quick-canvas-dataset/sample"
-            message = f"there is no folder {root}; {advice}"
+            message = f"there is no folder {root}; {advice}; {WITHOUT_IMAGES}"
             yield ("raw_dataset_dir",), message
             return
         styles = [folder for folder in root.iterdir() if folder.is_dir()]
@@ -79,7 +78,7 @@ class UnlearnCanvas(DataSet):
             if target not in names:
                 raise DataError(
                     f"template_name: there is no {template} {target!r} in {root}; found: {', '.join(names)}."
-                    f"{suggestion(target, names)}"
+                    f"{nearest(target, names)}"
                 )
         stand_ins = self._stand_ins(names, styles)
 
@@ -129,7 +128,6 @@ class UnlearnCanvas(DataSet):
 
 
 def _no_images(root: Path) -> str:
-    """What is said of a folder of another layout."""
     return (
         f"{root} holds no images laid out as <Style>/<Class>/<n>.jpg; is it the folder above or below the one that is "
         "meant?"

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mu.config_names import nearest
 from mu.datasets.canvas import canvas_prompt
 from mu.datasets.image_files import (
     check_folder,
@@ -26,7 +27,7 @@ from mu.datasets.image_files import (
     no_images,
     not_read,
 )
-from mu.datasets.index import DataError, Row, passed_over, raise_problems, suggestion
+from mu.datasets.index import DataError, Row, passed_over, raise_problems
 from mu.datasets.tables import read_table
 
 INDEX = "images.csv"
@@ -221,7 +222,7 @@ def _folders(
         elif path.name in names:
             yield path
         else:
-            problems.append(f"{path}: no {kind} that the classifier knows.{suggestion(path.name, names)}")
+            problems.append(f"{path}: no {kind} that the classifier knows.{nearest(path.name, names)}")
 
 
 def _flat(

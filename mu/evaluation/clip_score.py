@@ -17,7 +17,7 @@ from PIL import Image
 from mu.bars import bar
 from mu.datasets.images import read_ahead
 from mu.datasets.seen_prompts import cut_at
-from mu.errors import MuError
+from mu.errors import MuError, first_line
 from mu.evaluation.asked_images import AskedImage
 from mu.memory import SCORING_ADVICE, AtOnce
 
@@ -57,7 +57,7 @@ class ClipScorer:
                 model_name, pretrained=weights, device=device
             )
         except (OSError, RuntimeError, ValueError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ClipError(
                 f"clip_weights: the weights {weights!r} of {model_name} cannot be had ({reason}). Without a network, "
                 "download them elsewhere and give the file's path"

@@ -127,8 +127,8 @@ class SampleConfig(ModelKeys):
         return PromptTable(_numbered(prompts))
 
 
-class ScoringKeys(Config):
-    """How images are sampled and scored, and how the scores are read."""
+class DrawnKeys(Config):
+    """How the images that are scored are sampled, and the file of the classifier that scores them."""
 
     seeds: tuple[int, ...] = setting(
         SEEDS,
@@ -145,6 +145,19 @@ class ScoringKeys(Config):
     classifier_path: str = setting(
         SCORE_CLASSIFIER, "Classifier with a style and an object head that scores the images.", kind="path"
     )
+
+    def disk_problems(self) -> Iterator[Problem]:
+        yield from super().disk_problems()
+        yield from file_problems(
+            "classifier_path",
+            self.classifier_path,
+            advice="leave the key out for EmojiCanvas' own classifier",
+        )
+
+
+class ScoringKeys(DrawnKeys):
+    """How images are sampled and scored, and how the scores are read."""
+
     cra_prompts: str = setting(
         "retained",
         "Of which prompts CRA is counted; retained: all but those of the forgotten concept; all: these too.",
@@ -156,14 +169,6 @@ class ScoringKeys(Config):
         kind="name",
         may_be_empty=True,
     )
-
-    def disk_problems(self) -> Iterator[Problem]:
-        yield from super().disk_problems()
-        yield from file_problems(
-            "classifier_path",
-            self.classifier_path,
-            advice="leave the key out for EmojiCanvas' own classifier",
-        )
 
     def _left_out_problems(
         self, styles: Sequence[str], objects: Sequence[str], *, forgotten: Sequence[str]

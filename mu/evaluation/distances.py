@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mu.bars import bar
-from mu.errors import MuError
+from mu.errors import MuError, first_line
 from mu.evaluation.intervals import Estimate, normal_interval, spread_interval
-from mu.memory import is_out_of_memory, reason_of, telling
+from mu.memory import is_out_of_memory, telling
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _where_it_fits(interval: Callable[[str], T], device: str) -> T:
             if not is_out_of_memory(error):
                 raise
             _log.warning(
-                "out of memory on %s (%s): FID's interval is counted on the CPU", device, reason_of(error)
+                "out of memory on %s (%s): FID's interval is counted on the CPU", device, first_line(error)
             )
     with telling("while counting FID's interval", advice="fewer images, or fid_reference none"):
         return interval("cpu")

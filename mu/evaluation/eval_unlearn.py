@@ -6,7 +6,6 @@ of it is imported here.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import secrets
 from collections import Counter
@@ -22,13 +21,14 @@ from mu.arithmetic import run_arithmetic
 from mu.config import ConfigError, load_config, override, require_paths
 from mu.config_file import ConfigFileError, Text, Value, read_flat_file
 from mu.config_keys import is_null
+from mu.config_names import nearest
 from mu.datasets.images import to_picture
 from mu.datasets.index import concept_label
 from mu.datasets.seen_prompts import cut_notes
 from mu.devices import device_names
 from mu.evaluation.config import SampleConfig
 from mu.ldm.text_to_image import SamplingError, sample_images
-from mu.unlearning.output import model_of
+from mu.unlearning.config import model_of
 
 _OPTIONS = ("sample_steps", "guidance_scale", "eta", "image_size", "batch_size", "precision")
 _OTHER_NAMES = {"num_inference_steps": "sample_steps"}
@@ -145,9 +145,8 @@ def _named(options: dict[str, Any]) -> dict[str, Any]:
         own = _OTHER_NAMES.get(name, name)
         if own not in _OPTIONS:
             allowed = (*_OPTIONS, *_OTHER_NAMES)
-            near = difflib.get_close_matches(name, allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"there is no option {name!r}; known: {', '.join(allowed)}.{hint}")
+            known = ", ".join(allowed)
+            raise TypeError(f"there is no option {name!r}; known: {known}.{nearest(name, allowed)}")
         if own in named:
             raise TypeError(f"{own} and {name} are one option; give one of the two")
         named[own] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,7 +23,22 @@ from mu.evaluation.intervals import mean_estimate
 from mu.evaluation.nudity import Detector, count_nudity, load_detector
 
 
-def load_scorer(config: EvaluateConfig, device: str) -> Classifier | None:
+class ScoredBy(Protocol):
+    """The keys of a config that name its classifier."""
+
+    @property
+    def classifier(self) -> str: ...
+    @property
+    def classifier_path(self) -> str: ...
+    @property
+    def style_classifier_path(self) -> str: ...
+    @property
+    def object_classifier_path(self) -> str: ...
+    @property
+    def classifier_resize(self) -> str | None: ...
+
+
+def load_scorer(config: ScoredBy, device: str) -> Classifier | None:
     """The classifier that the settings name, or None for none.
 
     Raises:
@@ -38,12 +54,12 @@ def load_scorer(config: EvaluateConfig, device: str) -> Classifier | None:
     return classifiers.load_own(config.classifier, device)
 
 
-def scorer_name(config: EvaluateConfig) -> str:
+def scorer_name(config: ScoredBy) -> str:
     """What a result calls the classifier."""
     return Path(config.classifier_path).name if config.classifier == "file" else config.classifier
 
 
-def interpolation(config: EvaluateConfig) -> str:
+def interpolation(config: ScoredBy) -> str:
     """How images are brought to the classifier's size; UnlearnCanvas' own code leaves it to torchvision, bilinear."""
     return config.classifier_resize or ("bilinear" if config.classifier == "unlearn_canvas" else "bicubic")
 

@@ -39,10 +39,8 @@ NUDITY_LABELS = (
 )
 
 
-class QualityKeys(Config):
-    """Classifier, memorised concept, FID and KID, CLIP score, nudity."""
-
-    gone: ClassVar[Mapping[str, str]] = {"fid_resamples": "50", "kid_subset_size": "1000"}
+class ClassifierKeys(Config):
+    """Which classifier scores images."""
 
     classifier: str = setting(
         "file",
@@ -62,6 +60,19 @@ class QualityKeys(Config):
         "How images are brought to the classifier's size. null: bilinear for unlearn_canvas, else bicubic.",
         choices=("bicubic", "bilinear"),
     )
+
+    def disk_problems(self) -> Iterator[Problem]:
+        yield from super().disk_problems()
+        if self.classifier == "unlearn_canvas":
+            for key in ("style_classifier_path", "object_classifier_path"):
+                yield from file_problems(key, getattr(self, key), advice=_CLASSIFIER_ADVICE)
+
+
+class QualityKeys(ClassifierKeys):
+    """Classifier, memorised concept, FID and KID, CLIP score, nudity."""
+
+    gone: ClassVar[Mapping[str, str]] = {"fid_resamples": "50", "kid_subset_size": "1000"}
+
     memorised_threshold: float = setting(
         0.5,
         "An image of the forgotten concept's own prompts counts as memorised where the classifier's probability of "
@@ -129,9 +140,6 @@ class QualityKeys(Config):
 
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
-        if self.classifier == "unlearn_canvas":
-            for key in ("style_classifier_path", "object_classifier_path"):
-                yield from file_problems(key, getattr(self, key), advice=_CLASSIFIER_ADVICE)
         if self.fid_reference_dir is not None and not resolve_path(self.fid_reference_dir).is_dir():
             yield ("fid_reference_dir",), f"there is no folder {self.fid_reference_dir}; give one of images"
         if self.fid_reference != "none" and self.fid_features == "inception":

@@ -62,15 +62,15 @@ _NAMES = {
 }
 
 
-def report_training(folder: Path, *, show_unsafe: bool) -> Path | None:
-    """Writes the report of a finished training run into its folder; returns its path.
+def report_training(folder: Path, *, show_unsafe: bool, path: Path | None = None) -> Path | None:
+    """Writes the report of a finished training run into its folder, or to `path`; returns where.
 
     Where it cannot be written, a warning says why, and it is None: the run has succeeded without.
     """
     report = None
     with decorating(REPORT_NAME, *_FAULTS):
         training = read_training_run(folder)
-        report = write_report(folder / REPORT_NAME, training=training, show_unsafe=show_unsafe)
+        report = write_report(path or folder / REPORT_NAME, training=training, show_unsafe=show_unsafe)
     return report
 
 
@@ -81,14 +81,16 @@ def with_report(result: Mapping[str, Any], config: TrainingKeys) -> dict[str, An
     return {**result, "report": report_training(result["run"], show_unsafe=config.show_unsafe_pictures)}
 
 
-def report_evaluation(folder: Path, *, checkpoint: Path | None, show_unsafe: bool) -> Path | None:
+def report_evaluation(
+    folder: Path, *, checkpoint: Path | None, show_unsafe: bool, path: Path | None = None
+) -> Path | None:
     """As `report_training`, of an evaluation, and of the training run in whose folder its checkpoint lies."""
     report = None
     with decorating(REPORT_NAME, *_FAULTS):
         made_in = None if checkpoint is None else checkpoint.parent
         trained = made_in is not None and is_training_run(made_in)
         report = write_report(
-            folder / REPORT_NAME,
+            path or folder / REPORT_NAME,
             evaluation=read_evaluation(folder),
             training=read_training_run(made_in) if made_in is not None and trained else None,
             show_unsafe=show_unsafe,
@@ -128,7 +130,7 @@ def write_report(
     about = next(reversed(runs.values()))
     blurred = not show_unsafe and any(run.template == _UNSAFE for run in runs.values())
     html = (
-        _environment()
+        template_environment()
         .get_template("report.html.jinja")
         .render(
             concept=headline(about),
@@ -155,7 +157,8 @@ def write_report(
     return write_atomically(path, html.encode())
 
 
-def _environment() -> Environment:
+def template_environment() -> Environment:
+    """Jinja's, with the templates of this package and what they need to write numbers."""
     environment = Environment(
         loader=PackageLoader("mu.evaluation"),
         autoescape=True,

@@ -58,7 +58,7 @@ def readings(config: EvaluateConfig) -> dict[str, object]:
 
 def score_meanings(scores: UnlearningScores) -> dict[str, str]:
     """What UA, IRA, CRA and own count, in words."""
-    kind, name = scores.template, scores.template_name
+    kind, name = scores.template, scores.template_name.replace("_", " ")
     other = "object" if kind == "style" else "style"
     crossed = f"the other {kind}s" if scores.cra_prompts == "retained" else f"all {kind}s"
     return {
@@ -240,7 +240,7 @@ def draw(path: Path, config: EvaluateConfig, measured: Mapping[str, MeasuredMode
         objects=objects,
         template=config.template,
         template_name=config.template_name,
-        title=f"{config.template.capitalize()} {concept_label(config.template_name)} forgotten (framed): "
-        f"same prompts, seed {asked[0].seed}",
+        title=f"{config.template.capitalize()} {concept_label(config.template_name).replace('_', ' ')} forgotten "
+        f"(framed): same prompts, seed {asked[0].seed}",
         path=path,
     )

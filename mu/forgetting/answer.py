@@ -1,7 +1,8 @@
-"""What came of it, in plain words."""
+"""What came of it, from the files that it has left, and in plain words. Nothing here imports torch."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mu.config import resolve_path
-from mu.console import Answer, called
+from mu.console import Answer, called, quoted
+from mu.datasets.index import concept_words
+from mu.forgetting.recipes import Recipe
+from mu.run_folder import RESULT, is_finished
 from mu.unlearning.config import EMOJI_MODEL_CONFIG, SD_MODEL_CONFIG
 
+RESULT_NAME = "result.json"
+"""What is written last into the result's folder."""
 _SCORES = ("UA", "own", "IRA", "CRA")
 _DOORS = "mu.algorithms.saliency_unlearning.scripts"
 
@@ -73,6 +79,56 @@ class Forgotten:
         )
 
 
+def finished(recipe: Recipe, stage: str) -> Path | None:
+    """The folder of the run in which a stage was done, and whose files are still there; None: there is none."""
+    for run in sorted((recipe.folder / stage).glob("*"), reverse=True):
+        if is_finished(run):
+            result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+            made = [result["checkpoint"]] if stage == "train" else result["masks"].values()
+            if all(Path(path).exists() for path in made):
+                return run
+    return None
+
+
+def read_answer(recipe: Recipe, *, seconds: float) -> Forgotten | None:
+    """What has come of it; None where a stage is not done, or a file of it is gone.
+
+    Args:
+        seconds: that this call has taken.
+    """
+    trained, result = finished(recipe, "train"), recipe.folder / RESULT_NAME
+    if trained is None or not result.is_file():
+        return None
+    written = json.loads((trained / RESULT).read_text(encoding="utf-8"))
+    found = json.loads(result.read_text(encoding="utf-8"))
+    pictures, report = (None if found[key] is None else Path(found[key]) for key in ("pictures", "report"))
+    if pictures is None or not all(path.is_file() for path in (pictures, report) if path is not None):
+        return None
+    return Forgotten(
+        what=in_words(recipe),
+        prompts=recipe.prompts,
+        instead=recipe.asked.instead,
+        kept=recipe.kept_in_words,
+        folder=recipe.folder,
+        checkpoint=Path(written["checkpoint"]),
+        patch=None if written["patch"] is None else Path(written["patch"]),
+        pictures=pictures,
+        report=report,
+        scores=found["scores"],
+        moved=found["moved"],
+        weights=(written["weights_changed"], written["weights_total"]),
+        base=recipe.train.ckpt_path,
+        structure=recipe.train.model_config_path,
+        seconds=seconds,
+    )
+
+
+def in_words(recipe: Recipe) -> str:
+    """What is forgotten: `the style Noto`, `the prompts 'x' and 'y'`."""
+    kind, names = recipe.asked.kind, recipe.asked.names
+    return concept_words(kind, [repr(name) for name in names] if kind == "prompt" else names)
+
+
 def _score_lines(scores: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "By a classifier that took no part in it, of the pictures that the written file draws:"
     yield "         before    after       n"
@@ -105,12 +161,15 @@ def _following(found: Forgotten) -> Iterator[tuple[str, str]]:
     bundled = resolve_path(found.structure) == resolve_path(EMOJI_MODEL_CONFIG)
     if bundled:
         how = ("--sample_steps", 20, "--guidance_scale", 3)
-        yield "Draw", typed("sample", "--ckpt_path", found.checkpoint, "--prompts", found.prompts[0], *how)
+        yield (
+            "To draw with it",
+            typed("sample", "--ckpt_path", found.checkpoint, "--prompts", found.prompts[0], *how),
+        )
     if found.checkpoint.is_file():
         if not bundled:
             yield (
                 "A1111, ComfyUI and Forge take the file as it is, in their folder of checkpoints",
-                str(found.checkpoint),
+                quoted(found.checkpoint),
             )
         yield "For diffusers", typed("convert", found.checkpoint, found.folder / "diffusers")
         if found.patch is not None:

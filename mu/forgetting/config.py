@@ -14,7 +14,12 @@ from mu.datasets.index import next_kept, same_name
 from mu.devices import DEVICES_PATTERN, devices_problem
 from mu.run_folder import writable_problem
 from mu.unlearning.config import EMOJI_CHECKPOINT, EMOJI_MODEL_CONFIG, SD_MODEL_CONFIG
-from mu.unlearning.find_checkpoint import Problem, checkpoint_problems
+from mu.unlearning.find_checkpoint import (
+    Problem,
+    checkpoint_file,
+    checkpoint_problems,
+    model_config_of_run,
+)
 
 KINDS = ("style", "object", "prompt")
 METHODS = ("saliency_unlearning", "esd", "uce")
@@ -91,7 +96,8 @@ class ForgetConfig(Config):
     )
     model_config_path: str | None = setting(
         None,
-        "CompVis YAML with the structure of that model; null: the bundled model's for it, else Stable Diffusion 1's.",
+        "CompVis YAML with the structure of that model; null: the bundled model's for it, that of the run which made "
+        "the checkpoint, else Stable Diffusion 1's.",
         kind="path",
     )
     use_ema: bool = setting(False, "Take the EMA copy of the UNet in the checkpoint, not its raw weights.")
@@ -120,6 +126,11 @@ class ForgetConfig(Config):
         "wherever there is such a key: sample_steps=30. docs/keys.md lists them.",
         may_be_empty=True,
     )
+    timing: bool | None = setting(
+        None,
+        "Time one step of each kind before anything begins, and say how long all of it will take. null: yes, but for "
+        "--dry_run of a model as large as Stable Diffusion on a CPU, where the steps alone take minutes.",
+    )
     processed_dataset_dir: str = setting(
         "data/processed", "Folder of drawn images and cached latents, shared by all runs.", kind="path"
     )
@@ -134,12 +145,32 @@ class ForgetConfig(Config):
         """`model_config_path`, or what null means."""
         if self.model_config_path is not None:
             return self.model_config_path
-        return EMOJI_MODEL_CONFIG if self.ckpt_path == EMOJI_CHECKPOINT else SD_MODEL_CONFIG
+        if self.ckpt_path == EMOJI_CHECKPOINT:
+            return EMOJI_MODEL_CONFIG
+        return model_config_of_run(self.checkpoint()) or SD_MODEL_CONFIG
+
+    def checkpoint(self) -> Path:
+        """The file or diffusers folder that `ckpt_path` leads to."""
+        return checkpoint_file(self.ckpt_path)
 
     @property
     def knows_names(self) -> bool:
         """Whether the model is EmojiCanvas', the bundled one or what became of it: its styles and objects are known."""
         return resolve_path(self.structure) == resolve_path(EMOJI_MODEL_CONFIG)
+
+    @classmethod
+    def of_another(cls, name: str) -> str | None:
+        # Late, as only a mistake needs them.
+        from mu.algorithms.esd.configs import ESDConfig
+        from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
+        from mu.algorithms.uce.configs import UCEConfig
+        from mu.config import keys_of
+        from mu.evaluation.config import EvaluateConfig
+
+        stages = (MaskConfig, TrainConfig, ESDConfig, UCEConfig, EvaluateConfig)
+        if not any(name == key.name for stage in stages for key in keys_of(stage)):
+            return None
+        return f"It is a key of the stages; write --set {name}=VALUE."
 
     def conflicts(self) -> Iterator[Problem]:
         if not self.what:
@@ -239,20 +270,6 @@ def asked_of(config: ForgetConfig) -> Asked:
     return Asked(kind, tuple(names), (config.instead or INSTEAD[kind],) * len(names), tuple(notes))
 
 
-def mentions(prompt: str, names: Sequence[str]) -> bool:
-    """Whether a prompt names one of these: in whole words, whatever their case, with or without an s."""
-    return any(
-        re.search(rf"\b{re.escape(re.sub(r's$', '', _bare(name)))}(?:s|es)?\b", prompt.casefold())
-        for name in names
-    )
-
-
-def given_prompts_file(text: str) -> Path | None:
-    """The file or folder that an item of `keep` means; None: it is a prompt."""
-    path = resolve_path(text)
-    return path if path.suffix.lower() in (".txt", ".csv") or path.is_dir() else None
-
-
 def _kind_of(text: str, config: ForgetConfig) -> str:
     """One of `KINDS`; or, in words, why it cannot be told."""
     if not config.knows_names or config.kind == "prompt":
@@ -290,8 +307,3 @@ def _known(kind: str) -> Sequence[str]:
 def _known_name(text: str, known: Sequence[str]) -> str | None:
     """The name as the model has it, whatever its capitals and blanks; None: there is none."""
     return next((name for name in known if same_name(name, _without_style(text))), None)
-
-
-def _bare(name: str) -> str:
-    """Without a leading article."""
-    return re.sub(r"^(a|an|the)\s+", "", name.casefold().replace("_", " ").strip())

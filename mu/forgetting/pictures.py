@@ -15,8 +15,7 @@ from mu.config import override
 from mu.datasets.images import to_picture
 from mu.ldm.text_to_image import sample_images
 from mu.pictures import image_grid, write_png
-from mu.unlearning.config import OutputKeys
-from mu.unlearning.output import model_of
+from mu.unlearning.config import OutputKeys, model_of
 
 MOST_FORGOTTEN, MOST_KEPT = 6, 10
 SEEDS = (188, 288)

@@ -1,30 +1,20 @@
-"""What a forgetting will write, and about how long it will take; nothing is made for it."""
+"""What a forgetting will do and write, and in about how long, in words. Nothing here imports torch."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-from mu.algorithms.esd.algorithm import ESDAlgorithm
-from mu.algorithms.esd.configs import ESDConfig
-from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm, SaliencyUnlearningAlgorithm
-from mu.algorithms.uce.algorithm import UCEAlgorithm
-from mu.algorithms.uce.configs import UCEConfig
-from mu.config import override
-from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.forgetting.pictures import SEEDS, shown_prompts
+from mu.console import duration, quoted
+from mu.forgetting.answer import in_words
 from mu.forgetting.recipes import Recipe
-from mu.forgetting.timing import Timed, timed
-from mu.run_folder import RESULT, is_finished
-from mu.unlearning.method import Method
-from mu.unlearning.plan import Plan, size
-from mu.unlearning.training_config import TrainingKeys
+from mu.unlearning.find_checkpoint import PATCH_NAME
+from mu.unlearning.plan import Plan, mistakes_of, size
 
-RESULT_NAME = "result.json"
-"""What is written last into the result's folder."""
+PICTURE_NAME, REPORT_NAME = "before_after.png", "report.html"
+"""What lies at the top of the result's folder, where one looks first."""
+_WIDTH = len(f"train/*/{PATCH_NAME}")
 
 
 @dataclass(frozen=True)
@@ -34,15 +24,16 @@ class Work:
     stage: str
     does: str
     seconds: float
+    """NaN: it was not timed."""
 
 
 @dataclass(frozen=True)
 class ForgetPlan:
-    """What will be done and written. `str` of it is what is shown before anything begins."""
+    """What is left to do, and what will be written. `str` of it is what is shown before anything begins."""
 
     recipe: Recipe
-    work: tuple[Work, ...]
-    plans: Mapping[str, Plan]
+    work: tuple[Work, ...] = ()
+    plans: Mapping[str, Plan] = field(default_factory=dict)
     """Stage -> its own plan; of stages that are done, none."""
 
     @property
@@ -52,6 +43,7 @@ class ForgetPlan:
 
     @property
     def seconds(self) -> float:
+        """Of all that is left; NaN: it was not timed."""
         return sum(work.seconds for work in self.work)
 
     def require(self) -> ForgetPlan:
@@ -61,7 +53,7 @@ class ForgetPlan:
         return self
 
     def as_json(self) -> dict[str, object]:
-        """What `--dry_run --json` prints."""
+        """What `--dry_run --json` prints: all that the stages' own plans say too."""
         return {
             "can_run": self.exit_code == 0,
             "asked": vars(self.recipe.asked),
@@ -77,128 +69,69 @@ class ForgetPlan:
         return "\n".join(_lines(self))
 
 
-def plan_of(recipe: Recipe, *, examined: bool = False) -> ForgetPlan:
-    """The plan of what is left to do. Loads the model, and times one step of each kind, where anything is left.
-
-    Args:
-        examined: also look for what a stage would fail of after it has begun, as `--dry_run` does.
-
-    Raises:
-        ConfigError: a path is missing.
-        MuError: the model cannot be loaded.
-    """
-    plans: dict[str, Plan] = {}
-    for name, method in _stages(recipe).items():
-        if finished(recipe, name) is None:
-            plan = method.make_plan()
-            plans[name] = plan.examined() if examined else plan
-    done = finished(recipe, "train") is not None and (recipe.folder / RESULT_NAME).is_file()
-    if done or any(plan.problems for plan in plans.values()):
-        return ForgetPlan(recipe, (), plans)
-    precisions = () if recipe.scores is None else (recipe.scores.precision,)
-    once = timed(recipe.train, recipe.mask, precisions)
-    return ForgetPlan(recipe, tuple(_work(recipe, plans, once)), plans)
-
-
-def _stages(recipe: Recipe) -> dict[str, Method[Any]]:
-    """Stage -> what does it; the training as it can be planned before there is a mask."""
-    train = recipe.train
-    if isinstance(train, ESDConfig):
-        return {"train": ESDAlgorithm(train)}
-    if isinstance(train, UCEConfig):
-        return {"train": UCEAlgorithm(train)}
-    if recipe.mask is None:
-        return {"train": SaliencyUnlearningAlgorithm(train)}
-    # A mask of the same size stands in for the one that is not there yet.
-    fraction = train.threshold or max(recipe.mask.thresholds)
-    planned = override(train, masking="random", random_fraction=fraction, threshold=None, mask_path=None)
-    return {"mask": MaskingAlgorithm(recipe.mask), "train": SaliencyUnlearningAlgorithm(planned)}
-
-
-def finished(recipe: Recipe, stage: str) -> Path | None:
-    """The folder of the run in which a stage was done, and whose files are still there; None: there is none."""
-    for run in sorted((recipe.folder / stage).glob("*"), reverse=True):
-        if is_finished(run):
-            result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-            made = [result["checkpoint"]] if stage == "train" else result["masks"].values()
-            if all(Path(path).exists() for path in made):
-                return run
-    return None
-
-
-def _work(recipe: Recipe, plans: Mapping[str, Plan], once: Timed) -> Iterator[Work]:
-    """The stages that are left; a training that goes on is counted from its beginning."""
-    train, scores = recipe.train, recipe.scores
-    drawn = once.drawing(1, steps=train.sample_steps, precision=train.sample_precision)
-    if "train" in plans and (images := plans["train"].images):
-        count = images["to_sample"]
-        read = images["forget"] + images["retain"]
-        yield Work("images", f"{count:,} to draw of {read:,}", count * drawn + read * once.encoding)
-    if "mask" in plans:
-        steps = plans["mask"].steps
-        yield Work("mask", f"{steps:,} batches", once.loading + steps * once.mask_batch)
-    if "train" in plans:
-        steps = plans["train"].steps
-        does = f"{steps:,} steps" if isinstance(train, TrainingKeys) else "one equation"
-        yield Work("training", does, once.loading + steps * once.training_step)
-    if scores is not None:
-        count = 2 * len(STYLES) * len(OBJECTS) * len(scores.seeds)
-        seconds = once.drawing(count, steps=scores.sample_steps, precision=scores.precision)
-        yield Work("scores", f"{count:,} pictures, before and after", 2 * once.loading + seconds)
-    else:
-        count = 2 * len(SEEDS) * sum(map(len, shown_prompts(recipe.prompts, recipe.kept)))
-        yield Work("pictures", f"{count:,} pictures, before and after", 2 * once.loading + count * drawn)
-
-
 def _lines(plan: ForgetPlan) -> Iterator[str]:
-    recipe, asked = plan.recipe, plan.recipe.asked
-    yield f"To forget  {named(recipe)}"
+    recipe, asked, plans = plan.recipe, plan.recipe.asked, plan.plans.values()
+    folder = quoted(recipe.folder)
+
+    # 1. What is forgotten, what is kept, and by what.
+    yield f"To forget  {in_words(recipe)}"
     if asked.kind != "prompt":
         yield f"           in {len(recipe.prompts)} prompts, such as {recipe.prompts[0]!r}"
     yield f"Instead    {', '.join(dict.fromkeys(map(repr, asked.instead)))}"
     yield f"To keep    {recipe.kept_in_words}"
-    yield f"Method     {recipe.method}"
-    for described in dict.fromkeys(each.checkpoint for each in plan.plans.values()):
-        yield f"Model      {described}"
-    for device in dict.fromkeys(each.device for each in plan.plans.values()):
-        yield f"Device     {device}"
-    yield f"Folder     {recipe.folder}"
     for note in recipe.notes:
         yield f"Note       {note}"
-    for each in plan.plans.values():
-        for warning in each.warnings:
-            yield f"Warning    {warning}"
-    problems = [problem for each in plan.plans.values() for problem in (*each.problems, *each.later_problems)]
-    for problem in problems:
-        yield f"Problem    {problem}"
+    yield f"Method     {recipe.method}"
+    for described in dict.fromkeys(each.checkpoint for each in plans):
+        yield f"Model      {described}"
+    for device in dict.fromkeys(each.device for each in plans):
+        yield f"Device     {device}"
+    for warning in dict.fromkeys(warning for each in plans for warning in each.warnings):
+        yield f"Warning    {warning}"
+    problems = [problem for each in plans for problem in (*each.problems, *each.later_problems)]
+    for mistake in dict.fromkeys(mistake for problem in problems for mistake in mistakes_of(problem)):
+        yield f"Problem    {mistake}"
     if problems:
         yield "This cannot be carried out."
         return
     if not plan.work:
-        yield "All of it is done already."
+        yield f"All of it is done already, in {folder}"
         return
+
+    # 2. What will be written: what one looks at. All files are in `as_json`.
     yield ""
-    yield f"It will take about {_about(plan.seconds)}, by the time that one step takes here:"
+    yield f"It will write, into {folder}:"
+    for name, what in _most_important(plan):
+        yield f"  {name:<{_WIDTH}}  {what}"
+    drawn = {file.what: file for each in plans for file in each.files if file.key == "processed_dataset_dir"}
+    if count := sum(file.bytes for file in drawn.values()):
+        (shared, *_) = (quoted(file.folder) for file in drawn.values())
+        yield f"and images and their latents, about {size(count)}, into {shared}, for this and other runs"
+    if recipe.scores is not None:
+        yield f"and the pictures that are scored, into {quoted(recipe.scores.output_dir)}"
+
+    # 3. How long it will take.
+    yield ""
+    if math.isnan(plan.seconds):
+        yield "How long it will take was not timed; --timing true times one step of each kind."
+    else:
+        yield f"It will take about {_about(plan.seconds)}, by the time that one step takes here:"
     for work in plan.work:
-        yield f"  {work.stage:<9}{work.does:<36}{_about(work.seconds)}"
-    files = {file.what: file for each in plan.plans.values() for file in each.files if file.bytes}
-    yield f"It will write about {size(sum(file.bytes for file in files.values()))}:"
-    width = max(map(len, files), default=0)
-    for file in files.values():
-        yield f"  {file.what:<{width}}  {size(file.bytes):>8}  in {file.folder}"
+        yield f"  {work.stage:<9}{work.does:<48}{'' if math.isnan(work.seconds) else _about(work.seconds)}".rstrip()
 
 
-def named(recipe: Recipe) -> str:
-    """`the style Noto`, `the prompts 'x' and 'y'`."""
-    asked = recipe.asked
-    names = [repr(name) if asked.kind == "prompt" else name.replace("_", " ") for name in asked.names]
-    joined = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    return f"the {asked.kind}{'s' if len(names) > 1 else ''} {joined}"
+def _most_important(plan: ForgetPlan) -> Iterator[tuple[str, str]]:
+    """(path in the result's folder, what it is)."""
+    yield PICTURE_NAME, "the same prompts and noise, before and after"
+    yield REPORT_NAME, "numbers, curves and pictures, in one file"
+    if (train := plan.plans.get("train")) is not None:
+        model = next(file for file in train.files if file.certain)
+        yield f"train/*/{model.what}", f"the model that has forgotten, {size(model.bytes)}"
+        for patch in train.files:
+            if patch.what == PATCH_NAME:
+                yield f"train/*/{patch.what}", f"only what changed, at most {size(patch.bytes)}"
 
 
 def _about(seconds: float) -> str:
-    """`40 s`, `3 min`, `2 h 10 min`."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    """A duration, no finer than it is known."""
+    return duration(seconds if seconds < 99.5 else 60 * round(seconds / 60))

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from mu.config import (
     ConfigError,
     Entry,
     assemble,
+    check_paths,
     entries_of,
     file_entries,
     keys_of,
@@ -35,22 +35,10 @@ from mu.config_keys import Key
 from mu.config_names import METHOD_NAMES
 from mu.datasets.canvas import canvas_prompt
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.datasets.folder import captions
-from mu.datasets.image_files import find_images
-from mu.datasets.index import DataError, concept_label, same_words
-from mu.datasets.prompt_table import read_prompt_table
-from mu.datasets.tables import read_text
+from mu.datasets.index import concept_label
 from mu.evaluation.config import EvaluateConfig
-from mu.forgetting.config import (
-    KINDS,
-    PROMPTS,
-    Asked,
-    ForgetConfig,
-    asked_of,
-    given_prompts_file,
-    mentions,
-)
-from mu.unlearning.find_checkpoint import checkpoint_file
+from mu.forgetting.config import KINDS, PROMPTS, Asked, ForgetConfig, asked_of
+from mu.forgetting.kept import kept_prompts
 
 C = TypeVar("C", bound=Config)
 
@@ -100,7 +88,8 @@ def recipe_of(config: ForgetConfig) -> Recipe:
     """The recipe of what is asked.
 
     Raises:
-        ConfigError: `set` names no key, a value is wrong, or the prompts of `keep` cannot be read.
+        ConfigError: `set` names no key, a value is wrong, the prompts of `keep` cannot be read, or a stage lacks a
+            file.
     """
     asked = asked_of(config)
     method = METHOD_NAMES.get(config.method, config.method)
@@ -113,7 +102,7 @@ def recipe_of(config: ForgetConfig) -> Recipe:
         prompts = tuple(
             prompt.replace("{concept}", name) for name in asked.names for prompt in PROMPTS[asked.kind]
         )
-        kept, kept_in_words = _kept(config, asked, prompts, notes)
+        kept, kept_in_words = kept_prompts(config, asked, prompts, notes)
     if method == "esd":
         notes.append("esd has no term for what is kept: that is only looked at afterwards")
 
@@ -130,9 +119,11 @@ def recipe_of(config: ForgetConfig) -> Recipe:
     files = {name: f"emoji_canvas/{recipes[name]}_{kind}.yaml" for name in classes if config.knows_names}
 
     # 2. What each is told over that, and what `set` says.
+    # One file for all stages, also where a folder of runs was given, whose newest may soon be another.
+    model = str(config.checkpoint()) if resolve_path(config.ckpt_path).is_dir() else config.ckpt_path
     shared: dict[str, Any] = {
-        "ckpt_path": config.ckpt_path,
-        "base_ckpt_path": config.ckpt_path,
+        "ckpt_path": model,
+        "base_ckpt_path": model,
         "model_config_path": config.structure,
         "use_ema": config.use_ema,
         "devices": config.devices,
@@ -181,6 +172,12 @@ def recipe_of(config: ForgetConfig) -> Recipe:
     assert scores is None or isinstance(scores, EvaluateConfig)
     if isinstance(trained, TrainConfig) and trained.masking != "saliency":
         mask = None
+
+    # 4. What a stage lacks on the disk would else be told hours later; the mask is what is made.
+    if isinstance(trained, TrainConfig) and mask is not None:
+        placed["train"] = override(trained, masking="none")
+    if lacking := [f"{name}: {problem}" for name in placed for problem in check_paths(placed[name])]:
+        raise ConfigError(lacking)
     return Recipe(
         asked=asked,
         method=method,
@@ -237,73 +234,6 @@ def _grid(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
     forgotten = [pair for pair in every if pair[place] in asked.names]
     others = [pair for pair in every if pair[place] not in asked.names]
     return tuple(canvas_prompt(o, s) for s, o in forgotten), tuple(canvas_prompt(o, s) for s, o in others)
-
-
-def _kept(
-    config: ForgetConfig, asked: Asked, prompts: Sequence[str], notes: list[str]
-) -> tuple[tuple[str, ...], str]:
-    """The prompts to keep, and which they are in words. Raises ConfigError."""
-    forgotten = {same_words(prompt) for prompt in prompts}
-    found: list[str] = []
-    words: list[str] = []
-    if config.keep is not None:
-        for item in config.keep:
-            found += _prompts_in(item)
-        words.append(f"{len(found)} prompts of yours")
-    elif config.knows_names:
-        every = [canvas_prompt(object, style) for style in STYLES for object in OBJECTS]
-        found += [prompt for prompt in every if same_words(prompt) not in forgotten]
-        words.append(f"{len(found)} prompts, of all other styles and objects of the bundled model")
-    else:
-        every = everyday_prompts()
-        found += [prompt for prompt in every if not mentions(prompt, asked.names)]
-        words.append(f"{len(found)} everyday prompts")
-        if len(found) < len(every):
-            left_out = ", ".join(repr(prompt) for prompt in every if prompt not in found)
-            notes.append(
-                f"of the everyday prompts, those that name what is forgotten are left out: {left_out}"
-            )
-    if config.neighbours is not None:
-        if asked.kind == "prompt":
-            raise ConfigError(["neighbours: a prompt has none; give whole prompts with keep"])
-        near = [
-            prompt.replace("{concept}", name) for name in config.neighbours for prompt in PROMPTS[asked.kind]
-        ]
-        found += near
-        words.append(f"{len(near)} of its neighbours {', '.join(config.neighbours)}")
-    kept = tuple({same_words(prompt): prompt for prompt in found}.values())
-    if both := [prompt for prompt in kept if same_words(prompt) in forgotten]:
-        raise ConfigError([f"keep: {both[0]!r} is one of the prompts to forget"])
-    return kept, " and ".join(words)
-
-
-def _prompts_in(item: str) -> list[str]:
-    """What an item of `keep` names: one prompt, those of a file, or of a folder of images. Raises ConfigError."""
-    path = given_prompts_file(item)
-    if path is None:
-        return [item]
-    try:
-        if path.is_dir():
-            images = find_images(path, path.resolve(), [], [])
-            if not images:
-                raise DataError(f"{path} has no images; give a folder of images with texts beside them")
-            return list(dict.fromkeys(captions(path, images, prompt=None, key="keep").values()))
-        if not path.is_file():
-            raise DataError(f"there is no file {item}")
-        if path.suffix.lower() == ".csv":
-            return [case.prompt for case in read_prompt_table(path, use_row_settings=False).cases]
-        lines = [" ".join(line.split()) for line in read_text(path).splitlines()]
-    except DataError as error:
-        raise ConfigError([f"keep: {error}"]) from error
-    if not any(lines):
-        raise ConfigError([f"keep: {path} has no prompt; write one a line"])
-    return [line for line in lines if line]
-
-
-def everyday_prompts() -> list[str]:
-    """What is kept where the user does not say: prompts of everyday things, of many kinds."""
-    text = resources.files("mu.forgetting").joinpath("everyday_prompts.txt").read_text(encoding="utf-8")
-    return text.splitlines()
 
 
 def _labels(asked: Asked) -> tuple[str, ...]:
@@ -365,7 +295,7 @@ def _digest(
         name: {key: value for key, value in dict(stage).items() if key not in _NO_PART_OF_THE_RESULT}
         for name, stage in stages.items()
     }
-    checkpoint = checkpoint_file(config.ckpt_path)
+    checkpoint = config.checkpoint()
     files = sorted(checkpoint.rglob("*")) if checkpoint.is_dir() else [checkpoint]
     packaged = config.ckpt_path.startswith(PACKAGE_PREFIX)  # another installation has other times
     model = [

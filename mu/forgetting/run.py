@@ -1,4 +1,4 @@
-"""From what is asked to the answer, on one page: plan, mask, training, pictures and scores.
+"""From a recipe to the answer, on one page: plan, mask, training, pictures and scores.
 
 The name of the result's folder has a digest of all that decides the result, and each stage has a folder in it. A stage
 that is done is found there and not done again, and a training that was stopped goes on from its newest checkpoint: so
@@ -12,7 +12,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,15 @@ from mu.config import as_text, keys_of, override
 from mu.console import called
 from mu.errors import Terminated
 from mu.evaluation import evaluation
-from mu.evaluation.report import report_training
-from mu.forgetting.answer import Forgotten
+from mu.evaluation.report import report_evaluation, report_training
+from mu.forgetting.answer import RESULT_NAME, Forgotten, finished, in_words, read_answer
 from mu.forgetting.config import ForgetConfig
 from mu.forgetting.pictures import compare
-from mu.forgetting.plan import RESULT_NAME, finished, named, plan_of
-from mu.forgetting.recipes import Recipe, recipe_of
+from mu.forgetting.plan import PICTURE_NAME, REPORT_NAME
+from mu.forgetting.recipes import Recipe
+from mu.forgetting.stages import plan_of
 from mu.run_folder import RESULT, RunFolder
 from mu.unlearning.checkpoints import find_run_state
-from mu.unlearning.config import OutputKeys
 from mu.unlearning.run_state import ResumeError
 from mu.unlearning.training_config import RESUME_NEWEST, TrainingKeys
 from mu.verbosity import bars_off, console_level, is_json, is_quiet, verbosity
@@ -44,21 +44,18 @@ from mu.verbosity import bars_off, console_level, is_json, is_quiet, verbosity
 _log = logging.getLogger(__name__)
 
 
-def forget(config: ForgetConfig) -> Forgotten:
-    """Make a model forget, and look at what it forgot and kept.
+def run(config: ForgetConfig, recipe: Recipe, *, started: float) -> Forgotten:
+    """Do what is left of a recipe.
 
-    Returns:
-        Where everything is, and the numbers.
+    Args:
+        config: that it was made from.
+        started: by `time.monotonic`.
 
     Raises:
-        ConfigError: a key is wrong.
+        ConfigError: a path is missing.
         MuError: see `SaliencyUnlearningAlgorithm.run` and `mu.evaluation.evaluation.run`.
         KeyboardInterrupt, Terminated: it was stopped; the command that goes on has been printed.
     """
-    started = time.monotonic()
-
-    # 1. What is asked.
-    recipe = recipe_of(config)
     with (
         _console(),
         RunFolder.go_on(config.output_dir, recipe.folder.name) as folder,
@@ -66,11 +63,11 @@ def forget(config: ForgetConfig) -> Forgotten:
     ):
         folder.save_config(config)
 
-        # 2. What it will take.
-        plan = plan_of(recipe).require()
+        # 1. What it will take.
+        plan = plan_of(recipe, timing=config.timing is not False).require()
         _say(f"{plan}\n")
 
-        # 3. Images and mask: the images are drawn by the model itself, before anything in it has moved.
+        # 2. Images and mask: the images are drawn by the model itself, before anything in it has moved.
         train = recipe.train
         if recipe.mask is not None and isinstance(train, TrainConfig):
             if finished(recipe, "mask") is None:
@@ -78,41 +75,20 @@ def forget(config: ForgetConfig) -> Forgotten:
                 MaskingAlgorithm(recipe.mask).run()
             train = override(train, mask_path=str(recipe.folder / "mask"))
 
-        # 4. Training; and the proof that nothing else moved.
+        # 3. Training; and the proof that nothing else moved.
         if finished(recipe, "train") is None:
             first = "Drawing what is to be kept, training" if isinstance(train, TrainConfig) else "Training"
             _say(f"{first}, writing the file, and checking that nothing else in it changed ...")
             _train(train)
-        trained = finished(recipe, "train")
-        assert trained is not None
-        written = json.loads((trained / RESULT).read_text(encoding="utf-8"))
-        checkpoint = Path(written["checkpoint"])
 
-        # 5. Pictures and scores, of the written file.
-        found = _read(recipe.folder / RESULT_NAME)
-        if not found:
+        # 4. Pictures and scores, of the written file.
+        if read_answer(recipe, seconds=0.0) is None:
             _say("Drawing the same pictures before and after ...")
-            found = _looked_at(recipe, train, trained, checkpoint)
-            folder.save_json(RESULT_NAME, found)
+            folder.save_json(RESULT_NAME, _looked_at(recipe))
 
-        # 6. The answer.
-        answer = Forgotten(
-            what=named(recipe),
-            prompts=recipe.prompts,
-            instead=recipe.asked.instead,
-            kept=recipe.kept_in_words,
-            folder=recipe.folder,
-            checkpoint=checkpoint,
-            patch=None if written["patch"] is None else Path(written["patch"]),
-            pictures=Path(found["pictures"]),
-            report=None if found["report"] is None else Path(found["report"]),
-            scores=found["scores"],
-            moved=found["moved"],
-            weights=(written["weights_changed"], written["weights_total"]),
-            base=config.ckpt_path,
-            structure=config.structure,
-            seconds=time.monotonic() - started,
-        )
+        # 5. The answer.
+        answer = read_answer(recipe, seconds=time.monotonic() - started)
+        assert answer is not None
         write_atomically(recipe.folder / "answer.txt", f"{answer}\n".encode())
         return answer
 
@@ -153,44 +129,49 @@ def _resume(config: TrainingKeys) -> str | None:
     return RESUME_NEWEST
 
 
-def _looked_at(recipe: Recipe, train: OutputKeys, trained: Path, checkpoint: Path) -> dict[str, Any]:
-    """Pictures, report, and numbers: scores where there is a classifier, else how far pictures moved."""
+def _looked_at(recipe: Recipe) -> dict[str, Any]:
+    """Picture, report, and numbers: scores where there is a classifier, else how far pictures moved."""
+    trained = finished(recipe, "train")
+    assert trained is not None
+    checkpoint = Path(json.loads((trained / RESULT).read_text(encoding="utf-8"))["checkpoint"])
+    picture, report = recipe.folder / PICTURE_NAME, recipe.folder / REPORT_NAME
+
+    # 1. Scores, or how far pictures moved. The report is written once, where one looks first.
+    scores: dict[str, Any] | None = None
+    moved: dict[str, Any] | None = None
+    written: Path | None = None
     if recipe.scores is not None:
-        result = evaluation.run(override(recipe.scores, ckpt_path=str(checkpoint)))
-        run = Path(str(result["run"]))
-        metrics = json.loads((run / RESULT).read_text(encoding="utf-8"))
-        numbers = {
-            key: {
-                "meaning": metrics["meanings"][key],
-                **{name: found[key]["value"] for name, found in metrics["models"].items()},
-                "n": metrics["models"]["after"][key]["n"],
-            }
-            for key in ("UA", "IRA", "CRA", "own")
-        }
-        paths = {"pictures": result["picture"], "report": result.get("report")}
-        return {**paths, "scores": numbers, "moved": None}
+        config = override(recipe.scores, ckpt_path=str(checkpoint), report=False)
+        looked = Path(str(evaluation.run(config)["run"]))
+        scores = _scores(json.loads((looked / RESULT).read_text(encoding="utf-8")))
+        if recipe.scores.report:
+            shown = config.show_unsafe_pictures
+            written = report_evaluation(looked, checkpoint=checkpoint, show_unsafe=shown, path=report)
+    else:  # picture and numbers lie with those of the training, whose report shows them
+        looked = trained
+        title = f"{in_words(recipe)} forgotten (framed): same prompts, same noise"
+        path = looked / "pictures" / PICTURE_NAME
+        found = compare(recipe.train, checkpoint, recipe.prompts, recipe.kept, path=path, title=title)
+        moved = found.as_dict()
+        write_atomically(looked / "moved.json", f"{json.dumps(moved, indent=2)}\n".encode())
+        written = report_training(looked, show_unsafe=False, path=report)
 
-    # Picture and numbers lie with those of the training, whose report shows them.
-    picture = trained / "pictures" / "before_after.png"
-    title = f"{named(recipe)} forgotten (framed): same prompts, same noise"
-    moved = compare(train, checkpoint, recipe.prompts, recipe.kept, path=picture, title=title)
-    write_atomically(trained / "moved.json", f"{json.dumps(moved.as_dict(), indent=2)}\n".encode())
-    report = report_training(trained, show_unsafe=False)
+    # 2. The picture there too; its run keeps its own, from which `unlearn_diff report` makes a report again.
+    write_atomically(picture, (looked / "pictures" / PICTURE_NAME).read_bytes())
+    report_path = None if written is None else str(written)
+    return {"pictures": str(picture), "report": report_path, "scores": scores, "moved": moved}
+
+
+def _scores(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of an evaluation's metrics.json: score -> meaning, before, after, n."""
     return {
-        "pictures": str(picture),
-        "report": None if report is None else str(report),
-        "scores": None,
-        "moved": moved.as_dict(),
+        key: {
+            "meaning": metrics["meanings"][key],
+            **{name: found[key]["value"] for name, found in metrics["models"].items()},
+            "n": metrics["models"]["after"][key]["n"],
+        }
+        for key in ("UA", "IRA", "CRA", "own")
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What an earlier call has found, if all of it is still there."""
-    if not path.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    files = [found[key] for key in ("pictures", "report") if found[key] is not None]
-    return found if all(Path(file).is_file() for file in files) else {}
 
 
 @contextmanager

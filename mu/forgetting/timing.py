@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,17 +22,19 @@ from mu.algorithms.saliency_unlearning.configs import MaskConfig, TrainConfig
 from mu.algorithms.saliency_unlearning.masking import accumulate_saliency
 from mu.bars import waiting
 from mu.config import override
+from mu.datasets.generated_images import GeneratedImages, SampleSettings
+from mu.evaluation.config import EvaluateConfig
+from mu.evaluation.grid import Grid
 from mu.ldm import LatentDiffusion
 from mu.ldm.sampler import sample_ddim
 from mu.ldm.text_to_image import sampling_precision
 from mu.unlearning.batches import Batch, ForgetBatch, RetainBatch
 from mu.unlearning.compute import Compute, choose, computing
-from mu.unlearning.config import OutputKeys
+from mu.unlearning.config import ComputeKeys, OutputKeys, model_of
 from mu.unlearning.image_data import SAMPLE_BATCH
 from mu.unlearning.method import Loaded
-from mu.unlearning.output import model_of
 from mu.unlearning.trainer import Trainer
-from mu.unlearning.training_config import ComputeKeys, TrainingKeys
+from mu.unlearning.training_config import TrainingKeys
 
 _SLOW_S = 2.0
 """What takes longer for one image is not done for a whole batch, but multiplied."""
@@ -51,18 +54,31 @@ class Timed:
     encoding: float
     mask_batch: float
     training_step: float
+    scored_before: int
+    """Pictures of the model before that are scored and lie there already, from another forgetting."""
 
     def drawing(self, images: int, *, steps: int, precision: str) -> float:
         """Seconds to draw so many images."""
         return images * (steps * self.sampling_step[precision] + self.decoding)
 
 
-def timed(train: OutputKeys, mask: MaskConfig | None = None, precisions: Iterable[str] = ()) -> Timed:
+UNTIMED = Timed(
+    loading=math.nan,
+    sampling_step=defaultdict(lambda: math.nan),
+    decoding=math.nan,
+    encoding=math.nan,
+    mask_batch=math.nan,
+    training_step=math.nan,
+    scored_before=0,
+)
+"""Of a model that was not asked."""
+
+
+def timed(train: OutputKeys, mask: MaskConfig | None = None, scores: EvaluateConfig | None = None) -> Timed:
     """Time one of each kind of work; it takes seconds, for Stable Diffusion on a CPU minutes.
 
     Args:
-        train, mask: the configs of the stages.
-        precisions: in which images are drawn, beside `sample_precision` of `train`.
+        train, mask, scores: the configs of the stages.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -74,9 +90,11 @@ def timed(train: OutputKeys, mask: MaskConfig | None = None, precisions: Iterabl
     with waiting("timing one step of each kind"):
         shape = model.latent_shape(train.image_size)
 
-        # 1. Drawing: a DDIM step of a batch, and what is done with each image.
+        # 1. Drawing: a DDIM step of a batch, and what is done with each image. What lies there already is told by the
+        # model's fingerprint, which the training step changes.
+        scored_before = 0 if scores is None else _scored_before(model, scores)
         steps = {}
-        for precision in {train.sample_precision, *precisions}:
+        for precision in {train.sample_precision, *([] if scores is None else [scores.precision])}:
             batch = _of_a_batch(partial(_sample, model, train, shape, precision), SAMPLE_BATCH, model)
             steps[precision] = batch / SAMPLE_BATCH
         latent = torch.zeros((1, *shape), device=model.device)
@@ -107,7 +125,15 @@ def timed(train: OutputKeys, mask: MaskConfig | None = None, precisions: Iterabl
             encoding=encoding,
             mask_batch=mask_batch,
             training_step=training_step,
+            scored_before=scored_before,
         )
+
+
+def _scored_before(model: LatentDiffusion, scores: EvaluateConfig) -> int:
+    settings = SampleSettings(scores.sample_steps, scores.guidance_scale, model.image_size, scores.precision)
+    images = GeneratedImages(model, scores.output_dir, settings, subfolder="grids").path
+    rows = Grid(*scores.all_names(), scores.seeds).rows(images)
+    return sum(row.image.is_file() for row in rows)
 
 
 def _training_step(model: LatentDiffusion, config: TrainingKeys, shape: tuple[int, int, int]) -> float:

@@ -38,7 +38,7 @@ from mu.ldm.tensor_file import CheckpointError, Reader, read_state_dict, write_s
 
 _PART_NAMES = {UNET_PREFIX: "UNet", VAE_PREFIX: "VAE (autoencoder)", "cond_stage_model.": "text encoder"}
 _TEXT = "cond_stage_model.transformer."
-_SHOWN = 5
+_SHOWN, _FEW = 5, 20
 _PACKAGED = "package:algorithms/saliency_unlearning/configs/"
 
 _log = logging.getLogger(__name__)
@@ -295,15 +295,15 @@ def _check_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: 
     ]
     if not (missing or unexpected or misshaped):
         return
+    # What to do comes first. Of another model altogether one name of each kind suffices.
+    shown = _SHOWN if len(missing) + len(unexpected) + len(misshaped) <= _FEW else 1
     parts = [
-        f"{len(found)} {what} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
+        f"{len(found)} {what} ({', '.join(found[:shown])}{', ...' if len(found) > shown else ''})"
         for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
         if found
     ]
-    listed = "; ".join(parts)
-    raise CheckpointError(
-        f"{source} is not a checkpoint of this model: {listed}. {_hint(own, missing, unexpected, misshaped)}"
-    )
+    hint = _hint(own, missing, unexpected, misshaped)
+    raise CheckpointError(f"{source} is not a checkpoint of this model. {hint}. Tensors: {'; '.join(parts)}")
 
 
 def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
@@ -311,13 +311,13 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
         return "The names are those of a part of a diffusers model; give the whole folder, or a CompVis checkpoint"
     if any(key.startswith("cond_stage_model.model.") for key in unexpected):
         return (
-            "The text encoder is OpenCLIP's: an SD v2 checkpoint, which needs a model YAML of SD v2 (model_config_path "
-            f"{_PACKAGED}sd_v2_base.yaml for 512 px, {_PACKAGED}sd_v2_v.yaml for 768 px)"
+            "It is an SD v2 checkpoint, by OpenCLIP's text encoder: set model_config_path to "
+            f"{_PACKAGED}sd_v2_base.yaml for 512 px, {_PACKAGED}sd_v2_v.yaml for 768 px"
         )
     if any(key.startswith(_TEXT) for key in unexpected):
         return (
-            "The text encoder is CLIP's: an SD v1 checkpoint, which needs a model YAML of SD v1 (model_config_path "
-            f"{_PACKAGED}model_config.yaml)"
+            "It is an SD v1 checkpoint, by CLIP's text encoder: set model_config_path to "
+            f"{_PACKAGED}model_config.yaml"
         )
     if len(missing) == sum(not _may_be_ignored(key) for key in own):
         return (
@@ -326,13 +326,13 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
         )
     if len(missing) < 0.02 * len(own) and not unexpected and not misshaped:
         return (
-            "All else fits: the file is not whole. Get it again; or complete it with the rest of the model that it was "
-            "made from (unlearn_diff convert FILE whole.safetensors --base_ckpt_path MODEL)"
+            "Nearly all of it fits: the file is not whole. Get it again; or complete it with the rest of the model it "
+            "was made from (unlearn_diff convert FILE whole.safetensors --base_ckpt_path MODEL)"
         )
     for key in [] if misshaped else unexpected[:_SHOWN]:  # of another size, other names are no misspellings
         near = difflib.get_close_matches(key, missing[:1000], n=1, cutoff=0.8)
         if near:
-            return f"Is {key} meant to be {near[0]}?"
+            return f"Is {key} meant to be {near[0]}? Then rename it"
     return (
         "Give the model YAML that belongs to the checkpoint (model_config_path; the bundled model's is "
         "package:assets/emoji_canvas/model_config.yaml)"

@@ -118,7 +118,6 @@ def write_diffusers_folder(
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files with the weights of one component."""
     found = _variants(folder)
     variants = sorted(variant for variant in found if variant)
     if "" in found:

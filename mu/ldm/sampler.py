@@ -66,6 +66,7 @@ def sample_ddim(
     eta: float = 0.0,
     initial_noise: Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    first_step: int = 0,
     stop_after: int | None = None,
     after_step: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -81,6 +82,7 @@ def sample_ddim(
         initial_noise: (B, C, H, W); drawn when absent.
         generator: for what is drawn here (the initial noise, and the noise of eta > 0); one for each image makes an
             image independent of the batch it is in.
+        first_step: leave out so many steps; the initial noise must be latents as noisy as the timestep at that place.
         stop_after: do only so many steps; the latents are then as noisy as the timestep at that place. None: all.
         after_step: is told after each step how many are done.
 
@@ -103,7 +105,7 @@ def sample_ddim(
 
     timesteps = ddim_timesteps(model.num_timesteps, steps)
     abar = model.alphas_cumprod.double().tolist()
-    for i, t in enumerate(timesteps[:stop_after]):
+    for i, t in list(enumerate(timesteps[:stop_after]))[first_step:]:
         a = abar[t]
         a_next = abar[timesteps[i + 1]] if i + 1 < len(timesteps) else abar[0]
         noise = guided_noise(
@@ -121,5 +123,5 @@ def sample_ddim(
         if sigma:
             latents = latents + sigma * draw()
         if after_step is not None:
-            after_step(i + 1)
+            after_step(i + 1 - first_step)
     return latents.to(context.dtype)

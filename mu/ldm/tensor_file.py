@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mu.atomic import WriteError, written_beside
-from mu.errors import MuError
+from mu.errors import MuError, first_line
 from mu.ldm.safe_pickle import UnsafePickleError, load_pickle
 
 PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt")
@@ -245,12 +245,8 @@ def _read_pickle(path: Path, *, mapped: bool) -> tuple[dict[str, Tensor], dict[s
         AttributeError,
         AssertionError,
     ) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({_first_line(error)}); {_AGAIN}") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({first_line(error)}); {_AGAIN}") from error
     return _tensors_of(content, path)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _flat(content: Mapping[Any, Any]) -> Mapping[Any, Any]:

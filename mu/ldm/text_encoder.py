@@ -54,8 +54,19 @@ class TextEncoder(nn.Module):
         network = CLIPTextModel(config)
         self.transformer = nn.ModuleDict({"text_model": getattr(network, "text_model", network)})
 
+    pad_token = END_TOKEN
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        embedding = self.transformer["text_model"].embeddings.token_embedding
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
+
     def forward(self, prompts: list[str]) -> Tensor:
-        tokens = tokenize(prompts, self.params.max_length)  # (B, 77)
+        return self.encode(tokenize(prompts, self.params.max_length))  # (B, 77, D)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Embeddings (B, 77, D) of tokens (B, 77)."""
         network = self.transformer["text_model"]
         device = next(network.parameters()).device
         return network(input_ids=tokens.to(device)).last_hidden_state  # (B, 77, D)
@@ -141,8 +152,17 @@ class OpenClipTextEncoder(nn.Module):
         self.params = params
         self.model = OpenClipNetwork(params)
 
+    pad_token = OPEN_CLIP_PAD_TOKEN
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.model.token_embedding
+
     def forward(self, prompts: list[str]) -> Tensor:
-        tokens = tokenize(prompts, self.params.max_length, pad_token=OPEN_CLIP_PAD_TOKEN)  # (B, 77)
+        return self.encode(tokenize(prompts, self.params.max_length, pad_token=self.pad_token))  # (B, 77, D)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Embeddings (B, 77, D) of tokens (B, 77)."""
         return self.model(tokens.to(self.model.positional_embedding.device))  # (B, 77, D)
 
 

@@ -72,6 +72,8 @@ class TextToImage:
         guidance_scale: float,
         noise: Tensor | None = None,
         seeds: Sequence[int] | None = None,
+        context: Tensor | None = None,
+        first_step: int = 0,
     ) -> Iterator[Tensor]:
         """One image for each prompt, of one batch.
 
@@ -79,6 +81,8 @@ class TextToImage:
             guidance_scale: of classifier-free guidance; 1 is none.
             noise: (B, C, h, w) from which the images begin; without it, it is drawn from the seeds.
             seeds: one for each image, for what is drawn; needed without `noise`, and where eta is above 0.
+            context: (B, L, D) that is taken in place of the prompts' embeddings.
+            first_step: see `sample_ddim`; `noise` must be as noisy as that step's timestep.
 
         Yields:
             (3, H, W) fp32, about [-1, 1], on the CPU, in the order of the prompts.
@@ -87,6 +91,7 @@ class TextToImage:
             OutOfMemoryError: memory does not suffice for one image.
         """
 
+        steps = self.steps - first_step
         told = 0.0  # images: of a batch that is begun again with less at once, no step is told twice
 
         def tell(upto: float) -> None:
@@ -96,32 +101,36 @@ class TextToImage:
                 told = upto
 
         def sample(places: Sequence[int]) -> Tensor:
-            part = len(places) / (self.steps + 1)  # the last is for decoding
-            context = self.model.embed([prompts[place] for place in places])  # (B, L, D)
+            part = len(places) / (steps + 1)  # the last is for decoding
+            if context is None:
+                contexts = self.model.embed([prompts[place] for place in places])  # (B, L, D)
+            else:
+                contexts = context[list(places)]  # (B, L, D)
             uncond_context = self.model.embed([""])  # (1, L, D)
             with self._arithmetic():
                 return sample_ddim(
                     self.model,
-                    context,
+                    contexts,
                     shape=self.shape,
                     steps=self.steps,
                     guidance_scale=guidance_scale,
                     uncond_context=uncond_context,
                     eta=self.eta,
-                    initial_noise=None if noise is None else noise[list(places)].to(context),
+                    initial_noise=None if noise is None else noise[list(places)].to(contexts),
                     generator=None
                     if seeds is None
                     else [torch.Generator().manual_seed(seeds[place]) for place in places],
+                    first_step=first_step,
                     after_step=lambda step: tell(places[0] + step * part),
                 )  # (B, C, h, w)
 
         first = 0
         for latents in self._sampling.pieces(range(len(prompts)), sample):
-            steps_done = self.steps * len(latents) / (self.steps + 1)
+            steps_done = steps * len(latents) / (steps + 1)
             for number, latent in enumerate(latents, start=1):
                 with telling("while decoding an image", advice=SAMPLING_ADVICE), self._arithmetic():
                     image = self.model.decode(latent[None])[0].float().cpu()  # (3, H, W)
-                tell(first + steps_done + number / (self.steps + 1))
+                tell(first + steps_done + number / (steps + 1))
                 yield image
             first += len(latents)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mu import ranks
-from mu.config import ConfigError, as_text, keys_of, resolve_path
+from mu.config import ConfigError, as_text, keys_of, override, resolve_path
 from mu.ldm.checkpoint import check_layout
 from mu.ldm.schedule import SCHEDULE_KEYS
 from mu.ldm.tensor_file import CheckpointError, fingerprint
@@ -259,6 +259,23 @@ def find_run_state(config: TrainingKeys) -> RunState:
         f"resume: there is no {'whole ' if damaged else ''}checkpoint of an unfinished run {place}"
         f"{'; damaged: ' + ', '.join(damaged) if damaged else ''}. Without --resume the run begins anew"
     )
+
+
+def steps_done(config: TrainingKeys) -> int:
+    """After how many steps the newest unfinished run with these settings in `output_dir` goes on; 0: there is none.
+
+    Of its checkpoints only the heads are read.
+    """
+    config = override(config, resume=RESUME_NEWEST)
+    settings = settings_of(config)
+    for path in _candidates(config):
+        try:
+            head = read_head(path)
+        except CheckpointError:  # the run itself passes it over, and says so
+            continue
+        if not _differences(head, settings, type(config)):
+            return head.step
+    return 0
 
 
 def resumed_state(config: TrainingKeys) -> RunState:

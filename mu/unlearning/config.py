@@ -1,24 +1,61 @@
-"""The keys that all methods share: which model, which concept, which images, what is written."""
+"""The keys that methods share: which model and weights, which concept and images, how it computes, what is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from mu.bars import waiting
 from mu.config import Config, resolve_path, setting
 from mu.datasets.base import RETAIN_SETS
 from mu.datasets.data_sets import DATASETS, data_set_of, described
 from mu.datasets.index import concept_names
-from mu.devices import DEVICES_PATTERN, devices_problem
+from mu.devices import DEVICES_PATTERN, devices_problem, resolve_devices
 from mu.run_folder import writable_problem
-from mu.unlearning.find_checkpoint import SD_CHECKPOINT, Problem, checkpoint_file, checkpoint_problems
+from mu.unlearning.find_checkpoint import (
+    SD_CHECKPOINT,
+    Problem,
+    checkpoint_file,
+    checkpoint_problems,
+    model_config_problems,
+)
 
+if TYPE_CHECKING:
+    from mu.ldm import LatentDiffusion
+
+_log = logging.getLogger(__name__)
 OUTPUTS = "outputs/saliency_unlearning"
 SD_MODEL_CONFIG = "package:algorithms/saliency_unlearning/configs/model_config.yaml"
 EMOJI_CHECKPOINT = "package:assets/emoji_canvas/model.safetensors"
 EMOJI_MODEL_CONFIG = "package:assets/emoji_canvas/model_config.yaml"
 SAMPLE_PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed")
+PRECISION_HELP = (
+    "Arithmetic of the UNet: fp32; tf32, products of factors rounded to 10 bits, on GPUs that have it; bf16-mixed, "
+    "fp32 weights computed with in bf16. Files keep their own type."
+)
+
+_TIME = ("out.", "time_embed.")
+_SELF_LAYERS = ("input_blocks.4.", "input_blocks.7.")
+_CROSS_LAYERS = ("output_blocks.6.", "output_blocks.8.")
+IN_METHOD: dict[str, Callable[[str], bool]] = {
+    "full": lambda _: True,
+    "notime": lambda name: not name.startswith(_TIME),
+    "noxattn": lambda name: not name.startswith(_TIME) and "attn2" not in name.split("."),
+    "selfattn": lambda name: "attn1" in name.split("."),
+    "xattn": lambda name: "attn2" in name.split("."),
+    "selflayer": lambda name: name.startswith(_SELF_LAYERS) and "attn1" in name.split("."),
+    "xlayer": lambda name: name.startswith(_CROSS_LAYERS) and "attn2" in name.split("."),
+}
+"""Train method -> whether it moves the parameter of this UNet-relative name."""
+TRAIN_METHODS = tuple(IN_METHOD)
+TRAIN_METHOD_HELP = (
+    "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
+    "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
+    "output blocks 6 and 8."
+)
 
 
 class ModelKeys(Config):
@@ -64,11 +101,23 @@ class ModelKeys(Config):
         yield from self._checkpoint_problems()
         if (problem := devices_problem(self.devices)) is not None:
             yield ("devices",), problem
-        if not resolve_path(self.model_config_path).is_file():
-            yield (
-                ("model_config_path",),
-                f"there is no file {self.model_config_path}; for SD v1 leave the key out",
-            )
+        yield from model_config_problems(self.model_config_path)
+
+
+def model_of(config: ModelKeys) -> LatentDiffusion:
+    """The model that `ckpt_path`, `model_config_path` and `devices` name, in eval mode.
+
+    Raises:
+        CheckpointError, ModelConfigError, DeviceError: see `mu.ldm.load_model` and `mu.devices.resolve_devices`.
+    """
+    from mu.ldm import load_model
+
+    checkpoint, device = config.checkpoint(), resolve_devices(config.devices)
+    _log.info("loading %s on %s", checkpoint, device)
+    with waiting(f"reading {checkpoint.name}"):
+        return load_model(
+            resolve_path(config.model_config_path), checkpoint, device=device, use_ema=config.use_ema
+        )
 
 
 class ConceptKeys(ModelKeys):
@@ -119,6 +168,32 @@ class RunKeys(ConceptKeys):
         yield from super().disk_problems()
         if (problem := writable_problem(self.output_dir)) is not None:
             yield ("output_dir",), problem
+
+
+class ComputeKeys(RunKeys):
+    """How the UNet computes in both stages; docs/running.md says what each key costs and what is chosen by itself."""
+
+    AUTO_PRECISION: ClassVar[str] = "bf16-mixed"
+    """What precision auto is on a GPU that has it."""
+    gone: ClassVar[Mapping[str, str]] = {"sharding": "none"}
+
+    seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)
+    precision: str = setting(
+        "auto",
+        f"{PRECISION_HELP} auto: bf16-mixed on a GPU that has it, else fp32.",
+        choices=PRECISIONS,
+    )
+    channels_last: bool | None = setting(
+        None, "Convolutions with the channels together in memory; null: on a GPU, where it is faster."
+    )
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "Compute the inside of the UNet's blocks again for the backward pass instead of keeping it: much less memory, "
+        "about a third more time; null: once memory has run out, and on a CPU where it is foreseen.",
+    )
+    compile: bool = setting(
+        False, "Translate the UNet with torch.compile: minutes at first, then faster steps; for long runs."
+    )
 
 
 class OutputKeys(RunKeys):

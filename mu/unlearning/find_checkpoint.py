@@ -66,9 +66,24 @@ def checkpoint_problems(
         yield from file_problems(key, path, advice=f"`download_model compvis` puts one at {SD_CHECKPOINT}")
 
 
+def model_config_problems(path: str) -> Iterator[Problem]:
+    """Why the key `model_config_path` leads to no YAML of a model."""
+    if not resolve_path(path).is_file():
+        yield ("model_config_path",), f"there is no file {path}; for SD v1 leave the key out"
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a file, or a diffusers folder."""
     return os.path.isfile(path) or _is_diffusers_folder(path)
+
+
+def model_config_of_run(checkpoint: Path) -> str | None:
+    """`model_config_path` of the run that wrote a checkpoint, by the config.yaml beside it; None without one."""
+    try:
+        saved = read_flat_file(checkpoint.parent / "config.yaml").values.get("model_config_path")
+    except ConfigFileError:
+        return None
+    return None if saved is None or isinstance(saved, list) or saved.is_null else str(saved)
 
 
 def checkpoint_bytes(path: Path) -> int:
@@ -142,7 +157,6 @@ def _models_in(folder: Path) -> list[Path]:
 
 
 def _run_matches(run: Path, template: str | None, template_name: str | Sequence[str] | None) -> bool:
-    """Whether the config saved in a run folder has the wanted values; those that are None do not matter."""
     if template is None and template_name is None:
         return True
     try:
@@ -155,7 +169,6 @@ def _run_matches(run: Path, template: str | None, template_name: str | Sequence[
 
 
 def _words(value: Value | None) -> set[str]:
-    """What a key of a saved config says, one word or several."""
     if value is None:
         return set()
     return {str(text) for text in (value if isinstance(value, list) else [value])}

@@ -48,7 +48,8 @@ _TEXTS = "config.yaml, log.txt, metrics"
 _TEXTS_BYTES = 500_000
 _TOKENIZER_BYTES = 1_500_000  # CLIP's vocabulary, in a diffusers folder
 _PICTURED_PROMPTS = 8
-_SLOW_ON_A_CPU = 300_000_000  # weights of a UNet whose pictures take a CPU minutes each
+SLOW_ON_A_CPU = 300_000_000
+"""Weights of a UNet whose pictures take a CPU minutes each."""
 _CAPTION_TOKENS = 77
 _HEADER_BYTES, _PATCH_HEADER_BYTES = 150, 600
 """What the head of a file takes for a tensor: name, type and place; in a patch, two of these and two SHA-256."""
@@ -210,7 +211,7 @@ class Inspection:
         if cells := prompts * len(config.sample_seeds) * pictured:
             side = max(64, min(256, self.image_size))
             yield planned(what="pictures/*.png", bytes=cells * _png_bytes(side), certain=False)
-            if self.device.type == "cpu" and sum(self.numel.values()) >= _SLOW_ON_A_CPU:
+            if self.device.type == "cpu" and sum(self.numel.values()) >= SLOW_ON_A_CPU:
                 self.warnings.append(
                     "sample_prompts: on a CPU this model takes minutes for each picture before and after; "
                     "[] leaves the pictures out"

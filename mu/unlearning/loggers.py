@@ -18,8 +18,8 @@ from PIL import Image
 from mu import ranks
 from mu.atomic import WriteError
 from mu.config import as_dict
+from mu.errors import first_line
 from mu.run_folder import RunFolder, csv_bytes
-from mu.unlearning.runs import first_line
 from mu.unlearning.training_config import TrainingKeys
 
 _WANDB_MODES = {

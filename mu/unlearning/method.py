@@ -34,10 +34,10 @@ from mu.run_folder import RESULT, RunFolder
 from mu.unlearning.batches import Batches
 from mu.unlearning.checkpoints import Checkpoints, resumed_state
 from mu.unlearning.compute import choose, computing
-from mu.unlearning.config import OutputKeys, RunKeys
+from mu.unlearning.config import OutputKeys, RunKeys, model_of
 from mu.unlearning.loggers import LossLog, RunLogger
 from mu.unlearning.moving import MovingModel
-from mu.unlearning.output import check_save_dtype, model_of, original_of, write_and_prove
+from mu.unlearning.output import check_save_dtype, original_of, write_and_prove
 from mu.unlearning.plan import Plan
 from mu.unlearning.progress import Progress, ProgressPictures
 from mu.unlearning.runs import Result, decorating, open_run, save_result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mu import ranks
+from mu.config_names import nearest
 from mu.errors import MuError
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import fingerprint
+from mu.unlearning.config import IN_METHOD, TRAIN_METHODS
 from mu.unlearning.optim import SelectedEntries, SelectionError
-from mu.unlearning.training_config import IN_METHOD, TRAIN_METHODS
 
 
 class TrainMethodError(MuError, ValueError):
@@ -33,9 +33,10 @@ def names_of(unet: nn.Module, train_method: str) -> list[str]:
             `xlayer` are those of Stable Diffusion v1).
     """
     if train_method not in IN_METHOD:
-        near = difflib.get_close_matches(train_method, TRAIN_METHODS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise TrainMethodError(f"train_method is {train_method!r}; known: {', '.join(TRAIN_METHODS)}{hint}")
+        known = ", ".join(TRAIN_METHODS)
+        raise TrainMethodError(
+            f"train_method: {train_method!r} is not one of: {known}.{nearest(train_method, TRAIN_METHODS)}"
+        )
     every = [name for name, _ in unet.named_parameters()]
     names = [name for name in every if IN_METHOD[train_method](name)]
     if not names:

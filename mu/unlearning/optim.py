@@ -212,7 +212,6 @@ class MaskedAdam(torch.optim.Optimizer):
             self._entries[parameter].write_(parameter, value)
 
     def _packed(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """(count,) selected values, and (count,) their gradients."""
         entries = self._entries[parameter]
         assert parameter.grad is not None
         return entries.read(parameter), entries.read(parameter.grad)  # (count,) both

@@ -1,4 +1,4 @@
-"""The model of a config in, the unlearned checkpoint out: written, proved to differ nowhere else, and its patch."""
+"""The unlearned checkpoint: written, proved to differ nowhere else than it may, and its patch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from mu.bars import counted, waiting
-from mu.config import resolve_path
 from mu.datasets.index import concept_label
-from mu.devices import resolve_devices
 from mu.errors import MuError
-from mu.ldm import CheckpointError, LatentDiffusion, LatentDiffusionParams, load_model
+from mu.ldm import CheckpointError, LatentDiffusion, LatentDiffusionParams
 from mu.ldm.checkpoint import read_checkpoint, tensors_of
 from mu.ldm.convert import model_spec
 from mu.ldm.diffusers_folder import write_diffusers_folder
@@ -27,27 +25,12 @@ from mu.ldm.schedule import SCHEDULE_KEYS
 from mu.ldm.tensor_file import open_state_dict, write_state_dict
 from mu.ldm.unet_dtype import SAVE_DTYPES, WithUNetDtype, is_of_unet, largest_lost
 from mu.run_folder import RunFolder
-from mu.unlearning.config import ModelKeys, OutputKeys
+from mu.unlearning.config import OutputKeys
 from mu.unlearning.find_checkpoint import DIFFUSERS_NAME, PATCH_NAME
 from mu.unlearning.moving import TrainingError
 from mu.unlearning.runs import Result, decorating
 
 _log = logging.getLogger(__name__)
-
-
-def model_of(config: ModelKeys) -> LatentDiffusion:
-    """The model that `ckpt_path`, `model_config_path` and `devices` name, in eval mode.
-
-    Raises:
-        CheckpointError, ModelConfigError, DeviceError: see `mu.ldm.load_model` and `mu.devices.resolve_devices`.
-    """
-    checkpoint = config.checkpoint()
-    device = resolve_devices(config.devices)
-    _log.info("loading %s on %s", checkpoint, device)
-    with waiting(f"reading {checkpoint.name}"):
-        return load_model(
-            resolve_path(config.model_config_path), checkpoint, device=device, use_ema=config.use_ema
-        )
 
 
 def original_of(

@@ -94,7 +94,7 @@ class Plan:
             problem.exit_code = 2
             raise problem
         if self.problems:
-            raise ConfigError([mistake for problem in self.problems for mistake in _mistakes_of(problem)])
+            raise ConfigError([mistake for problem in self.problems for mistake in mistakes_of(problem)])
         return self
 
     def say_warnings(self, logger: logging.Logger) -> None:
@@ -105,7 +105,7 @@ class Plan:
     def as_json(self) -> dict[str, object]:
         """What `--dry_run --json` prints."""
         problems = [
-            mistake for each in (*self.problems, *self.later_problems) for mistake in _mistakes_of(each)
+            mistake for each in (*self.problems, *self.later_problems) for mistake in mistakes_of(each)
         ]
         return {
             "can_run": self.can_run,
@@ -181,12 +181,12 @@ def _lines(plan: Plan) -> Iterator[str]:
     for warning in plan.warnings:
         yield f"warning: {warning}"
     for problem in (*plan.problems, *plan.later_problems):
-        for mistake in _mistakes_of(problem):
+        for mistake in mistakes_of(problem):
             yield f"problem: {mistake}"
     yield "this plan can be carried out" if plan.can_run else "this plan cannot be carried out"
 
 
-def _mistakes_of(problem: MuError) -> tuple[str, ...]:
+def mistakes_of(problem: MuError) -> tuple[str, ...]:
     """A problem as one message, or several."""
     return problem.mistakes if isinstance(problem, ConfigError) else (str(problem),)
 

@@ -175,15 +175,14 @@ class ProgressPictures:
             self.prompts,
             [moment for moment in taken for _ in seeds],
             mark_row=range(self._forgotten),
-            title=f"{self.config.template} {concept_label(self.config.template_name)} forgotten; "
-            f"seeds {', '.join(map(str, seeds))}",
+            title=f"{self.config.template} {concept_label(self.config.template_name).replace('_', ' ')} forgotten; "
+            f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
             cell_px=max(64, min(256, rows[0][0].width)),
         ).save(path)
         return path
 
 
 def _spread(prompts: Sequence[str]) -> list[str]:
-    """A few different ones, evenly over all."""
     prompts = list(dict.fromkeys(prompts))
     count = min(_PROMPTS_OF_EACH_KIND, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mu.datasets.index import concept_label
-from mu.errors import MuError
+from mu.errors import MuError, first_line
 from mu.memory import let_go
 from mu.run_folder import RESULT, RunFolder, shared_folder
 from mu.unlearning.checkpoints import run_of
@@ -73,11 +73,6 @@ def decorating(what: str, *errors: type[Exception]) -> Iterator[None]:
         return
     let_go()  # only here is the error gone, which holds the tensors of what failed
     _log.warning("%s could not be made (%s); the run goes on without", what, reason)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _plain(value: Any) -> Any:

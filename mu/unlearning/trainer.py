@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LinearLR
 from mu import ranks
 from mu.atomic import WriteError
 from mu.bars import bar
-from mu.errors import Terminated
+from mu.errors import Terminated, first_line
 from mu.ldm import LatentDiffusion
 from mu.ldm.tensor_file import CheckpointError
 from mu.unlearning.batches import Batch, Batches, Part, on_device, pieces
@@ -151,6 +151,7 @@ class Trainer:
         with log.open(), stopping_between_steps() as stop, shown:
             if self.steps_done == 0:
                 progress.look(0, self.losses)
+            asked: int | None = None
             for step in range(self.steps_done, total):
                 # 1. The gradients of the batch, and one step of Adam on the selected entries
                 terms = self.step(batches[step])
@@ -170,12 +171,12 @@ class Trainer:
                 if asked is not None or told[0][1]:
                     ranks.on_main(lambda: self._save(checkpoints, log, unwritten))  # noqa: B023
                 if asked is not None:
-                    raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
-
-            # 4. A signal that came after the last step had looked for one
-            asked = next((signum for signum in ranks.gathered(stop.signum) if signum is not None), None)
+                    break
+            else:  # 4. A signal may have come after the last step had looked for one
+                asked = next((signum for signum in ranks.gathered(stop.signum) if signum is not None), None)
+                if asked is not None:
+                    ranks.on_main(lambda: self._save(checkpoints, log, None))
             if asked is not None:
-                ranks.on_main(lambda: self._save(checkpoints, log, None))
                 raise KeyboardInterrupt if asked == signal.SIGINT else Terminated
         return log.means(last=batches.steps_per_epoch)
 
@@ -220,7 +221,7 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             # Only here is the error, which holds the tensors of the pass that failed, gone.
             for _, parameter in self.model.parameters_to_train():
                 parameter.grad = None

@@ -1,73 +1,20 @@
-"""The keys of methods that train: how the network computes, how it is trained, what a run shows and sends."""
+"""The keys of methods that train: how the network is trained, what a run shows and sends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import ClassVar
 
 from mu.config import setting
-from mu.unlearning.config import DataKeys, OutputKeys, RunKeys
+from mu.unlearning.config import TRAIN_METHOD_HELP, TRAIN_METHODS, ComputeKeys, DataKeys, OutputKeys
 from mu.unlearning.find_checkpoint import Problem
-
-_TIME = ("out.", "time_embed.")
-_SELF_LAYERS = ("input_blocks.4.", "input_blocks.7.")
-_CROSS_LAYERS = ("output_blocks.6.", "output_blocks.8.")
-IN_METHOD: dict[str, Callable[[str], bool]] = {
-    "full": lambda _: True,
-    "notime": lambda name: not name.startswith(_TIME),
-    "noxattn": lambda name: not name.startswith(_TIME) and "attn2" not in name.split("."),
-    "selfattn": lambda name: "attn1" in name.split("."),
-    "xattn": lambda name: "attn2" in name.split("."),
-    "selflayer": lambda name: name.startswith(_SELF_LAYERS) and "attn1" in name.split("."),
-    "xlayer": lambda name: name.startswith(_CROSS_LAYERS) and "attn2" in name.split("."),
-}
-"""Train method -> whether it moves the parameter of this UNet-relative name."""
-TRAIN_METHODS = tuple(IN_METHOD)
-TRAIN_METHOD_HELP = (
-    "full: all; notime: without out and time_embed; noxattn: these also without cross-attention; selfattn, xattn: "
-    "self- or cross-attention alone; selflayer: self-attention of input blocks 4 and 7; xlayer: cross-attention of "
-    "output blocks 6 and 8."
-)
 
 RESUME_NEWEST = "newest"
 
 SHOW_UNSAFE_HELP = (
     "report.html of a concept of template i2p: show its pictures; else they are blurred in the file."
 )
-
-PRECISIONS = ("auto", "fp32", "tf32", "bf16-mixed")
-
-PRECISION_HELP = (
-    "Arithmetic of the UNet: fp32; tf32, products of factors rounded to 10 bits, on GPUs that have it; bf16-mixed, "
-    "fp32 weights computed with in bf16. Files keep their own type."
-)
-
-
-class ComputeKeys(RunKeys):
-    """How the UNet computes in both stages; docs/running.md says what each key costs and what is chosen by itself."""
-
-    AUTO_PRECISION: ClassVar[str] = "bf16-mixed"
-    """What precision auto is on a GPU that has it."""
-    gone: ClassVar[Mapping[str, str]] = {"sharding": "none"}
-
-    seed: int = setting(0, "Seed of every random number of the run.", ge=0, lt=2**32)
-    precision: str = setting(
-        "auto",
-        f"{PRECISION_HELP} auto: bf16-mixed on a GPU that has it, else fp32.",
-        choices=PRECISIONS,
-    )
-    channels_last: bool | None = setting(
-        None, "Convolutions with the channels together in memory; null: on a GPU, where it is faster."
-    )
-    gradient_checkpointing: bool | None = setting(
-        None,
-        "Compute the inside of the UNet's blocks again for the backward pass instead of keeping it: much less memory, "
-        "about a third more time; null: once memory has run out, and on a CPU where it is foreseen.",
-    )
-    compile: bool = setting(
-        False, "Translate the UNet with torch.compile: minutes at first, then faster steps; for long runs."
-    )
 
 
 class TrainingKeys(ComputeKeys, OutputKeys):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from benchmarks import results_table
-from benchmarks.claims import claimed
 from benchmarks.methods import METHODS, Method, Stage
-from benchmarks.results_table import ResultsTable
+from benchmarks.results_table import ResultsTable, claimed
 from benchmarks.table_config import TableConfig
 from benchmarks.table_rows import deciding, planned_rows
 from benchmarks.table_text import SCORES, markdown
@@ -192,7 +191,7 @@ def test_all_that_a_table_makes_lies_in_its_folder(finished: Any) -> None:
     folder = Path(config.output_dir)
     assert {path.name for path in folder.iterdir()} == {
         *("grids", "processed", "runs"),
-        *("table.csv", "table.json", "table.md"),
+        *("table.json", "table.md"),
     }
     for concept in ("style-Noto", "object-Dogs"):
         made = folder / "runs" / concept
@@ -202,19 +201,11 @@ def test_all_that_a_table_makes_lies_in_its_folder(finished: Any) -> None:
     assert not Path("elsewhere").exists()
 
 
-def test_the_three_tables_say_the_same(finished: Any) -> None:
+def test_both_tables_say_the_same(finished: Any) -> None:
     config, result = finished
     content = table_of(config)
     assert content["seeds"] == [188, 288]
     assert content["means_percent"] == {"style": result["styles"], "object": result["objects"]}
-    with open(Path(config.output_dir) / "table.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    for row, line in zip(content["rows"], lines, strict=True):
-        for key in ("template", "template_name", "method", "recipe", "threshold"):
-            assert line[key] == str(row[key])
-        for key in (*SCORES, "FID"):
-            assert float(line[key]) == row["after"][key]["value"]
-            assert float(line[f"base_{key}"]) == row["before"][key]["value"]
     assert (Path(config.output_dir) / "table.md").read_text() == markdown(content["rows"])
 
 
@@ -504,6 +495,27 @@ def test_a_concept_that_another_command_is_at_comes_last(
     assert order == ["Dogs", "Noto"]
     assert [row["template_name"] for row in table_of(moved)["rows"]] == ["Noto", "Dogs"]
     assert unlearned == []
+
+
+def test_a_claim_goes_with_its_process(tmp_path: Path) -> None:
+    """Also when that is killed: no claim stays behind."""
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, begun))
+    other.start()
+    assert begun.wait(30)
+    with claimed(tmp_path, wait=False) as mine:
+        assert not mine
+    other.kill()
+    other.join()
+    with claimed(tmp_path, wait=False) as mine:
+        assert mine
+
+
+def _hold(folder: Path, begun: Any) -> None:
+    with claimed(folder, wait=True):
+        begun.set()
+        multiprocessing.Event().wait(60)
 
 
 @pytest.mark.slow

@@ -19,8 +19,7 @@ from benchmarks import stopwatch_parts as parts
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tiny scale in fp32, its model and images prepared."""
     given = stopwatch.parser().parse_args(["--scale", "tiny", "--precision", "fp32"])
-    fields = stopwatch.spec_of(given, tmp_path_factory.mktemp("benchmark"))
-    spec = parts.Spec(**fields, part="prepare", arm=None)
+    spec = stopwatch.spec_of(given, tmp_path_factory.mktemp("benchmark"))
     parts.prepare(spec)
     return spec
 
@@ -156,7 +155,7 @@ def test_summary_adds_up_and_compares(made: Any) -> None:
 
 def test_tables_show_what_was_measured_and_why_the_rest_was_not(made: Any) -> None:
     given = stopwatch.parser().parse_args(["--scale", "tiny"])
-    settings = stopwatch.spec_of(given, Path("folder"))
+    settings = stopwatch.settings(stopwatch.spec_of(given, Path("folder")))
     page = speed_text.table({"scale": "tiny", "settings": settings, **stopwatch.machine(), **made[0]})
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
     assert rows[""] == "| | plain | ours | plain / ours |"
@@ -174,7 +173,7 @@ def test_tables_show_what_was_measured_and_why_the_rest_was_not(made: Any) -> No
 
 def test_a_part_runs_in_a_process_of_its_own(spec: Any) -> None:
     fields = {**vars(spec), "part": "threshold", "arm": "ours"}
-    result = stopwatch.run_part(fields, Path(spec.folder), timeout_s=300, memory_limit=None)
+    result = stopwatch.run_part(fields, timeout_s=300, memory_limit=None)
     assert result["status"] == "measured"
     assert result["weights"] == 1066308
     assert result["repeats"] == spec.repeats
@@ -185,7 +184,7 @@ def test_a_part_runs_in_a_process_of_its_own(spec: Any) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory another process has")
 def test_a_part_that_takes_too_much_memory_is_stopped_and_recorded(spec: Any) -> None:
     fields = {**vars(spec), "part": "threshold", "arm": "ours"}
-    result = stopwatch.run_part(fields, Path(spec.folder), timeout_s=300, memory_limit=10_000_000)
+    result = stopwatch.run_part(fields, timeout_s=300, memory_limit=10_000_000)
     assert result == {"status": "out of memory", "message": "more than 0.0 GB"}
 
 
@@ -193,21 +192,22 @@ def test_a_part_that_takes_too_long_or_fails_is_recorded(
     spec: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = {**vars(spec), "part": "threshold", "arm": "ours"}
-    slow = stopwatch.run_part(fields, Path(spec.folder), timeout_s=0.1, memory_limit=None)
+    slow = stopwatch.run_part(fields, timeout_s=0.1, memory_limit=None)
     assert slow == {"status": "timed out", "message": "stopped after 0.1 s"}
-    wrong = stopwatch.run_part({**fields, "unknown": 1}, Path(spec.folder), timeout_s=300, memory_limit=None)
+    wrong = stopwatch.run_part({**fields, "unknown": 1}, timeout_s=300, memory_limit=None)
     assert wrong["status"] == "failed"
     assert "unknown" in wrong["message"]
     assert "TypeError" in capsys.readouterr().err
 
 
-def test_each_scale_gives_all_of_a_spec() -> None:
-    for scale, devices in stopwatch.SCALES.items():
-        for device in devices:
-            given = stopwatch.parser().parse_args(["--scale", scale, "--device", device, "--width", "64"])
-            made = parts.Spec(**stopwatch.spec_of(given, Path("folder")), part="mask", arm="ours")
-            assert made.overrides["model_channels"] == 64
-            assert stopwatch.SCALES[scale][device]["overrides"].get("model_channels") != 64
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_flag_replaces_what_a_scale_says(device: str) -> None:
+    for scale in stopwatch.SCALES:
+        command = ["--scale", scale, "--device", device, "--width", "64", "--images", "7"]
+        made = stopwatch.spec_of(stopwatch.parser().parse_args(command), Path("folder"))
+        assert (made.overrides["model_channels"], made.images) == (64, 7)
+        assert made.device == {"cpu": "cpu", "cuda": "cuda:0"}[device]
+        assert stopwatch.SCALES[scale][device].get("overrides", {}).get("model_channels") != 64
 
 
 def test_an_unknown_arm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def test_a_wrong_name_lists_the_right_ones(capsys: pytest.CaptureFixture[str]) -
         main(["saliency-unlearn"])
     assert ended.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"there are: {', '.join(algorithm_names())}. Did you mean {NAME}?" in said
+    assert f"there are: {', '.join(algorithm_names())}. Did you mean {NAME!r}?" in said
 
 
 @pytest.mark.parametrize("name", ["../saliency_unlearning", "", "configs", "."])
@@ -117,7 +117,7 @@ def test_a_new_method_needs_no_environment_of_its_own(
     assert f"mamba env create -n other -f {root}/with_own/environment.yaml" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["eraze"], root=root)
-    assert "Did you mean erase?" in capsys.readouterr().err
+    assert "Did you mean 'erase'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_scripts_of_the_package_are_these_commands() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sampel", "i2p"], "'sampel' is not one of: sample, full. Did you mean sample?"),
-        (["full", "quick-canvas"], "Did you mean quick_canvas?"),
+        (["sampel", "i2p"], "'sampel' is not one of: sample, full. Did you mean 'sample'?"),
+        (["full", "quick-canvas"], "Did you mean 'quick_canvas'?"),
         (["full"], "required"),
         (["full", "i2p", "--sha256", "abc"], "64 hexadecimal digits"),
         (["full", "i2p", "--max_files", "0"], "not a whole number above 0"),

@@ -162,6 +162,16 @@ def test_the_openings_run_as_they_stand(
     done: set[str] = set()
     short = {"train": ["--sample_steps", "2"], "sample": ["--sample_steps", "2", "--seeds", "1"]}
     short["evaluate"] = ["--sample_steps", "1", "--styles", "Noto,Blob", "--objects", "Cats,Dogs"]
+    short["attack"] = [
+        "--sample_steps",
+        "1",
+        "--objects",
+        "Cats,Dogs",
+        "--seeds",
+        "1",
+        "--inversion_steps",
+        "1",
+    ]
     for command, lines in opening.items():
         for words in lines:
             if shlex.join(words) in done:

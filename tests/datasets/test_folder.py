@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,20 @@ def test_folders_that_share_images_are_refused(folders: tuple[Path, Path], tmp_p
     for pair in ((folders[0], folders[0] / "sub"), (folders[0], tmp_path), (folders[0], tmp_path / "alias")):
         with pytest.raises(DataError, match="retain_dataset_dir: "):
             read(pair)
+
+
+def test_a_copy_of_an_image_to_forget_is_not_retained(folders: tuple[Path, Path]) -> None:
+    """Compared are the files: both paths are named, of every pair."""
+    copies = [shutil.copy(folders[0] / "2.jpg", folders[1] / "copy.jpg")]
+    copies.append(shutil.copy(folders[0] / "sub/a b.PNG", folders[1] / "sub.png"))
+    with pytest.raises(DataError, match="2 images lie in raw_dataset_dir, to be forgotten, and as") as raised:
+        read(folders)
+    for original, copy in zip(("2.jpg", "sub/a b.PNG"), copies, strict=True):
+        assert f"\n  {folders[0] / original} and {copy}\n" in str(raised.value)
+    # As many bytes alone make no copy.
+    copies[0].write_bytes(copies[0].read_bytes()[:-2] + b"\xff\xd8")
+    copies[1].unlink()
+    assert len(read(folders).retain) == 3
 
 
 @pytest.mark.parametrize("key", ["processed_dataset_dir", "output_dir"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mu.config_names import nearest
 from mu.datasets.index import (
     DataError,
     ForgetRetain,
@@ -19,7 +20,6 @@ from mu.datasets.index import (
     fill_substitute,
     natural_key,
     next_kept,
-    suggestion,
     write_index_files,
 )
 from mu.errors import MuError
@@ -48,11 +48,11 @@ def test_numbers_in_names_are_sorted_as_numbers() -> None:
     ("name", "near"), [("noto", "Noto"), ("fluent flat", "Fluent_Flat"), ("Fluent-Flta", "Fluent_Flat")]
 )
 def test_the_nearest_name_is_suggested(name: str, near: str) -> None:
-    assert suggestion(name, STYLES) == f" Did you mean {near!r}?"
+    assert nearest(name, STYLES) == f" Did you mean {near!r}?"
 
 
 def test_nothing_near_suggests_nothing() -> None:
-    assert suggestion("Waterfalls", STYLES) == ""
+    assert nearest("Waterfalls", STYLES) == ""
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion, save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "forked_ranks")
 
 
 def files(folder: Path) -> dict[str, bytes]:

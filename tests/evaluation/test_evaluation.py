@@ -6,7 +6,6 @@ import csv
 import json
 import logging
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +29,7 @@ from mu.evaluation.grid import EvaluationError, Grid, MeasuredModel, measure
 from mu.evaluation.metrics import read_predictions, unlearning_scores
 from mu.ldm import LatentDiffusion, save_checkpoint
 from mu.ldm.convert import convert_checkpoint
+from tests.forked_commands import Commands
 from tests.memory_limit import hungry
 
 STYLES = ("Noto", "Fluent_Flat")
@@ -415,32 +415,21 @@ def test_every_number_has_its_n_and_interval(config: EvaluateConfig) -> None:
     assert found["readings"]["classifier_resize"] == "bicubic"
 
 
-SAMPLE = """
-import sys
-from pathlib import Path
-from mu.datasets.generated_images import GeneratedImages, SampleSettings
-from mu.evaluation.grid import Grid
-from mu.ldm import load_model
-yaml, checkpoint, folder, styles = sys.argv[1:]
-images = GeneratedImages(load_model(yaml, checkpoint), folder, SampleSettings(2, 3.0, 16), subfolder="grids")
-grid = Grid(tuple(styles.split(",")), ("Cats", "Dogs", "Cars"), (188, 288))
-images.sample_missing(list(grid.rows(images.path)), batch_size=4)
-"""
-
-
 def test_two_processes_at_once_give_the_images_of_one(
     config: EvaluateConfig,
     make_tiny_model: Callable[..., LatentDiffusion],
     classifier: EmojiClassifier,
     tmp_path: Path,
+    commands: Commands,
 ) -> None:
     """Each samples one style and, second, the other's: what one has written the other keeps."""
-    arguments = [config.model_config_path, str(config.base_ckpt_path), str(tmp_path / "two")]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", SAMPLE, *arguments, ",".join(styles)])
+    places = [config.model_config_path, str(config.base_ckpt_path), str(tmp_path / "two")]
+    started = [
+        commands.call("sample_grid", [*places, styles], tmp_path / f"{styles[0]}.json")
         for styles in (STYLES, STYLES[::-1])
     ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    for command in started:
+        assert command.wait() == 0, command.output()
     alone = sampled(make_tiny_model(0), classifier, tmp_path / "one")
     (folder,) = (tmp_path / "two" / "grids").iterdir()
     assert folder.name == alone.images.name

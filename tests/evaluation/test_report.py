@@ -197,6 +197,7 @@ def test_what_the_numbers_do_not_show_is_said(evaluated: Evaluated, trained: Any
         text = page_of(tmp_path, **runs).text
         assert "What this does not show: UA is about plain prompts." in text
         assert "other words, attacks on the prompt and fine-tuning can bring a concept back" in text
+        assert "; the command attack measures how often." in text
 
 
 def test_a_run_without_steps_is_no_training(trained: Any, tmp_path: Path) -> None:

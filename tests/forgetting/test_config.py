@@ -16,8 +16,9 @@ from mu.algorithms.uce.configs import UCEConfig
 from mu.commands.forget import _named
 from mu.config import ConfigError
 from mu.datasets.data_sets import data_set_of
-from mu.forgetting.config import ForgetConfig, asked_of, mentions
-from mu.forgetting.recipes import everyday_prompts, recipe_of
+from mu.forgetting.config import ForgetConfig, asked_of
+from mu.forgetting.kept import everyday_prompts, mentions
+from mu.forgetting.recipes import recipe_of
 from mu.forgetting.run import command
 from tests.importable.command_lines import parse_cli
 
@@ -199,6 +200,11 @@ def test_any_key_of_the_stages_may_be_set(tiny_runs: Any) -> None:
         "epochs: must be >= 1",
     ):
         assert part in str(error.value)
+
+
+def test_a_file_that_a_later_stage_lacks_is_told_first() -> None:
+    with pytest.raises(ConfigError, match=r"scores: classifier_path: there is no file none\.safetensors"):
+        recipe_of(ForgetConfig(what=("Noto",), set=("scores.classifier_path=none.safetensors",)))
 
 
 @pytest.mark.parametrize("seeds", ["1,2,30", "[1, 2, 30]"])

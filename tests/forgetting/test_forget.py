@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ import mu
 from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
 from mu.commands.forget import main
 from mu.errors import Terminated
-from mu.forgetting import run
+from mu.forgetting import run, stages
+from mu.forgetting.answer import finished
 from mu.forgetting.config import ForgetConfig
 from mu.forgetting.pictures import SEEDS, compare
-from mu.forgetting.plan import finished
 from mu.forgetting.recipes import recipe_of
+from mu.forgetting.timing import Timed
 from mu.ldm.tensor_file import read_state_dict
 from mu.unlearning.checkpoints import Checkpoints
 from tests.algorithms.saliency_unlearning.test_kills import tensors
@@ -53,6 +56,9 @@ def test_one_call_from_a_word_to_the_answer(
         assert path is not None
         assert path.is_file()
         assert path.is_relative_to(found.folder)
+    assert found.pictures == found.folder / "before_after.png"
+    assert found.report == found.folder / "report.html"
+    assert not list(found.folder.glob("*/*/report.html")), "one report, where one looks first"
     assert found.folder.parent == tmp_path / "forget"
     assert found.folder.name.startswith("object-church-")
     assert [path.suffix for path in (found.folder / "mask").rglob("mask_*")] == [".safetensors"]
@@ -75,10 +81,21 @@ def test_one_call_from_a_word_to_the_answer(
     assert "No classifier knows this concept" in report
     assert "data:image/" in report
 
-    # 4. The plan came first, on stderr; the answer says it all again.
-    assert "To forget  the object church" in told.err
-    assert "taken for an object by its words; --kind style or --kind prompt says otherwise" in told.err
-    assert "It will take about" in told.err
+    # 4. The plan came first, on stderr: what is forgotten, what is kept, what is written, how long. Then the answer.
+    parts = (
+        "To forget  the object church",
+        "To keep    2 prompts of yours",
+        "taken for an object by its words; --kind style or --kind prompt says otherwise",
+        f"It will write, into {found.folder}:",
+        "  before_after.png ",
+        "  report.html ",
+        "  train/*/model.safetensors ",
+        "It will take about",
+    )
+    places = [told.err.index(part) for part in parts]
+    assert places == sorted(places)
+    for inner in ("latents/", "prompts-*", "metrics", "checkpoints/", "mask_*"):
+        assert inner not in told.err
     text = str(found)
     assert text == (found.folder / "answer.txt").read_text().removesuffix("\n")
     for part in (
@@ -98,7 +115,11 @@ def test_one_call_from_a_word_to_the_answer(
     assert again.moved == json.loads(json.dumps(found.moved))
     assert {path: path.stat().st_mtime_ns for path in found.checkpoint.parent.rglob("*")} == made
 
-    # 6. Another setting has another folder, and draws no image again.
+    # 6. Its model is forgotten more of without a word on its structure.
+    for path in (found.checkpoint, found.checkpoint.parent):
+        assert ForgetConfig(what=("cats",), ckpt_path=str(path)).structure == quick_keys["model_config_path"]
+
+    # 7. Another setting has another folder, and draws no image again.
     images = tree(tmp_path / "processed" / "generated_prompts")
     other = mu.forget("church", **{**quick_keys, "seed": 1})
     assert other.folder != found.folder
@@ -114,10 +135,80 @@ def test_a_dry_run_says_all_of_it_and_writes_nothing(
     assert tree(tmp_path) == before
     said = capsys.readouterr().out
     assert "To forget  the objects church and a small dog" in said
-    for stage in ("images   18 to draw of 18", "mask", "training", "pictures"):
+    for stage in ("images   16 to forget, 2 to keep: 18 to draw", "mask", "training", "pictures"):
         assert f"\n  {stage}" in said
     assert "model.safetensors" in said
     assert "model.patch.safetensors" in said
+
+
+def test_a_dry_run_of_a_large_model_on_a_cpu_times_nothing_unless_it_is_asked(
+    quick_keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed: list[object] = []
+
+    def timing(*configs: object) -> Timed:
+        timed.append(configs)
+        return stages.UNTIMED
+
+    monkeypatch.setattr(stages, "timed", timing)
+    words = ["church", *flags(quick_keys), "--dry_run"]
+    for more, is_large, expected in (
+        ([], False, 1),
+        ([], True, 0),
+        (["--timing", "true"], True, 1),
+        (["--timing", "false"], False, 0),
+    ):
+        monkeypatch.setattr(stages, "SLOW_ON_A_CPU", 1 if is_large else 10**9)
+        timed.clear()
+        assert main([*words, *more]) == 0
+        assert len(timed) == expected, more
+        said = capsys.readouterr().out
+        assert "How long it will take was not timed; --timing true times one step of each kind." in said
+        assert "\n  training 2 steps\n" in said
+    assert main([*words, "--timing", "false", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"]["training"] is None
+
+
+PROGRAM = """
+import json, sys
+from mu.commands.forget import main
+code = main(sys.argv[1:])
+print(json.dumps([code, sorted({"torch", "transformers"} & set(sys.modules))]))
+"""
+
+
+def test_pytorch_is_loaded_only_where_something_is_done(quick_keys: dict[str, Any], tmp_path: Path) -> None:
+    """Mistakes, and what an earlier call has done, are told without the wait."""
+    keys = {**quick_keys, "method": "uce", "set": ("sample_steps=1",)}
+    found = mu.forget("church", **keys)
+
+    def apart(*argv: str, **changes: Any) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr) in a process of its own."""
+        words = ["church", *flags({**keys, **changes}), *argv]
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=True
+        )
+        *printed, last = done.stdout.splitlines()
+        code, heavy = json.loads(last)
+        assert heavy == [], argv
+        return code, "\n".join(printed), done.stderr
+
+    code, printed, said = apart("--quiet")
+    assert (code, said) == (0, "")
+    assert [Path(line) for line in printed.splitlines()] == [
+        *(found.checkpoint, found.patch, found.pictures, found.report)
+    ]
+    code, printed, _ = apart("--json")
+    assert json.loads(printed)["moved"] == json.loads(json.dumps(found.moved))
+    code, printed, _ = apart("--dry_run")
+    assert (code, printed.splitlines()[-1]) == (0, f"All of it is done already, in {found.folder}")
+    for changes, mistake in (
+        ({"keep": (str(tmp_path / "none.txt"),)}, "keep: there is no file"),
+        ({"set": ("train.lr=3e-5",)}, "there is no such key"),
+    ):
+        code, _, said = apart(**changes)
+        assert code == 2
+        assert mistake in said
 
 
 @pytest.mark.parametrize("method", ["esd", "uce"])
@@ -194,7 +285,9 @@ def test_killed_between_and_within_stages_it_comes_to_the_same_bits(
         patched.setattr(run, "_looked_at", stop)
         with pytest.raises(Stopped):
             mu.forget("church", **quick_keys)
-    assert "It goes on after step 1, where it was stopped." in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "\n  training 1 of 2 steps are left" in told
+    assert "It goes on after step 1, where it was stopped." in told
     assert finished(recipe, "train") == begun
 
     again = mu.forget("church", **quick_keys)

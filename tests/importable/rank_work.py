@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,14 @@ from mu import ranks
 from mu.config import ConfigError
 from mu.devices import resolve_devices
 from mu.errors import MuError
+from mu.ldm.tensor_file import CheckpointError, write_state_dict
+
+
+def main(argv: Sequence[str]) -> int:
+    """NAME ARGUMENT FILE: call a function of this file; argument and result are JSON."""
+    name, argument, path = argv
+    Path(path).write_text(json.dumps(globals()[name](json.loads(argument))))
+    return 0
 
 
 def exchanges(_: object) -> dict[str, Any]:
@@ -79,6 +89,13 @@ def wait_for_signal(path: str) -> None:
     ranks.gathered(None)
     Path(f"{path}-{ranks.rank()}").write_text(str(os.getpid()))
     time.sleep(120)
+
+
+def starts_two(path: str) -> None:
+    """Two processes that wait to be stopped, started by this one."""
+    from mu.launch import on_ranks
+
+    on_ranks(wait_for_signal, path, "cpu,cpu")
 
 
 def both_stages(configs: tuple[Any, Any]) -> dict[str, Any]:
@@ -151,6 +168,17 @@ def again_and_again(task: tuple[str, dict[str, str]]) -> list[list[tuple[int, in
     return found
 
 
+def meeting_of_a_step(step: dict[str, str]) -> dict[str, list[str]]:
+    """Where process 1 of a SLURM step of 2 meets the other, and which of the names that say it stay set."""
+    names = ("MASTER_ADDR", "RANK", "MASTER_PORT", *ranks._TORCHRUN)
+    for name in (*names, "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
+    os.environ |= step
+    with ranks._described(ranks._Place(1, 2, 0, 1)):
+        inside = [os.environ[name] for name in names]
+    return {"inside": inside, "after": [name for name in names if name in os.environ]}
+
+
 def place_in_turn(turn: int) -> list[tuple[int, int]]:
     return ranks.gathered((turn + ranks.rank(), ranks.local_rank()))
 
@@ -170,6 +198,19 @@ def in_the_callers_group(place: tuple[int, int]) -> list[int]:
         assert dist.is_initialized(), "the caller's group is his to end"
         assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys(), "the environment is what it was"
         dist.destroy_process_group()
+
+
+def sample_grid(task: tuple[str, str, str, list[str]]) -> int:
+    """In a process of its own: images of styles, sampled where others may do the same; how many it sampled."""
+    from mu.datasets.generated_images import GeneratedImages, SampleSettings
+    from mu.evaluation.grid import Grid
+    from mu.ldm import load_model
+
+    yaml, checkpoint, folder, styles = task
+    settings = SampleSettings(2, 3.0, 16)
+    images = GeneratedImages(load_model(yaml, checkpoint), folder, settings, subfolder="grids")
+    grid = Grid(tuple(styles), ("Cats", "Dogs", "Cars"), (188, 288))
+    return images.sample_missing(list(grid.rows(images.path)), batch_size=4)
 
 
 def sample_and_evaluate(configs: tuple[Any, Any]) -> dict[str, Any]:
@@ -256,6 +297,34 @@ def prepare(task: tuple[str, str, str]) -> dict[str, Any]:
     nan_rows = [replace(row, image=images.path / row.relative) for row in rows]
     found["bad model"] = ranks.gathered(_message(lambda: images.sample_missing(nan_rows, batch_size=2)))
     return found
+
+
+def write_forever(path: str) -> None:
+    """A file of 4 MB again and again, for minutes; in each of its versions all values are the same."""
+    version, end = 0.0, time.monotonic() + 300
+    while time.monotonic() < end:
+        version += 1
+        write_state_dict({f"t{number}": torch.full((50_000,), version) for number in range(20)}, Path(path))
+
+
+def save_too_much(path: str) -> None:
+    """A file of 4 MB, where it cannot be written."""
+    try:
+        write_state_dict({f"t{number}": torch.ones(100_000) for number in range(10)}, Path(path))
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def save_large_mask(path: str) -> None:
+    """A mask of 1 MB, where it cannot be written."""
+    from mu.algorithms.saliency_unlearning.mask_file import save_mask
+
+    try:
+        save_mask({"w": torch.ones(8_000_000, dtype=torch.bool)}, Path(path), {})
+    except MuError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(3) from error
 
 
 def _digest(*tensors: torch.Tensor) -> str:

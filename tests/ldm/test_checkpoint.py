@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import struct
@@ -24,6 +23,7 @@ from torch import Tensor
 from mu.ldm import CheckpointError, LatentDiffusion, load_model, save_checkpoint
 from mu.ldm.checkpoint import load_state_dict
 from mu.ldm.tensor_file import fingerprint, read_state_dict, write_state_dict
+from tests.forked_commands import Commands
 
 SUFFIXES = [".ckpt", ".pth", ".pt", ".safetensors"]
 ModelMaker = Callable[..., LatentDiffusion]
@@ -535,36 +535,27 @@ def test_a_weight_too_large_for_the_file_is_not_written(tmp_path: Path, tiny_mod
 
 # ---- kills and full disks (PROMISES 15 and 16) ----
 
-# Writes version after version of tensors that all hold the version's number.
-WRITE_FOREVER = """
-import sys, torch
-from mu.ldm.tensor_file import write_state_dict
-path, version = sys.argv[1], 0
-while True:
-    version += 1
-    write_state_dict({f"t{i}": torch.full((50_000,), float(version)) for i in range(20)}, path)
-    print(version, flush=True)
-"""
-
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"m{suffix}"
-    process = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline()  # one version is written
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path, suffix: str, commands: Commands) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    path = folder / f"m{suffix}"
+    process = commands.call("write_forever", str(path), tmp_path / "result")
+    while not path.exists():
+        assert process.poll() is None, process.output()
+        time.sleep(0.01)
     caught_in_the_middle, looks, deadline = 0, 0, time.monotonic() + 300
     while caught_in_the_middle < 4 and time.monotonic() < deadline:
         time.sleep(0.002 + 0.0017 * (looks % 11))
         looks += 1
         os.kill(process.pid, signal.SIGSTOP)  # what is on disk now is what a kill at this moment leaves
-        caught_in_the_middle += len(list(tmp_path.iterdir())) > 1
+        caught_in_the_middle += len(list(folder.iterdir())) > 1
         tensors, _ = read_state_dict(path)
         assert len({tensor[i].item() for tensor in tensors.values() for i in (0, -1)}) == 1
         os.kill(process.pid, signal.SIGCONT)
     process.kill()
     process.wait()
-    process.stdout.close()
     assert caught_in_the_middle == 4
     version = {tensor[0].item() for tensor in read_state_dict(path)[0].values()}
     assert len(version) == 1
@@ -572,46 +563,27 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path, suffix: str) -
     assert list(read_state_dict(path)[0]) == ["after"]
 
 
-SAVE_TOO_MUCH = """
-import sys, torch
-from mu.ldm.tensor_file import CheckpointError, write_state_dict
-try:
-    write_state_dict({f"t{i}": torch.ones(100_000) for i in range(10)}, sys.argv[1])
-except CheckpointError as error:
-    sys.exit(f"error: {error}")
-"""
-
-
-def assert_a_failed_save_harms_nothing(
-    folder: Path, result: subprocess.CompletedProcess[str], suffix: str
-) -> None:
-    assert result.returncode == 1, result.stderr
-    assert f"m{suffix} could not be written" in result.stderr
-    assert "4,000,000 bytes are needed, " in result.stderr
+def assert_a_failed_save_harms_nothing(folder: Path, said: str, suffix: str) -> None:
+    (told,) = [line for line in said.splitlines() if f"m{suffix} could not be written" in line]
+    assert "4,000,000 bytes are needed, " in told
     assert [file.name for file in folder.iterdir()] == [f"m{suffix}"]  # no temporary file
     assert_same_bits(read_state_dict(folder / f"m{suffix}")[0], some_tensors())
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_failed_write_keeps_the_previous_file(tmp_path: Path, suffix: str) -> None:
-    write_state_dict(some_tensors(), tmp_path / f"m{suffix}")
-
-    def limit_file_size() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-
-    result = subprocess.run(
-        [sys.executable, "-c", SAVE_TOO_MUCH, str(tmp_path / f"m{suffix}")],
-        preexec_fn=limit_file_size,
-        capture_output=True,
-        text=True,
-        check=False,
+def test_a_failed_write_keeps_the_previous_file(tmp_path: Path, suffix: str, commands: Commands) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    write_state_dict(some_tensors(), folder / f"m{suffix}")
+    command = commands.call(
+        "save_too_much", str(folder / f"m{suffix}"), tmp_path / "result", max_file_bytes=1 << 20
     )
-    assert_a_failed_save_harms_nothing(tmp_path, result, suffix)
+    assert command.wait() == 1, command.output()
+    assert_a_failed_save_harms_nothing(folder, command.output(), suffix)
 
 
-@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_promise_16_a_full_disk_keeps_the_previous_file(tmp_path: Path, suffix: str) -> None:
+def test_promise_16_a_full_disk_keeps_the_previous_file(tmp_path: Path) -> None:
+    """Of both formats, each on a disk of 1 MB."""
     own_mounts = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
     mount = 'mount -t tmpfs -o size=1m none "$1"'
     if (
@@ -621,18 +593,42 @@ def test_promise_16_a_full_disk_keeps_the_previous_file(tmp_path: Path, suffix: 
         ).returncode
     ):
         pytest.skip("a disk of 1 MB cannot be mounted here")
-    disk, after = tmp_path / "disk", tmp_path / "after"
-    disk.mkdir()
-    write_state_dict(some_tensors(), tmp_path / f"m{suffix}")
-    # The disk is gone with its namespace, so what is on it is copied out, hidden files too.
-    script = (
-        f'{mount}; cp "$2" "$1"; rc=0; "$3" -c "$4" "$1/$(basename "$2")" || rc=$?; cp -r "$1" "$5"; exit $rc'
-    )
-    arguments = [disk, tmp_path / f"m{suffix}", sys.executable, SAVE_TOO_MUCH, after]
+    suffixes = (".ckpt", ".safetensors")
+    for suffix in suffixes:
+        (tmp_path / f"disk{suffix}").mkdir()
+        write_state_dict(some_tensors(), tmp_path / f"m{suffix}")
+    # The disks are gone with their namespace, so what is on them is copied out, hidden files too.
+    script = """
+        cd "$1"; rc=0
+        for s in .ckpt .safetensors; do mount -t tmpfs -o size=1m none disk$s; cp m$s disk$s; done
+        "$2" -c "$3" disk.ckpt/m.ckpt disk.safetensors/m.safetensors || rc=$?
+        for s in .ckpt .safetensors; do cp -r disk$s after$s; done
+        exit $rc
+    """
     result = subprocess.run(
-        [*own_mounts, script, "sh", *map(str, arguments)], capture_output=True, text=True, check=False
+        [*own_mounts, script, "sh", str(tmp_path), sys.executable, SAVE_BOTH],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert_a_failed_save_harms_nothing(after, result, suffix)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "[1, 1]\n"
+    for suffix in suffixes:
+        assert_a_failed_save_harms_nothing(tmp_path / f"after{suffix}", result.stderr, suffix)
+
+
+SAVE_BOTH = """
+import sys
+from rank_work import save_too_much
+codes = []
+for path in sys.argv[1:]:
+    try:
+        save_too_much(path)
+    except SystemExit as ended:
+        codes.append(ended.code)
+print(codes)
+"""
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mu.cli import HelpAsked, command_line
 from mu.commands.apply_patch import ApplyPatchConfig
 from mu.config import Config, ConfigError, as_dict, assemble, dump, keys_of, load_config, override
 from mu.config_keys import Key
+from mu.evaluation.attacks.config import AttackConfig
 from mu.evaluation.config import EvaluateConfig, SampleConfig
 
 CLASSES: list[type[Config]] = [
@@ -25,6 +26,7 @@ CLASSES: list[type[Config]] = [
     configs.TrainConfig,
     SampleConfig,
     EvaluateConfig,
+    AttackConfig,
     ApplyPatchConfig,
 ]
 REQUIRED: dict[type[Config], dict[str, Any]] = {

@@ -42,11 +42,11 @@ from mu.datasets.index import concept_label
 from mu.ldm import LatentDiffusion
 from mu.unlearning.batches import ForgetBatch
 from mu.unlearning.compute import choose, computing
+from mu.unlearning.config import model_of
 from mu.unlearning.image_data import training_steps
 from mu.unlearning.inspection import Inspection
 from mu.unlearning.method import Loaded, Method, TrainingMethod
 from mu.unlearning.moving import MovingModel, names_of
-from mu.unlearning.output import model_of
 from mu.unlearning.plan import Plan, PlannedFiles
 from mu.unlearning.runs import Result, open_run, save_result
 from mu.unlearning.trainer import Objective

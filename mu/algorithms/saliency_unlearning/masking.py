@@ -19,6 +19,7 @@ from mu.algorithms.saliency_unlearning.mask_file import (
     save_mask,
 )
 from mu.algorithms.saliency_unlearning.selection import find_edges, mark
+from mu.errors import first_line
 from mu.ldm import LatentDiffusion
 from mu.ldm.latent_diffusion import predict_pair
 from mu.unlearning.batches import ForgetBatch, pieces
@@ -80,7 +81,7 @@ def accumulate_within_memory(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         # Only here is the error, which holds tensors, gone.
         size = less_at_once(model.unet, compute or Compute(), size, reason=reason)
 

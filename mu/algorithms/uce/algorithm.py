@@ -67,7 +67,7 @@ class UCEAlgorithm(Method[UCEConfig]):
             norm = edit_(ldm, pairs, preserved, **scales)
             seconds = time.monotonic() - begun
             folder.logger.info(
-                "%d prompts edited, %d preserved, in %.1f s: %s -> %s",
+                "prompts edited: %d, preserved: %d and the empty one, in %.1f s: %s -> %s",
                 len(pairs),
                 len(preserved),
                 seconds,

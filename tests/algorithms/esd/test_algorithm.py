@@ -98,7 +98,7 @@ def test_the_command_does_the_same_and_its_dry_run_nothing(
     assert len((run / "validation.csv").read_text().splitlines()) == 1 + 3
     assert "Noto" in (run / "report.html").read_text()
     printed = capsys.readouterr().out
-    assert "Made the model forget style Noto by 4 steps, in " in printed
+    assert "Made the model forget the style Noto by 4 steps, in " in printed
     assert f"\n  report   {run / 'report.html'}\n" in printed
     assert "Forgetting" in (run / "report.html").read_text(encoding="utf-8")
     assert main([*words, "--prompts", "a {stile}"]) == 2

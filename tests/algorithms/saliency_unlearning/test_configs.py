@@ -226,7 +226,11 @@ PROMPTS = {"dataset_type": "generated", "forget_prompts": ["a wolf"], "retain_pr
         ({"retain_set": "generated"}, "retain_prompts: retain_set generated needs prompts of what is kept"),
         ({"retain_set": "seed_image"}, "retain_set: 'seed_image' is not one of: "),
         ({"retain_dataset_dir": "x"}, "retain_dataset_dir: only dataset_type folder"),
-        ({"raw_dataset_dir": None}, "raw_dataset_dir: dataset_type unlearncanvas needs a folder of images"),
+        (
+            {"raw_dataset_dir": None},
+            "raw_dataset_dir: dataset_type unlearncanvas needs a folder of images; without images of your "
+            "own, set dataset_type: generated, with forget_prompts",
+        ),
         ({**I2P, "forget_prompts": ["x"]}, "forget_prompts: dataset_type i2p has its own prompts"),
         ({**I2P, "retain_prompts": ["x", "y"]}, "retain_prompts: give one prompt for all images"),
         ({**I2P, "retain_prompts": ["x"], "retain_set": "others"}, "retain_prompts: not used by"),

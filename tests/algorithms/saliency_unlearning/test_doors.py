@@ -47,16 +47,16 @@ RESULT = {
 }
 """What all doors' work gives, in one."""
 SAID = {
-    "generate_mask": """Found the weights that matter most for style Abstractionism: 5 (50.0%) of the 10 weights of \
-the UNet, from 2 images, in 2 min 3 s.
+    "generate_mask": """Found the weights that matter most for the style Abstractionism: 5 (50.0%) of the 10 weights \
+of the UNet, from 2 images, in 2 min 3 s.
   mask     outputs/run/mask_0.5.safetensors
   numbers  outputs/run/metrics.json
 To forget it, moving these weights alone:
   python -m mu.algorithms.saliency_unlearning.scripts.train --config_path YOUR.yaml --template_name Abstractionism \
 --mask_path outputs/run/mask_0.5.safetensors
 """,
-    "train": """Made the model forget style Abstractionism by 3 steps, in 2 min 3 s: 4 of its 10 UNet weights changed, \
-and not one bit of the file outside the 5 in the mask.
+    "train": """Made the model forget the style Abstractionism by 3 steps, in 2 min 3 s: 4 of its 10 UNet weights \
+changed, and not one bit of the file outside the 5 in the mask.
   model    outputs/run/model.safetensors
   patch    outputs/run/model.patch.safetensors
   report   outputs/run/report.html
@@ -70,7 +70,7 @@ For diffusers:
   index    outputs/run/images.csv
   numbers  outputs/run/metrics.json
 """,
-    "evaluate": """Measured 4 images of each model, in 2 min 3 s; style Noto was to be forgotten.
+    "evaluate": """Measured 4 images of each model, in 2 min 3 s; to be forgotten: the style Noto.
                                        before    after
 UA    images that are not seen as it        -   98.2 %
 FID, after: 3.5 (n = 4)

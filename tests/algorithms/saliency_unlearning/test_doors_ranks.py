@@ -23,7 +23,7 @@ from mu.evaluation.emoji_classifier import EmojiClassifier, save_classifier
 from mu.launch import on_ranks
 from tests.forked_commands import SCRIPTS, flags
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "forked_ranks")
 
 PROMPTS = ("A Cats image in Noto style.", "A Dogs image in Blob style.")
 NOTES = {"config.yaml", "environment.json", "log.txt", "log-1.txt", "metrics.json", "report.html"}

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from mu.algorithms.saliency_unlearning.mask_file import (
     load_mask_metadata,
     save_mask,
 )
+from tests.forked_commands import Commands
 
 
 def some_mask() -> dict[str, Tensor]:
@@ -201,26 +200,15 @@ def test_a_mask_may_state_its_own_counts(tmp_path: Path) -> None:
     assert load_mask_metadata(tmp_path / "m.safetensors") == {"kept": 1, "total": 2}
 
 
-def test_a_full_disk_leaves_the_previous_mask(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_previous_mask(tmp_path: Path, commands: Commands) -> None:
     """A real limit on the size of files, as a full disk would stop the write."""
-    path = tmp_path / "mask.safetensors"
+    path = tmp_path / "masks" / "mask.safetensors"
     save_mask(some_mask(), path, {"concept": "before"})
-    script = (
-        "import sys, torch\n"
-        "from mu.algorithms.saliency_unlearning.mask_file import save_mask\n"
-        "from mu.errors import MuError\n"
-        "try:\n"
-        "    save_mask({'w': torch.ones(8_000_000, dtype=torch.bool)}, sys.argv[1], {})\n"
-        "except MuError as error:\n"
-        "    sys.exit(3 if sys.argv[1] in str(error) else 4)\n"
-    )
-    command = 'ulimit -f 100; trap "" XFSZ; exec "$0" -c "$1" "$2"'
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable, script, str(path)], capture_output=True, text=True
-    )
-    assert done.returncode == 3, done.stderr
+    command = commands.call("save_large_mask", str(path), tmp_path / "result", max_file_bytes=100 << 10)
+    assert command.wait() == 3, command.output()
+    assert str(path) in command.output()
     assert load_mask_metadata(path)["concept"] == "before"
-    assert [p.name for p in tmp_path.iterdir()] == ["mask.safetensors"]
+    assert [p.name for p in path.parent.iterdir()] == ["mask.safetensors"]
 
 
 class TwoLayers(nn.Module):

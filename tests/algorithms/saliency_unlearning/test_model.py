@@ -73,7 +73,7 @@ def test_names_are_relative_to_the_unet_and_in_its_order(sd_v1_unet: UNet) -> No
 
 
 def test_an_unknown_method_and_one_without_weights_are_refused(tiny_model: LatentDiffusion) -> None:
-    with pytest.raises(TrainMethodError, match=r"known: full, notime.*did you mean xattn\?"):
+    with pytest.raises(TrainMethodError, match=r"is not one of: full, notime.*Did you mean 'xattn'\?"):
         names_of(tiny_model.unet, "xatn")
     with pytest.raises(TrainMethodError, match=r"these do: full, notime, noxattn, selfattn, xattn$"):
         names_of(tiny_model.unet, "selflayer")

@@ -17,7 +17,7 @@ from mu.errors import Terminated
 from mu.launch import on_ranks
 from mu.unlearning.moving import TrainingError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "forked_ranks")
 
 
 def table(run: Path) -> list[list[float]]:

@@ -21,7 +21,7 @@ from mu.algorithms.saliency_unlearning.utils import (
     unet_fingerprint,
 )
 from mu.ldm import LatentDiffusion, load_model
-from mu.unlearning.training_config import IN_METHOD
+from mu.unlearning.config import IN_METHOD
 
 # ---- which model
 

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from mu.config import load_config, setting
 from mu.unlearning.concept_prompts import PromptKeys
-from mu.unlearning.training_config import TRAIN_METHOD_HELP, TRAIN_METHODS, TrainingKeys
+from mu.unlearning.config import TRAIN_METHOD_HELP, TRAIN_METHODS
+from mu.unlearning.training_config import TrainingKeys
 
 
 class ESDConfig(TrainingKeys, PromptKeys):

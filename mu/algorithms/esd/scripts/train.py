@@ -5,39 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mu.algorithms.esd.configs import ESDConfig
-from mu.bars import loading
-from mu.cli import Planned, run_door
-from mu.commands.answers import trained
+from mu.commands.method_door import run_method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(
+    return run_method(
         ESDConfig,
-        _run,
+        "mu.algorithms.esd.algorithm:ESDAlgorithm",
         module=ESDConfig.MODULE,
         summary=str(__doc__),
         examples=[(ESDConfig.MODULE, "--config_path emoji_canvas/esd_style.yaml")],
         argv=argv,
-        answer=trained,
-        shares_work=True,
-        plan=_plan,
+        reports=True,
     )
-
-
-def _run(config: ESDConfig) -> object:
-    with loading():
-        from mu.algorithms.esd.algorithm import ESDAlgorithm
-        from mu.evaluation.report import with_report
-
-    return with_report(ESDAlgorithm(config).run(), config)
-
-
-def _plan(config: ESDConfig) -> Planned:
-    with loading():
-        from mu.algorithms.esd.algorithm import ESDAlgorithm
-
-    return ESDAlgorithm(config).plan()
 
 
 if __name__ == "__main__":

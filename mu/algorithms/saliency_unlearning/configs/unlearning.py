@@ -8,16 +8,17 @@ from typing import ClassVar
 
 from mu.cli import command_line
 from mu.config import as_dict, keys_of, resolve_path, setting
-from mu.unlearning.config import OUTPUTS, DataKeys
-from mu.unlearning.find_checkpoint import Problem
-from mu.unlearning.training_config import (
+from mu.unlearning.config import (
+    OUTPUTS,
     PRECISION_HELP,
     PRECISIONS,
     TRAIN_METHOD_HELP,
     TRAIN_METHODS,
     ComputeKeys,
-    ImageTrainingKeys,
+    DataKeys,
 )
+from mu.unlearning.find_checkpoint import Problem
+from mu.unlearning.training_config import ImageTrainingKeys
 
 MASKS = f"{OUTPUTS}/masks"
 MASK_MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
@@ -68,6 +69,11 @@ class MaskConfig(ComputeKeys, DataKeys):
     )
     lr: float = setting(1e-5, "Accepted because existing files have it; has no effect, nothing moves.", gt=0)
     output_dir: str = setting(MASKS, "The run's folder is made in it.", kind="path")
+
+    @classmethod
+    def of_another(cls, name: str) -> str | None:
+        known = {key.name for key in keys_of(TrainConfig)}
+        return "It is a key of train, which follows; leave it out here." if name in known else None
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -146,6 +152,11 @@ class TrainConfig(ImageTrainingKeys):
         None, "Images to retain in a step; null: as many as batch_size.", ge=1, le=100_000
     )
     output_dir: str = setting(f"{OUTPUTS}/finetuned_models", "The run's folder is made in it.", kind="path")
+
+    @classmethod
+    def of_another(cls, name: str) -> str | None:
+        known = {key.name for key in keys_of(MaskConfig)}
+        return "It is a key of mask, which comes first; leave it out here." if name in known else None
 
     def conflicts(self) -> Iterator[Problem]:
         yield from super().conflicts()

@@ -5,40 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import MaskConfig
-from mu.bars import loading
-from mu.cli import Planned, run_door
 from mu.commands.answers import masked
+from mu.commands.method_door import run_method
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.generate_mask"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(
+    return run_method(
         MaskConfig,
-        _run,
+        "mu.algorithms.saliency_unlearning.algorithm:MaskingAlgorithm",
         module=MODULE,
         summary=str(__doc__),
         examples=[(MODULE, "--config_path emoji_canvas/mask_style.yaml")],
         argv=argv,
         answer=masked,
-        shares_work=True,
-        plan=_plan,
     )
-
-
-def _run(config: MaskConfig) -> object:
-    with loading():
-        from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
-
-    return MaskingAlgorithm(config).run()
-
-
-def _plan(config: MaskConfig) -> Planned:
-    with loading():
-        from mu.algorithms.saliency_unlearning.algorithm import MaskingAlgorithm
-
-    return MaskingAlgorithm(config).plan()
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 
 from mu.algorithms.saliency_unlearning.configs import TrainConfig
 from mu.algorithms.saliency_unlearning.configs.unlearning import MASK_MODULE
-from mu.bars import loading
-from mu.cli import Planned, run_door
-from mu.commands.answers import trained
+from mu.commands.method_door import run_method
 
 MODULE = "mu.algorithms.saliency_unlearning.scripts.train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(
+    return run_method(
         TrainConfig,
-        _run,
+        "mu.algorithms.saliency_unlearning.algorithm:SaliencyUnlearningAlgorithm",
         module=MODULE,
         summary=str(__doc__),
         examples=[
@@ -25,25 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             (MODULE, "--config_path emoji_canvas/train_style.yaml"),
         ],
         argv=argv,
-        answer=trained,
-        shares_work=True,
-        plan=_plan,
+        reports=True,
     )
-
-
-def _run(config: TrainConfig) -> object:
-    with loading():
-        from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
-        from mu.evaluation.report import with_report
-
-    return with_report(SaliencyUnlearningAlgorithm(config).run(), config)
-
-
-def _plan(config: TrainConfig) -> Planned:
-    with loading():
-        from mu.algorithms.saliency_unlearning.algorithm import SaliencyUnlearningAlgorithm
-
-    return SaliencyUnlearningAlgorithm(config).plan()
 
 
 if __name__ == "__main__":

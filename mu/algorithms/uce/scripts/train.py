@@ -5,37 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mu.algorithms.uce.configs import MODULE, UCEConfig
-from mu.bars import loading
-from mu.cli import Planned, run_door
-from mu.commands.answers import trained
+from mu.commands.method_door import run_method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_door(
+    return run_method(
         UCEConfig,
-        _run,
+        "mu.algorithms.uce.algorithm:UCEAlgorithm",
         module=MODULE,
         summary=str(__doc__),
         examples=[(MODULE, "--config_path emoji_canvas/uce_style.yaml")],
         argv=argv,
-        answer=trained,
-        plan=_plan,
+        shares_work=False,
     )
-
-
-def _run(config: UCEConfig) -> object:
-    with loading():
-        from mu.algorithms.uce.algorithm import UCEAlgorithm
-
-    return UCEAlgorithm(config).run()
-
-
-def _plan(config: UCEConfig) -> Planned:
-    with loading():
-        from mu.algorithms.uce.algorithm import UCEAlgorithm
-
-    return UCEAlgorithm(config).plan()
 
 
 if __name__ == "__main__":
