@@ -148,12 +148,10 @@ def test_a_checkpoint_of_the_run_has_the_planned_size(
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mu.unlearning import output
-
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(output, "load_model", fail)
+    monkeypatch.setattr("mu.ldm.load_model", fail)
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
