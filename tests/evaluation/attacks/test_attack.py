@@ -109,11 +109,18 @@ def test_learning_that_was_stopped_comes_to_the_same_bits(
         attack.run(elsewhere)
     (half,) = Path(elsewhere.output_dir).glob("learnt/*.safetensors")
     assert int(load_file(half)["steps"]) == 3
-    monkeypatch.setattr(inversion.AdamState, "step", taken)
+    more: list[int] = []
+
+    def counted(state: inversion.AdamState, gradient: torch.Tensor) -> None:
+        more.append(state.steps)
+        taken(state, gradient)
+
+    monkeypatch.setattr(inversion.AdamState, "step", counted)
     found = metrics_of(attack.run(elsewhere))["models"]["after"]["stages"]["attacked"]
     for name, tensor in load_file(found["learnt"]["kept"]).items():
         assert torch.equal(tensor, wanted[name]), name
     assert int(wanted["steps"]) == 6
+    assert more == [3, 4, 5]
 
 
 def test_other_settings_are_other_images_and_the_base_is_not_attacked_twice(config: AttackConfig) -> None:
