@@ -207,6 +207,22 @@ def test_an_object_is_attacked_in_its_styles(config: AttackConfig) -> None:
     ]
 
 
+def test_deterministic_kernels_are_taken_where_they_are_asked_for(
+    config: AttackConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    seen: list[bool] = []
+    taken = inversion.AdamState.step
+
+    def step(state: inversion.AdamState, gradient: torch.Tensor) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        taken(state, gradient)
+
+    monkeypatch.setattr(inversion.AdamState, "step", step)
+    attack.run(override(config, base_ckpt_path=config.ckpt_path, inversion_steps=1, deterministic=True))
+    assert seen == [True]
+
+
 def test_what_is_damaged_is_learnt_again(config: AttackConfig, caplog: pytest.LogCaptureFixture) -> None:
     config = override(config, base_ckpt_path=config.ckpt_path)
     kept = Path(metrics_of(attack.run(config))["models"]["after"]["stages"]["attacked"]["learnt"]["kept"])
