@@ -15,6 +15,7 @@ from mu.datasets.index import Row
 from mu.datasets.streams import generator
 from mu.evaluation.attacks.config import AttackConfig
 from mu.evaluation.attacks.target import Drawing, Target, around_name
+from mu.ldm.tensor_file import fingerprint
 from mu.unlearning.embedding import embedded
 from mu.unlearning.inversion import plain_tokens, prompt_tokens, text_encoder
 from mu.unlearning.words import text_of, typed_words
@@ -38,7 +39,8 @@ class RingABell:
         config, encoder = self.config, text_encoder(target.model)
         prompts = list(dict.fromkeys(row.prompt for row in target.rows))
         label = target.label("ring_", prompts=prompts)
-        kept = target.kept(label)
+        # Unlearning leaves the text encoder as it was: what is found for the base serves both.
+        kept = target.kept(label, weights=fingerprint(encoder.state_dict()))
 
         # 1. The concept's direction: pairs of prompts that differ in the concept alone.
         pairs = {row.prompt: without_concept(row, config.template) for row in target.rows}

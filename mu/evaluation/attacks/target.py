@@ -172,9 +172,9 @@ class Target:
         digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=list).encode()).hexdigest()
         return f"{self.config.attack} {digest[:16]}"
 
-    def kept(self, label: str) -> Kept:
-        """The file of what is learnt under this label."""
-        weights = self.model_fingerprint.removeprefix("sha256:")[:12]
+    def kept(self, label: str, *, weights: str | None = None) -> Kept:
+        """The file of what is learnt under this label, from weights with this fingerprint; None: from the model's."""
+        weights = (weights or self.model_fingerprint).removeprefix("sha256:")[:12]
         return Kept(self.folder / "learnt" / f"{weights}-{label.replace(' ', '-')}.safetensors")
 
     def batch(self, step: int, size: int) -> tuple[list[Row], Noised]:
