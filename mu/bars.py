@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from mu import ranks
+from mu.console import stops_held_back
 from mu.verbosity import bars_off
 
 T = TypeVar("T")
@@ -84,9 +85,11 @@ def waiting(what: str) -> Iterator[None]:
                 ticking.join()
 
 
-def loading() -> AbstractContextManager[None]:
-    """While PyTorch and what stands on it is imported."""
-    return waiting("loading PyTorch")
+@contextmanager
+def loading() -> Iterator[None]:
+    """While PyTorch and what stands on it is imported; who asks to stop meanwhile is heard when that is done."""
+    with waiting("loading PyTorch"), stops_held_back():
+        yield
 
 
 def _on_terminal() -> bool:

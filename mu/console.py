@@ -162,6 +162,38 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def stops_held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the block has ended; a second one does not.
+
+    For imports: what a signal raises within one comes out as another error, such as "could not import module".
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+
+    def restore() -> None:
+        for signum, handler in handlers.items():
+            if callable(handler):
+                signal.signal(signum, handler)
+
+    def note(signum: int, _: object) -> None:
+        came.append(signum)
+        restore()
+
+    for signum, handler in handlers.items():
+        if callable(handler):
+            signal.signal(signum, note)
+    try:
+        yield
+    finally:
+        restore()
+    if came:
+        signal.raise_signal(came[0])
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's own, whose `--help` opens with an example, and ends quietly when nobody reads it any more.
 

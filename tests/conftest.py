@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from tests.forked_commands import Commands
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what it starts with `&`
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.pop("WANDB_MODE", None)  # what a developer wants of runs is not meant for those of tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,6 +28,7 @@ SCRIPTS = "mu.algorithms.saliency_unlearning.scripts"
 HEAVY = (
     "lightning_fabric",
     "mu.algorithms.saliency_unlearning.algorithm",
+    "mu.ldm.text_encoder",
     "mu.commands.sampling",
     "mu.evaluation.evaluation",
     "mu.commands.download_data",

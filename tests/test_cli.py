@@ -3,7 +3,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from command_lines import parse_cli
 
+from mu.bars import loading
 from mu.cli import HelpAsked, command_line, help_text, recipe_beside, run_door
 from mu.config import Config, ConfigError, load_config, setting
 from mu.console import Answer, duration
@@ -275,6 +278,29 @@ def test_paths_are_quoted_where_they_are_copied_and_not_where_programs_read_them
     said = Answer(["Done."], made={"model": Path("my runs/it's/m"), "patch": Path("plain/p")})
     assert str(said).splitlines()[1:] == ["""  model  'my runs/it'"'"'s/m'""", "  patch  plain/p"]
     assert said.paths == ["my runs/it's/m", "plain/p"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_a_command_while_it_imports_is_heard_afterwards(signum, capsys):
+    """Raised within an import it would come out as an import that failed."""
+    done = []
+
+    def run(_):
+        with loading():
+            os.kill(os.getpid(), signum)
+            done.append("imported")
+        done.append("run")
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a test in the background
+    try:
+        code = run_door(Toy, run, module="m", summary="s", argv=["--lr", "0.5"])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert (code, done) == (128 + signum, ["imported"])
+    assert capsys.readouterr().err.splitlines()[-1] == {
+        signal.SIGINT: "interrupted",
+        signal.SIGTERM: "terminated",
+    }.get(signum)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Attack a checkpoint, to see whether a concept that it forgot can be brought back: attack inversion."""
+"""Attack a checkpoint, to see whether a concept that it forgot can be brought back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (MODULE, "inversion --config_path emoji_canvas/attack_style.yaml --ckpt_path outputs/uce"),
         ],
         argv=argv,
-        first_words=("attack",),
+        first_words={"attack": "ATTACK"},
         answer=attacked,
     )
 

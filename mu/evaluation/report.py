@@ -30,6 +30,7 @@ from mu.evaluation.report_figures import (
     loss_curve,
     picture_grid,
     picture_uri,
+    running_mean,
     some_steps,
 )
 from mu.ranks import started_rank
@@ -143,6 +144,7 @@ def write_report(
             training=training,
             in_steps=in_steps,
             losses=_losses(training),
+            smoothed=training is not None and any(map(running_mean, training.losses.values())),
             configs=_configs(runs, training),
             before_after=[picture_uri(p, blurred=blurred) for p in _pictures(training, "before_after")],
             steps=[
@@ -171,7 +173,9 @@ def template_environment() -> Environment:
         "duration": _duration,
         "setting": _setting,
         "without_marks": lambda shares: [name for name, share in shares.items() if not share],
-        "number": lambda value: f"{value:,}" if isinstance(value, int) else f"{value:.4g}",
+        "number": lambda value: (
+            f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.4g}"
+        ),
     }
     return environment
 
