@@ -30,6 +30,7 @@ from mu.config import (
 )
 from mu.config_file import packaged_configs
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
+from mu.evaluation.attacks.config import AttackConfig
 from mu.evaluation.config import (
     EvaluateConfig,
     SampleConfig,
@@ -44,13 +45,17 @@ CLASSES: dict[str, type[Config]] = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
+    "attack": AttackConfig,
 }
+_SALUN = "mu.algorithms.saliency_unlearning.scripts"
 DOORS = {
-    "mask": "generate_mask",
-    "train": "train",
-    "sample": "sample",
-    "evaluate": "evaluate",
+    "mask": (f"{_SALUN}.generate_mask", []),
+    "train": (f"{_SALUN}.train", []),
+    "sample": (f"{_SALUN}.sample", []),
+    "evaluate": (f"{_SALUN}.evaluate", []),
+    "attack": ("mu.commands.attack", ["inversion"]),
 }
+"""Kind -> module, and its first words."""
 GENERATED = {"dataset_type": "generated", "template_name": "Noto"}
 
 
@@ -125,10 +130,12 @@ def test_a_packaged_config_is_right_and_opens_with_its_command(name):
     config = load_config(CLASSES[kind], config_path=name)
     text = OWN[name].read_text(encoding="utf-8")
     words = shlex.split(text.splitlines()[0].removeprefix("#"))
-    door = f"mu.algorithms.saliency_unlearning.scripts.{DOORS[kind]}"
-    assert words[:5] == ["python", "-m", door, "--config_path", name]
+    door, first = DOORS[kind]
+    opening = ["python", "-m", door, *first, "--config_path", name]
+    assert words[: len(opening)] == opening
     # The flags after it are examples: they are what the file itself says.
-    for flag, value in zip(words[5::2], words[6::2], strict=True):
+    flags = words[len(opening) :]
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
         assert str(getattr(config, flag.removeprefix("--"))) == value
     assert not re.search(r"(: |^)[/~]", text, re.MULTILINE), "a path of some machine"
 
