@@ -80,7 +80,9 @@ def test_a_script_without_a_guard_and_a_python_prompt_start_processes(tmp_path, 
     done = subprocess.run(
         [sys.executable, *arguments], env=environ, input=typed, capture_output=True, text=True, timeout=300
     )
-    assert done.stdout.splitlines() == ["the script runs", *["1000000 bytes"] * turns], done.stderr
+    # torch 2.8 says there how gloo has connected
+    printed = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert printed == ["the script runs", *["1000000 bytes"] * turns], done.stderr
     assert "Error" not in done.stderr
     assert "distributed" not in done.stderr, "Lightning's announcements"
 

@@ -302,7 +302,8 @@ def test_a_base_checkpoint_is_sampled_for_the_images_of_a_folder(
     assert log.count(f"files of {folder} that are not where images are read") == 1
 
 
-@pytest.mark.parametrize("devices", ["cpu", pytest.param("cpu,cpu", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("forked_ranks")
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
 def test_what_stops_an_evaluation_before_it_has_begun_ends_with_2(
     config: EvaluateConfig, tmp_path: Path, devices: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
