@@ -8,8 +8,7 @@ from typing import Any
 
 from mu.bars import loading
 from mu.cli import run_door
-from mu.commands.answers import duration
-from mu.console import UCE_EXAMPLE, Answer
+from mu.console import UCE_EXAMPLE, Answer, duration
 from mu.evaluation.attacks.config import AttackConfig
 from mu.run_folder import RESULT
 

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mu.datasets.index import DataError, ForgetRetain, Row, check_apart, check_whole_prompt, concept_names
+from mu.datasets.index import (
+    DataError,
+    ForgetRetain,
+    Row,
+    check_apart,
+    check_substitutes,
+    check_whole_prompt,
+    concept_names,
+)
 
 TRAINING_SEED_BASE = 1_000_000
 """The first seed of images that a model is unlearned on; seeds below are left to evaluation."""
@@ -87,7 +95,7 @@ class DataSet:
         problems = list(self.key_problems())
         yield from problems
         if not problems and self.sampled is not None:
-            yield from as_problem(lambda: self.sampled_rows(Path()), "retain_prompts")
+            yield from as_problem(lambda: self._checked(self.sampled_rows(Path())), "retain_prompts")
 
     def disk_problems(self) -> Iterator[Problem]:
         """Why what is on disk cannot serve these keys; nothing where they are at odds among themselves."""
@@ -108,13 +116,19 @@ class DataSet:
         Raises:
             DataError: the data set cannot serve this config; see the message.
         """
-        if sampled is None:
-            return self.read()
-        planned = self.sampled_rows(sampled)
+        planned = ForgetRetain((), ()) if sampled is None else self.sampled_rows(sampled)
         found = self.read()
-        rows = ForgetRetain(
-            (*found.forget, *planned.forget), (*found.retain, *planned.retain), (*found.notes, *planned.notes)
+        return self._checked(
+            ForgetRetain(
+                (*found.forget, *planned.forget),
+                (*found.retain, *planned.retain),
+                (*found.notes, *planned.notes),
+            )
         )
+
+    def _checked(self, rows: ForgetRetain) -> ForgetRetain:
+        """The same rows, once no prompt or image of them is of both parts."""
+        check_substitutes(rows.forget, key=self.substitute_key)
         check_apart(rows)
         return rows
 
@@ -125,13 +139,21 @@ class DataSet:
 
     # What a subclass says.
 
+    @property
+    def substitute_key(self) -> str:
+        """The key that substitute prompts come from."""
+        return "substitute"
+
     def read(self) -> ForgetRetain:
-        """The rows whose images lie on disk; none to retain where these are sampled. Raises DataError."""
+        """The rows whose images lie on disk; none to retain where these are sampled. Raises DataError.
+
+        That no prompt or image is both to be forgotten and to be kept is checked afterwards, see `rows`.
+        """
         raise NotImplementedError
 
     def folder_problems(self) -> Iterator[Problem]:
         """`disk_problems` of keys without conflicts."""
-        yield from as_problem(self.read, "raw_dataset_dir")
+        yield from as_problem(lambda: self.rows(None), "raw_dataset_dir")
 
     def key_problems(self) -> Iterator[Problem]:
         """Keys that are missing, or have no meaning here: those of a folder whose images to forget have prompts."""

@@ -18,8 +18,6 @@ from mu.datasets.index import (
     DataError,
     ForgetRetain,
     Row,
-    check_apart,
-    check_substitutes,
     check_whole_prompt,
     concept_label,
     passed_over,
@@ -54,6 +52,10 @@ class Folder(DataSet):
             yield ("retain_dataset_dir", "dataset_type", "retain_set"), message
         yield from substitute_problems(self)
         yield from self.no_missing_images()
+
+    @property
+    def substitute_key(self) -> str:
+        return substitute_key(self)
 
     def read(self) -> ForgetRetain:
         """The images of the folders, with those in folders below them.
@@ -120,10 +122,7 @@ class Folder(DataSet):
         retain = [
             row("retain_dataset_dir", image, "retain") for image in images.get("retain_dataset_dir", ())
         ]
-        check_substitutes(forget, key=substitute_key(self))
-        rows = ForgetRetain(tuple(forget), tuple(retain), tuple(notes))
-        check_apart(rows)
-        return rows
+        return ForgetRetain(tuple(forget), tuple(retain), tuple(notes))
 
 
 def _check_separate(roots: list[Path]) -> None:

@@ -19,7 +19,6 @@ from mu.datasets.canvas import CANVAS_TEMPLATE, canvas_row, style_words
 from mu.datasets.index import (
     ForgetRetain,
     Row,
-    check_apart,
     check_choice,
     check_folder_names,
     check_substitutes,
@@ -46,6 +45,10 @@ class Generated(DataSet):
         if self.config.forget_prompts is not None:
             return SAMPLED_PROMPTS
         return {"subfolder": "generated", "prompt": CANVAS_TEMPLATE}
+
+    @property
+    def substitute_key(self) -> str:
+        return super().substitute_key if self.config.forget_prompts is None else substitute_key(self)
 
     def key_problems(self) -> Iterator[Problem]:
         config = self.config
@@ -99,10 +102,7 @@ class Generated(DataSet):
                 key="forget_prompts",
             )
         ]
-        rows = ForgetRetain(tuple(forget), self.sampled_to_retain(images))
-        check_substitutes(rows.forget, key=substitute_key(self))
-        check_apart(rows)
-        return rows
+        return ForgetRetain(tuple(forget), self.sampled_to_retain(images))
 
 
 def substitute_prompt(data_set: DataSet) -> str:

@@ -76,8 +76,8 @@ def concept_label(value: str | Sequence[str]) -> str:
 
 
 def concept_words(kind: str, value: str | Sequence[str]) -> str:
-    """The forgotten concepts in a sentence: `the style Noto`, `the objects Cats and Dogs`."""
-    names = [name.replace("_", " ") for name in concept_names(value)]
+    """The forgotten concepts in a sentence: `the style Noto`, `the objects Cats and Dogs`, `the prompt 'a dog'`."""
+    names = [repr(name) if kind == "prompt" else name.replace("_", " ") for name in concept_names(value)]
     joined = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     kind = "category" if kind == "i2p" else kind
     several = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"

@@ -16,8 +16,6 @@ from mu.datasets.index import (
     DataError,
     ForgetRetain,
     Row,
-    check_apart,
-    check_substitutes,
     choose_substitute,
     natural_key,
     next_kept,
@@ -94,10 +92,7 @@ class UnlearnCanvas(DataSet):
                         for path in files
                     )
                     (forget if forgotten else retain).extend(rows)
-        check_substitutes(forget)
-        found = ForgetRetain(tuple(forget), tuple(retain), tuple(not_read(root, others)))
-        check_apart(found)
-        return found
+        return ForgetRetain(tuple(forget), tuple(retain), tuple(not_read(root, others)))
 
     def _stand_ins(self, names: Sequence[str], styles: Sequence[str]) -> StandIns:
         """What stands in for each forgotten name: another, by default the photo, else the next of `names`.

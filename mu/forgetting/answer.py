@@ -124,9 +124,8 @@ def read_answer(recipe: Recipe, *, seconds: float) -> Forgotten | None:
 
 
 def in_words(recipe: Recipe) -> str:
-    """What is forgotten: `the style Noto`, `the prompts 'x' and 'y'`."""
-    kind, names = recipe.asked.kind, recipe.asked.names
-    return concept_words(kind, [repr(name) for name in names] if kind == "prompt" else names)
+    """What is forgotten, see `concept_words`."""
+    return concept_words(recipe.asked.kind, recipe.asked.names)
 
 
 def _score_lines(scores: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -58,7 +58,7 @@ class TextEncoder(nn.Module):
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        embedding = self.transformer["text_model"].embeddings.token_embedding
+        embedding = self.transformer["text_model"].get_submodule("embeddings.token_embedding")
         assert isinstance(embedding, nn.Embedding)
         return embedding
 

@@ -16,15 +16,9 @@ _WORD = re.compile(r"([a-z]{2,})</w>")
 
 @lru_cache(maxsize=1)
 def typed_words() -> dict[int, str]:
-    """Token -> its word, of two or more small letters, for which the tokenizer gives just this token."""
+    """Token -> its word, of two or more small letters; for each of them the tokenizer gives just this token."""
     vocabulary, _ = clip_vocabulary()
-    words = {token: found[1] for word, token in vocabulary.items() if (found := _WORD.fullmatch(word))}
-    read = token_ids(list(words.values()))
-    return {
-        token: word
-        for (token, word), tokens in zip(words.items(), read, strict=True)
-        if tokens[1:-1] == [token]
-    }
+    return {token: found[1] for word, token in vocabulary.items() if (found := _WORD.fullmatch(word))}
 
 
 def text_of(tokens: Sequence[int]) -> str:

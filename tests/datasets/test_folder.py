@@ -33,7 +33,7 @@ def read(folders: tuple[Path, Path], **changes: Any) -> ForgetRetain:
         "retain_dataset_dir": str(retain),
         "retain_set": "generated" if retain is None else None,
     }
-    return data_set("folder", forget, **wanted | changes).read()
+    return data_set("folder", forget, **wanted | changes).rows(None)
 
 
 def test_one_prompt_serves_all_images_of_a_folder(folders: tuple[Path, Path]) -> None:

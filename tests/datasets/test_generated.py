@@ -104,7 +104,7 @@ def plan_prompts(**changes: Any) -> ForgetRetain:
         "images_per_prompt": 2,
         "retain_images_per_prompt": 3,
     }
-    return data_set("generated", **wanted | changes).sampled_rows(Path("/images"))
+    return data_set("generated", **wanted | changes).rows(Path("/images"))
 
 
 def test_every_prompt_has_a_folder_and_every_image_a_seed() -> None:

@@ -10,7 +10,7 @@ from tests.datasets.drawing import data_set, draw, write_table
 
 
 def index(root: Path, **keys: Any) -> ForgetRetain:
-    return data_set("generic", root, **{"missing_images": "error", **keys}).read()
+    return data_set("generic", root, **{"missing_images": "error", **keys}).rows(None)
 
 
 ROWS: list[dict[str, object]] = [

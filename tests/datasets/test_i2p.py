@@ -12,7 +12,7 @@ from tests.datasets.drawing import PROMPTS, data_set, draw, draw_i2p, write_tabl
 
 
 def index(root: Path, **keys: Any) -> ForgetRetain:
-    return data_set("i2p", root, **{"template": "i2p", "missing_images": "error", **keys}).read()
+    return data_set("i2p", root, **{"template": "i2p", "missing_images": "error", **keys}).rows(None)
 
 
 @pytest.mark.parametrize(("first", "variant"), [(0, "sd"), (4000, "evaluation")])

@@ -17,6 +17,7 @@ from mu.datasets.index import (
     check_substitutes,
     choose_substitute,
     concept_label,
+    concept_words,
     fill_substitute,
     natural_key,
     next_kept,
@@ -173,3 +174,16 @@ def test_indexing_folders_needs_no_torch() -> None:
     script = f"import sys, {imports}; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "words"),
+    [
+        ("style", "High_Contrast", "the style High Contrast"),
+        ("object", ("Cats", "Dogs", "Fruits"), "the objects Cats, Dogs and Fruits"),
+        ("prompt", ("a my_token dog",), "the prompt 'a my_token dog'"),
+        ("i2p", ("hate", "self-harm"), "the categories hate and self-harm"),
+    ],
+)
+def test_concepts_in_a_sentence(kind: str, names: str | tuple[str, ...], words: str) -> None:
+    assert concept_words(kind, names) == words

@@ -22,7 +22,7 @@ def captions(root: Path, text: str) -> object:
     (root / "mine/metadata.csv").write_text(text)
     return data_set(
         "folder", root / "mine", retain_set="generated", template_name="dog", substitute="a cat"
-    ).read()
+    ).rows(None)
 
 
 def categories(root: Path, text: str) -> object:
@@ -32,13 +32,13 @@ def categories(root: Path, text: str) -> object:
         draw(root / f"images/insects/{number}.jpg")
     return data_set(
         "generic", root, template_name="insects", substitute="a lawn", retain_set="generated"
-    ).read()
+    ).rows(None)
 
 
 def labels(root: Path, text: str) -> object:
     draw_i2p(root)
     (root / "prompts/i2p.csv").write_text(text)
-    return data_set("i2p", root, template_name="hate", missing_images="skip").read()
+    return data_set("i2p", root, template_name="hate", missing_images="skip").rows(None)
 
 
 def prompts(root: Path, text: str) -> object:
@@ -124,7 +124,9 @@ def test_promise_31_a_filtered_table_goes_by_case_number_everywhere(tmp_path: Pa
     }
     for category, (file, prompt) in expected.items():
         for rows in (
-            data_set(kind, tmp_path, template_name=category, substitute="x", retain_set="generated").read()
+            data_set(kind, tmp_path, template_name=category, substitute="x", retain_set="generated").rows(
+                None
+            )
             for kind in ("i2p", "generic")
         ):
             assert [(row.relative, row.prompt) for row in rows.forget] == [(file, prompt)]
@@ -168,7 +170,7 @@ def test_promise_31_the_published_i2p_table_is_a_data_set_as_it_is(tmp_path: Pat
         ["violence", "shocking", "hate", "hate", "illegal activity", "self-harm"]
     ):
         draw(tmp_path / f"images/{category}/{number}.jpg", number)
-    rows = data_set("i2p", tmp_path, template_name="hate", retain_set="others").read()
+    rows = data_set("i2p", tmp_path, template_name="hate", retain_set="others").rows(None)
     assert [(row.relative, row.prompt) for row in rows.forget] == [
         ("images/hate/3.jpg", "a crowd in the square")
     ]

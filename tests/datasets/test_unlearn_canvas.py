@@ -17,7 +17,7 @@ Draw = Callable[..., Path]
 
 
 def index(root: Path, **keys: Any) -> ForgetRetain:
-    return data_set("unlearncanvas", root, **{"use_sample": False, **keys}).read()
+    return data_set("unlearncanvas", root, **{"use_sample": False, **keys}).rows(None)
 
 
 def test_a_style_is_forgotten_in_all_its_classes_and_all_else_retained(draw_canvas: Draw) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mu.datasets.base import DataSet
 from mu.datasets.image_files import check_folder, find_images, image_problems, not_read
-from mu.datasets.index import ForgetRetain, Row, check_apart, check_substitutes, raise_problems
+from mu.datasets.index import ForgetRetain, Row, raise_problems
 
 
 class TwoFolders(DataSet):
@@ -29,7 +29,4 @@ class TwoFolders(DataSet):
             )
         raise_problems(problems, what=f"files of {root} cannot be used", advice="Replace or delete them.")
         kept = rows["keep"] if self.retain_set == "others" else ()
-        found = ForgetRetain(rows["forget"], kept, tuple(not_read(root, others)))
-        check_substitutes(found.forget)
-        check_apart(found)
-        return found
+        return ForgetRetain(rows["forget"], kept, tuple(not_read(root, others)))

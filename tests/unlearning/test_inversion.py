@@ -152,6 +152,7 @@ def test_words_that_are_typed_are_read_as_their_tokens() -> None:
     words = typed_words()
     assert len(words) > 20_000
     assert all(word.isascii() and word.isalpha() and word == word.lower() for word in words.values())
+    assert [read[1:-1] for read in token_ids(list(words.values()))] == [[token] for token in words]
     tokens = list(words)[::4000]
     text = text_of(tokens)
     assert token_ids([text])[0][1:-1] == tokens

@@ -30,6 +30,7 @@ from mu.evaluation.classifiers import Classifier
 from mu.evaluation.grid import Grid, check_classifier, classify
 from mu.evaluation.measures import interpolation, load_scorer
 from mu.evaluation.results import percent
+from mu.launch import on_ranks
 from mu.ldm import LatentDiffusion, load_model
 from mu.run_folder import RunFolder
 
@@ -51,6 +52,10 @@ def run(config: AttackConfig) -> dict[str, object]:
     Raises:
         MuError: a file is missing or wrong, or the settings do not fit each other; the message says which.
     """
+    return on_ranks(_run, config, config.devices)
+
+
+def _run(config: AttackConfig) -> dict[str, object]:
     started = time.monotonic()
 
     # 1. Who is attacked, and who scores it.

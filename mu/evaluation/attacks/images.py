@@ -52,13 +52,19 @@ def given_targets(config: AttackConfig, classifier: Classifier) -> list[Row]:
     """
     assert config.target_images_dir is not None
     key, folder = "target_images_dir", resolve_path(config.target_images_dir)
-    names = {"styles": classifier.styles, "objects": classifier.objects}
-    if has_concepts(folder, **names):
-        chosen = {f"chosen_{config.template}s": (config.template_name,)}
+    styles, objects, own = classifier.styles, classifier.objects, (config.template_name,)
+    if has_concepts(folder, styles, objects):
+        found = folder_images(
+            key,
+            folder,
+            styles=styles,
+            objects=objects,
+            chosen_styles=own if config.template == "style" else None,
+            chosen_objects=own if config.template == "object" else None,
+        )
         return [
-            Row(image.path, f"{image.style}/{image.object}/{image.path.name}", image.prompt, image.style,
-                image.object, image.style)
-            for image in folder_images(key, folder, **names, **chosen)
+            Row(one.path, f"{one.style}/{one.object}/{one.path.name}", one.prompt, one.style, one.object, one.style)
+            for one in found
         ]  # fmt: skip
     style, object = (config.template_name, "") if config.template == "style" else ("", config.template_name)
     prompt = f"An image in {style_words(style)} style." if style else f"A {object.replace('_', ' ')} image."

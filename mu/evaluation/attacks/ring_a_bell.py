@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,13 +60,17 @@ class RingABell:
             whole = torch.stack([prompt_tokens(encoder, (row,)) for row in tokens.tolist()])
             return torch.cat([encoder.encode(some).float() for some in whole.split(_AT_ONCE)])
 
+        def distance_to(wished: Tensor, tokens: Tensor) -> Tensor:
+            """(P,) of (P, K) tokens."""
+            return (encode(tokens) - wished).square().mean(dim=(1, 2))
+
         for number, prompt in enumerate(prompts):
             if prompt in texts:
                 continue
             started = time.monotonic()
             wished = without[number] + config.ring_strength * direction  # (L, D)
             chosen, curve = genetic_search(
-                lambda tokens, wished=wished: _distance(encode(tokens), wished),
+                partial(distance_to, wished),
                 words,
                 length=config.ring_tokens,
                 population=config.ring_population,
@@ -103,11 +108,6 @@ def without_concept(row: Row, template: str) -> str:
 def concept_direction(with_it: Tensor, without: Tensor) -> Tensor:
     """The mean difference (L, D) of encodings (N, L, D) of prompts with and without a concept."""
     return (with_it - without).mean(dim=0)
-
-
-def _distance(encodings: Tensor, wished: Tensor) -> Tensor:
-    """Squared distances (P,) of encodings (P, L, D) to one (L, D), a mean over its numbers."""
-    return (encodings - wished).square().mean(dim=(1, 2))
 
 
 def genetic_search(

@@ -109,11 +109,18 @@ def test_learning_that_was_stopped_comes_to_the_same_bits(
         attack.run(elsewhere)
     (half,) = Path(elsewhere.output_dir).glob("learnt/*.safetensors")
     assert int(load_file(half)["steps"]) == 3
-    monkeypatch.setattr(inversion.AdamState, "step", taken)
+    more: list[int] = []
+
+    def counted(state: inversion.AdamState, gradient: torch.Tensor) -> None:
+        more.append(state.steps)
+        taken(state, gradient)
+
+    monkeypatch.setattr(inversion.AdamState, "step", counted)
     found = metrics_of(attack.run(elsewhere))["models"]["after"]["stages"]["attacked"]
     for name, tensor in load_file(found["learnt"]["kept"]).items():
         assert torch.equal(tensor, wanted[name]), name
     assert int(wanted["steps"]) == 6
+    assert more == [3, 4, 5]
 
 
 def test_other_settings_are_other_images_and_the_base_is_not_attacked_twice(config: AttackConfig) -> None:
@@ -198,6 +205,22 @@ def test_an_object_is_attacked_in_its_styles(config: AttackConfig) -> None:
     assert list(stages["plain"]["by_prompt"]) == [
         f"A Cats image in {style.replace('_', ' ')} style." for style in STYLES
     ]
+
+
+def test_deterministic_kernels_are_taken_where_they_are_asked_for(
+    config: AttackConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    seen: list[bool] = []
+    taken = inversion.AdamState.step
+
+    def step(state: inversion.AdamState, gradient: torch.Tensor) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        taken(state, gradient)
+
+    monkeypatch.setattr(inversion.AdamState, "step", step)
+    attack.run(override(config, base_ckpt_path=config.ckpt_path, inversion_steps=1, deterministic=True))
+    assert seen == [True]
 
 
 def test_what_is_damaged_is_learnt_again(config: AttackConfig, caplog: pytest.LogCaptureFixture) -> None:
