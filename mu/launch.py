@@ -150,7 +150,8 @@ def _started(folder: Path, count: int) -> Iterator[list[subprocess.Popen[bytes]]
             "GROUP_RANK": "0",
             "TORCHELASTIC_RUN_ID": secrets.token_hex(8),
         }
-        stdout = sys.__stderr__ if is_json() else None  # what others print there
+        # What libraries print, such as torch 2.8's gloo, does not belong among JSON or paths.
+        stdout = sys.__stderr__ if is_json() or is_quiet() else None
         command = [sys.executable, "-c", "from mu.launch import main; main()", str(folder)]
         try:
             for place in range(count):

@@ -19,6 +19,7 @@ from mu import launch, ranks
 from mu.errors import MuError, Terminated
 from mu.launch import on_ranks
 from mu.ranks import RankError, started_local_rank, started_rank, started_world_size
+from mu.verbosity import verbosity
 from tests.forked_commands import Commands
 
 
@@ -85,6 +86,16 @@ def test_a_script_without_a_guard_and_a_python_prompt_start_processes(tmp_path, 
     assert printed == ["the script runs", *["1000000 bytes"] * turns], done.stderr
     assert "Error" not in done.stderr
     assert "distributed" not in done.stderr, "Lightning's announcements"
+
+
+@pytest.mark.usefixtures("forked_ranks")
+@pytest.mark.parametrize("loudness", [{}, {"quiet": True}, {"json": True}], ids=["plain", "quiet", "json"])
+def test_what_libraries_print_is_not_among_json_or_paths(loudness, capfd):
+    with verbosity(**loudness):
+        on_ranks(rank_work.prints, None, "cpu,cpu")
+    out, error = capfd.readouterr()
+    assert (error if loudness else out).count("[Gloo] connected") == 2
+    assert out == "" or not loudness
 
 
 def test_one_device_is_this_process_alone():

@@ -91,6 +91,12 @@ def wait_for_signal(path: str) -> None:
     time.sleep(120)
 
 
+def prints(_: object) -> None:
+    """What a library of C++ may print."""
+    os.write(1, b"[Gloo] connected\n")
+    ranks.gathered(None)
+
+
 def starts_two(path: str) -> None:
     """Two processes that wait to be stopped, started by this one."""
     from mu.launch import on_ranks
