@@ -1,6 +1,6 @@
 """Write the tables of README.md and docs/, between their markers, from the JSON beside this file.
 
-cp outputs/benchmark/table.json benchmarks/emoji_canvas_table.json    # a table of ESD, UCE: ..._esd.json, ..._uce.json
+cp outputs/benchmark/table.json benchmarks/emoji_canvas_table.json    # of --methods esd: ..._esd.json; none,random: ..._masks.json
 python -m benchmarks.render            # writes all of them
 python -m benchmarks.render --check    # exit code 1 when a page says something else
 """
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows() -> list[dict[str, Any]]:
     """Of the results table, and of tables of other methods that lie beside it."""
-    names = [f"emoji_canvas_{name}.json" for name in ("table", "esd", "uce")]
+    names = [f"emoji_canvas_{name}.json" for name in ("table", "esd", "uce", "masks")]
     return [row for name in names if (MEASURED / name).is_file() for row in _read(name)["rows"]]
 
 
