@@ -1,6 +1,6 @@
 """Write the tables of README.md and docs/, between their markers, from the JSON beside this file.
 
-cp outputs/benchmark/table.json benchmarks/emoji_canvas_table.json    # of --methods esd: ..._esd.json; none,random: ..._masks.json
+cp outputs/benchmark/table.json benchmarks/emoji_canvas_table.json    # other methods': _esd, _uce, _masks.json
 python -m benchmarks.render            # writes all of them
 python -m benchmarks.render --check    # exit code 1 when a page says something else
 """
