@@ -127,6 +127,12 @@ class SampleConfig(ModelKeys):
         return PromptTable(_numbered(prompts))
 
 
+def base_problems(path: str | None) -> Iterator[Problem]:
+    """Whether there is no model at `base_ckpt_path`; None is none, and right."""
+    if path is not None and not is_checkpoint(resolve_path(path)):
+        yield from file_problems("base_ckpt_path", path, advice="give the model before training")
+
+
 class DrawnKeys(Config):
     """How the images that are scored are sampled, and the file of the classifier that scores them."""
 
@@ -297,10 +303,7 @@ class EvaluateConfig(QualityKeys, ScoringKeys, ModelKeys):
 
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
-        if self.base_ckpt_path is not None and not is_checkpoint(resolve_path(self.base_ckpt_path)):
-            yield from file_problems(
-                "base_ckpt_path", self.base_ckpt_path, advice="give the model before training"
-            )
+        yield from base_problems(self.base_ckpt_path)
         for key in ("images_dir", "base_images_dir"):
             folder = getattr(self, key)
             if folder is not None and not resolve_path(folder).is_dir():

@@ -8,7 +8,7 @@ from pathlib import Path
 from mu.config import Config, nearest, resolve_path, setting
 from mu.datasets.canvas import UNLEARN_CANVAS_OBJECTS, UNLEARN_CANVAS_STYLES
 from mu.datasets.emoji_canvas import OBJECTS, STYLES
-from mu.evaluation.config import DrawnKeys
+from mu.evaluation.config import DrawnKeys, base_problems
 from mu.evaluation.quality_config import ClassifierKeys
 from mu.run_folder import writable_problem
 from mu.unlearning.config import EMOJI_CHECKPOINT, EMOJI_MODEL_CONFIG, OUTPUTS, ModelKeys
@@ -16,8 +16,6 @@ from mu.unlearning.find_checkpoint import (
     Problem,
     checkpoint_file,
     checkpoint_problems,
-    file_problems,
-    is_checkpoint,
 )
 
 ATTACKS: Mapping[str, str] = {
@@ -278,10 +276,7 @@ class AttackConfig(
 
     def disk_problems(self) -> Iterator[Problem]:
         yield from super().disk_problems()
-        if self.base_ckpt_path is not None and not is_checkpoint(resolve_path(self.base_ckpt_path)):
-            yield from file_problems(
-                "base_ckpt_path", self.base_ckpt_path, advice="give the model before training"
-            )
+        yield from base_problems(self.base_ckpt_path)
         if self.target_images_dir is not None and not resolve_path(self.target_images_dir).is_dir():
             yield ("target_images_dir",), f"there is no folder {self.target_images_dir}; give one of images"
         if (problem := writable_problem(self.output_dir)) is not None:
